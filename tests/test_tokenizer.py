@@ -1,0 +1,165 @@
+"""tokenizer.py against a slow trainer, against tiktoken, and against broken files."""
+import base64
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import regex
+
+import tokenizer as bpe
+
+ROOT = Path(__file__).resolve().parent.parent
+TEXT = Path(bpe.__file__).read_text(encoding="utf-8") + "naïve café, 東京東京 🙂🙂 aaaa aaa aaaaa 1234\r\n"
+HARD = ["def f(x):\n\treturn x  # ok\n", "🙂👩‍👩‍👧 flags 🇯🇵", "東京は日本の首都です。", "1234567 3.14 ١٢٣", " " * 77 + "x",
+        "don't WE'LL I'm", "a\r\nb\r\n\r\n  c", "<|eot_id|> and <|begin_of_text|>", "", "\x00\x7fé\u0301"]
+
+
+@pytest.fixture(scope="module")
+def enc(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
+    bpe.save_tokenizer(path, bpe.train_bpe([TEXT], 700))
+    return bpe.load_tokenizer(path)
+
+
+def one_line(capsys) -> str:
+    """What went to stderr, which must be a single line that begins with "error: "."""
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1 and err.endswith("\n"), err
+    return err
+
+
+def slow_bpe(text: str, n_ranks: int) -> list[bytes]:
+    """The definition: recount all pairs of all pre-tokens before every merge."""
+    words = [[bytes([b]) for b in piece.encode()] for piece in regex.findall(bpe.PATTERN, text)]
+    ranks = [bytes([b]) for b in range(256)]
+    while len(ranks) < n_ranks:
+        pairs = Counter(pair for word in words for pair in zip(word, word[1:]))
+        best = min(pairs, key=lambda p: (-pairs[p], ranks.index(p[0]), ranks.index(p[1])))
+        for word in words:
+            i = 0
+            while i < len(word) - 1:
+                if (word[i], word[i + 1]) == best:
+                    word[i:i + 2] = [best[0] + best[1]]
+                i += 1
+        ranks.append(best[0] + best[1])
+    return ranks
+
+
+def test_trainer_equals_the_definition():
+    """Catches: a pair count not updated after a merge, a stale heap entry, another tie-break."""
+    assert bpe.train_bpe([TEXT], 256 + 400) == slow_bpe(TEXT, 400)
+
+
+def test_trained_ranks_are_what_tiktoken_merges(enc):
+    """Catches: a rank that tiktoken never emits or merges in another order than the trainer."""
+    words = [[bytes([b]) for b in piece.encode()] for piece in regex.findall(bpe.PATTERN, TEXT)]
+    merged = [token for word in words for token in merge_by_rank(word, enc._mergeable_ranks)]
+    ids = enc.encode(TEXT, disallowed_special=())
+    assert [enc.decode_single_token_bytes(i) for i in ids] == merged
+    assert all(enc.encode_single_token(token) == rank for token, rank in enc._mergeable_ranks.items())
+
+
+def merge_by_rank(parts: list[bytes], ranks: dict[bytes, int]) -> list[bytes]:
+    while True:
+        options = [(ranks.get(a + b, 1 << 30), i) for i, (a, b) in enumerate(zip(parts, parts[1:]))]
+        if not options or min(options)[0] == 1 << 30:
+            return parts
+        i = min(options)[1]
+        parts = parts[:i] + [parts[i] + parts[i + 1]] + parts[i + 2:]
+
+
+def test_training_does_not_depend_on_the_hash_seed():
+    """Catches: ties broken by the order of a set or dict of strings."""
+    code = ("import hashlib, tokenizer as b; t = open(b.__file__, encoding='utf-8').read();"
+            "print(hashlib.sha1(repr(b.train_bpe([t], 600)).encode()).hexdigest())")
+    runs = [subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
+                           env={"PYTHONHASHSEED": seed}).stdout for seed in ("1", "2")]
+    assert len(runs[0]) == 41 and runs[0] == runs[1]
+
+
+def test_special_ids_follow_the_ranks_in_llama3_order(enc):
+    """Catches: specials shifted by one, or reserved numbers that do not skip the named ones."""
+    n = len(enc._mergeable_ranks)
+    special = enc.encode_single_token
+    assert n == 700 - 256 and enc.n_vocab == 700
+    for name, offset in {"begin_of_text": 0, "end_of_text": 1, "reserved_special_token_0": 2,
+                         "reserved_special_token_1": 3, "finetune_right_pad_id": 4,
+                         "reserved_special_token_2": 5, "start_header_id": 6, "end_header_id": 7,
+                         "eom_id": 8, "eot_id": 9, "python_tag": 10,
+                         "reserved_special_token_3": 11, "reserved_special_token_247": 255}.items():
+        assert special(f"<|{name}|>") == n + offset, name
+    assert len(set(bpe.SPECIALS)) == 256
+
+
+@pytest.mark.parametrize("text", HARD)
+def test_round_trip(enc, text):
+    """Catches: lost bytes, CRLF changed, special-token strings turned into control tokens."""
+    ids = bpe.encode_document(enc, text)
+    assert ids.dtype == np.uint32 and ids[0] == enc.encode_single_token(bpe.BOS)
+    assert (ids[1:] < len(enc._mergeable_ranks)).all()
+    assert ids[1:].tolist() == enc.encode_ordinary(text)
+    assert enc.decode(ids[1:]) == text
+
+
+def test_text_that_breaks_the_regex_engine(enc):
+    """Catches: a crash on a million blanks in a row, and on half a surrogate pair from JSON."""
+    text = "a" + " " * 1_200_000 + "b\n"
+    assert enc.decode(bpe.encode_document(enc, text)[1:]) == text
+    assert enc.decode(bpe.encode_document(enc, "x\ud800y")[1:]) == "x\ufffdy"
+
+
+def test_pattern_is_llama3s():
+    """Catches: GPT-2's rules (numbers of any length, other contractions and line ends)."""
+    assert regex.findall(bpe.PATTERN, "I'LL pay 12345 (now)!\n\n  x") == [
+        "I", "'LL", " pay", " ", "123", "45", " (", "now", ")!\n\n", " ", " x"]
+
+
+TABLE = b"".join(base64.b64encode(bytes([b])) + b" %d\n" % b for b in range(256))
+
+
+@pytest.mark.parametrize("data, said", [
+    (None, "no tokenizer.model at"), (b"\x0a\x0e\x0a\x05<unk>", "SentencePiece"),
+    (TABLE + b"not base64! 256\n", ":257:"), (TABLE + b"YWI=\n", ":257:"),
+    (TABLE + b"YWI= 300\n", "expected ranks"), (TABLE + b"YWI= 3\n", "expected ranks"),
+    (TABLE[:35], "expected ranks"), (b"", "expected ranks")])
+def test_a_file_that_is_no_tokenizer(tmp_path, capsys, data, said):
+    """Catches: a traceback, or a table with holes that panics later inside tiktoken."""
+    path = tmp_path / "tokenizer.model"
+    if data is not None:
+        path.write_bytes(data)
+    with pytest.raises(SystemExit) as stop:
+        bpe.load_tokenizer(path)
+    assert stop.value.code == 2
+    line = one_line(capsys)
+    assert said in line and str(path) in line and "python data/prepare.py" in line
+
+
+def test_too_little_text(capsys):
+    """Catches: fewer ranks than asked for, silently, so that ids and specials move."""
+    with pytest.raises(SystemExit) as stop:
+        bpe.train_bpe(["abc abc"], 1280)
+    assert stop.value.code == 2 and "--vocab-size" in one_line(capsys)
+
+
+def test_fail_speaks_from_one_rank(capsys, monkeypatch):
+    """Catches: eight copies of one message under torchrun, or a message of two lines."""
+    for rank, lines in (("0", 1), ("3", 0)):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        with pytest.raises(SystemExit) as stop:
+            bpe.fail("two\nlines")
+        assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == lines
+
+
+def test_atomic_write(tmp_path):
+    """Catches: half a file under the final name, the old file lost, temporary files left."""
+    path = tmp_path / "new" / "file"
+    with bpe.atomic_write(path) as file:
+        file.write(b"old")
+    with pytest.raises(KeyboardInterrupt):
+        with bpe.atomic_write(path) as file:
+            file.write(b"half")
+            raise KeyboardInterrupt
+    assert path.read_bytes() == b"old" and list(path.parent.iterdir()) == [path]
