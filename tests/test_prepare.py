@@ -1,0 +1,191 @@
+"""data/prepare.py on small text: what is read, how it is split, and what an accident leaves."""
+import gzip
+import json
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data import prepare as module
+from data.prepare import documents, find_files, is_val, prepare
+from data.shards import Shards, read_shard
+from test_tokenizer import one_line
+from tokenizer import BOS, load_tokenizer, save_tokenizer, train_bpe
+
+ROOT = Path(__file__).resolve().parent.parent
+NAMES = [f"part{k % 3}/file{k:02d}.txt" for k in range(60)]
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    """60 short text files; each holds its own name, so that tokens tell where they come from."""
+    for name in NAMES:
+        path = tmp_path / "corpus" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"{name}\n" + f"the quick brown fox of {name} jumps over the dog.\n" * 5)
+    return tmp_path / "corpus"
+
+
+@pytest.fixture
+def tokenizer(tmp_path):
+    save_tokenizer(tmp_path / "given.model", train_bpe(["the quick brown fox jumps over"], 520))
+    return tmp_path / "given.model"
+
+
+def texts(out: Path, split: str) -> list[str]:
+    """The documents of a split, in order, decoded from its shards."""
+    enc = load_tokenizer(out / "tokenizer.model")
+    tokens = np.concatenate([read_shard(p) for p in sorted(out.glob(f"{split}_*.bin"))])
+    return enc.decode(tokens.tolist()).split(BOS)[1:]
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in out.iterdir()}
+
+
+def test_two_runs_are_identical_and_the_splits_disjoint(corpus, tmp_path, capsys):
+    """Catches: an order or split that depends on the disk, the hash seed or an earlier folder."""
+    a = prepare([corpus], tmp_path / "a", vocab_size=600)
+    code = "import sys; from data.prepare import prepare; prepare([sys.argv[1]], sys.argv[2], vocab_size=600)"
+    subprocess.run([sys.executable, "-c", code, str(corpus), str(tmp_path / "b")], cwd=ROOT,
+                   check=True, capture_output=True)
+    assert contents(a) == contents(tmp_path / "b")
+    train, val = texts(a, "train"), texts(a, "val")
+    assert val and sorted(train + val) == [(corpus / name).read_text() for name in sorted(NAMES)]
+    assert train == [(corpus / n).read_text() for n in sorted(NAMES) if not is_val(n, 0.05)]
+    out = capsys.readouterr().out
+    assert "60 documents" in out and "bytes per token" in out
+    assert load_tokenizer(a / "tokenizer.model").n_vocab == 600
+
+
+def test_the_tokenizer_is_trained_on_train_text_only(corpus, tmp_path):
+    """Catches: validation text that leaks into the vocabulary."""
+    held_out = [name for name in NAMES if is_val(name, 0.05)]
+    for name in held_out:
+        (corpus / name).write_text("zyzzyva " * 500)
+    out = prepare([corpus], tmp_path / "out", vocab_size=600)
+    assert held_out and not any(b"zz" in t for t in load_tokenizer(out / "tokenizer.model")._mergeable_ranks)
+
+
+def test_every_kind_of_input(tmp_path, tokenizer):
+    """Catches: a suffix that is not read, gzip that is not unpacked, wrong documents of jsonl."""
+    lines = "\n".join(json.dumps({"text": f"line {k} é", "id": k}) for k in range(3)) + "\n\n"
+    folder = tmp_path / "in"
+    (folder / ".hidden").mkdir(parents=True)
+    for name, data in {"a.txt": b"plain", "b.md": b"# mark\r\n", "c.py": b"x = 1\n", "d.jsonl": lines.encode(),
+                       "e.jsonl.gz": gzip.compress(b'{"text": "zipped"}'), "f.txt.gz": gzip.compress(b"packed"),
+                       "g.csv": b"not read", ".hidden/h.txt": b"not read", "i.txt": b" \n",
+                       "j.txt": b"\xff\xfe not UTF-8"}.items():
+        (folder / name).write_bytes(data)
+    skipped = set()
+    docs = list(documents(find_files(folder, module.HIDDEN), skipped))
+    assert docs == [("a.txt", "plain"), ("b.md", "# mark\r\n"), ("c.py", "x = 1\n"),
+                    ("d.jsonl:1", "line 0 é"), ("d.jsonl:2", "line 1 é"), ("d.jsonl:3", "line 2 é"),
+                    ("e.jsonl.gz:1", "zipped"), ("f.txt.gz", "packed")]
+    assert skipped == {folder / "j.txt"}
+
+
+def test_few_documents(tmp_path, tokenizer, capsys):
+    """Catches: a single book that is all train or all val."""
+    (tmp_path / "book.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 50)
+    out = prepare([tmp_path / "book.txt"], tmp_path / "out", tokenizer, val_fraction=0.05)
+    train, val = (read_shard(out / f"{split}_000000.bin") for split in ("train", "val"))
+    assert len(val) == pytest.approx(0.05 * (len(train) + len(val)), abs=1)
+    assert load_tokenizer(tokenizer).decode([*train[1:], *val]) == (tmp_path / "book.txt").read_text()
+    assert "few documents: the last 5%" in capsys.readouterr().out
+    prepare([tmp_path / "book.txt"], out, vocab_size=540)          # and with a tokenizer of its own
+    assert load_tokenizer(out / "tokenizer.model").n_vocab == 540
+
+
+def test_shards_of_a_given_size_and_tokenizer(corpus, tmp_path, tokenizer):
+    """Catches: tokens lost where shards meet, the given tokenizer changed, stale shards kept."""
+    whole = prepare([corpus], tmp_path / "whole", tokenizer)
+    small = prepare([corpus], tmp_path / "small", tokenizer, shard_tokens=1000)
+    sizes = [len(read_shard(path)) for path in sorted(small.glob("train_*.bin"))]
+    assert len(sizes) > 2 and set(sizes[:-1]) == {1000} and texts(small, "train") == texts(whole, "train")
+    assert (small / "tokenizer.model").read_bytes() == tokenizer.read_bytes()
+    prepare([corpus], small, small / "tokenizer.model")            # the folder's own tokenizer
+    assert contents(small) == contents(whole)
+    assert len(Shards(small, "train", 16, 520)) > 0
+
+
+def test_an_interrupted_run_leaves_the_old_folder(corpus, tmp_path, tokenizer, monkeypatch):
+    """Catches: train shards without val, or a new tokenizer beside old shards, taken for whole."""
+    out = prepare([corpus], tmp_path / "out", tokenizer)
+    before = contents(out)
+    write = module.write_shard
+
+    def stop_at_val(path, *rest):
+        if "val_" in str(path):
+            raise KeyboardInterrupt
+        write(path, *rest)
+
+    monkeypatch.setattr(module, "write_shard", stop_at_val)
+    for folder in (out, tmp_path / "new"):
+        with pytest.raises(KeyboardInterrupt):
+            prepare([corpus], folder, vocab_size=600)
+    assert contents(out) == before and not (tmp_path / "new").exists()
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def bad_inputs(tmp_path: Path) -> dict[str, tuple[dict, str]]:
+    """What a user can get wrong -> arguments of prepare(), and words the message must hold."""
+    for name, data in {"empty.txt": b" \n", "bad.jsonl": b'{"text": "ok"}\n{"text": \n', "a.csv": b"x",
+                       "other.jsonl": b'{"text": "ok"}\n\n{"body": "x"}\n', "list.jsonl": b"[1]\n",
+                       "number.jsonl": b'{"text": 3}', "good.txt": b"some words " * 99, "latin.txt": b"\xe9",
+                       "cut.txt.gz": gzip.compress(b"many words" * 99)[:30], "zip.txt.gz": b"no gzip"}.items():
+        (tmp_path / name).write_bytes(data)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.doc").write_bytes(b"years of work")
+    file = {name: {"inputs": [tmp_path / name]} for name in (
+        "none.txt", "empty.txt", "bad.jsonl", "other.jsonl", "list.jsonl", "number.jsonl", "folder",
+        "a.csv", "latin.txt", "cut.txt.gz", "zip.txt.gz", "good.txt")}
+    good = file["good.txt"]
+    return {"missing": (file["none.txt"], "none.txt"), "empty": (file["empty.txt"], "empty.txt"),
+            "kind": (file["a.csv"], ".jsonl"), "folder": (file["folder"], "folder"),
+            "json": (file["bad.jsonl"], "bad.jsonl:2"), "no text": (file["other.jsonl"], "other.jsonl:3"),
+            "list": (file["list.jsonl"], "list.jsonl:1"), "number": (file["number.jsonl"], "number.jsonl:1"),
+            "latin-1": (file["latin.txt"], "UTF-8"), "cut gzip": (file["cut.txt.gz"], "cut.txt.gz"),
+            "no gzip": (file["zip.txt.gz"], "zip.txt.gz"), "little": (good, "--vocab-size"),
+            "tokenizer": (good | {"tokenizer": tmp_path / "no.model"}, "no.model"),
+            "vocabulary": (good | {"vocab_size": 300}, "--vocab-size"),
+            "fraction": (good | {"val_fraction": 1.5}, "--val-fraction"),
+            "out": (good | {"out": tmp_path / "mine"}, "--out"),
+            "out file": (good | {"out": tmp_path / "good.txt"}, "--out")}
+
+
+@pytest.mark.parametrize("case", [
+    "missing", "empty", "kind", "folder", "json", "no text", "list", "number", "latin-1", "cut gzip",
+    "no gzip", "little", "tokenizer", "vocabulary", "fraction", "out", "out file"])
+def test_mistakes_end_in_one_line(tmp_path, capsys, case):
+    """Catches: a traceback, a message without the place, a user's own folder replaced."""
+    arguments, said = bad_inputs(tmp_path)[case]
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(SystemExit) as stop:
+        prepare(**{"out": tmp_path / "out"} | arguments)
+    assert stop.value.code == 2 and said in one_line(capsys)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_the_default_corpus_is_the_standard_library():
+    """Catches: tests, tables and site-packages in the corpus; the manual read as Python source."""
+    files = find_files(Path(sysconfig.get_path("stdlib")), module.NO_PROSE)
+    keys = [key for key, _ in files]
+    assert {"argparse.py", "json/decoder.py", "pydoc_data/topics.py"} <= set(keys) and keys == sorted(keys)
+    parts = {part for key in keys for part in key.split("/")}
+    assert not parts & {"test", "tests", "site-packages", "encodings", "__pycache__"}
+    topics = dict(documents([file for file in files if file[0] == "pydoc_data/topics.py"], set()))
+    assert len(topics) > 50 and topics["pydoc_data/topics.py:assert"].startswith('The "assert" statement')
+
+
+def test_the_script_runs_anywhere(corpus, tmp_path):
+    """Catches: imports that only work from the project's root, flags that reach nothing."""
+    run = subprocess.run([sys.executable, ROOT / "data/prepare.py", "--input", "corpus", "--vocab-size", "600"],
+                         cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert sorted(p.name for p in (tmp_path / "data/corpus").iterdir()) == [
+        "tokenizer.model", "train_000000.bin", "val_000000.bin"]
