@@ -1,0 +1,125 @@
+"""What several tests share: random, asymmetric Llamas of many shapes, slices of them, and a demo in miniature."""
+import contextlib
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from checkpoint import save_llama, save_tensors
+from model import Gates, Llama, LlamaConfig, SubNet
+from router import AXES, FLEX, Router, router_state
+from tokenizer import save_tokenizer, train_bpe
+
+ROOT = Path(__file__).resolve().parent.parent
+GQA = LlamaConfig(dim=48, n_layers=4, n_heads=8, n_kv_heads=2, head_dim=8, ffn_dim=80, vocab_size=97, context=32)
+MHA = dataclasses.replace(GQA, n_heads=6, n_kv_heads=6)
+SHAPES = {"gqa": GQA, "mha": MHA, "tied": dataclasses.replace(GQA, tied=True),
+          "scaled rope": dataclasses.replace(GQA, rope_factor=8.0),
+          "wide heads": dataclasses.replace(GQA, head_dim=16, n_kv_heads=4)}  # dim != n_heads * head_dim
+
+
+def random_llama(config: LlamaConfig, seed: int = 0) -> Llama:
+    """Weights of size 1/sqrt(fan in) and norms far from one: all-ones norms would hide a missing multiply."""
+    model, generator = Llama(config), torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            r = torch.randn(p.shape, generator=generator)
+            p.copy_(r.abs() + 0.3 if p.dim() == 1 else r / p.size(1) ** 0.5 if "embed" not in name else r)
+    return model
+
+
+def tokens_for(config: LlamaConfig, batch: int = 3, length: int = 17, seed: int = 1) -> torch.Tensor:
+    """Random token ids (batch, length)."""
+    return torch.randint(config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def subnets(config: LlamaConfig) -> dict[str, SubNet]:
+    """A slice on each axis alone, on all together, and one with another shape in every layer."""
+    L, H, F, D = range(config.n_layers), config.n_heads, config.ffn_dim, config.dim
+    heads = H // 2
+    step = config.n_kv_heads if H > config.n_kv_heads else 1
+    return {"full": SubNet.full(config), "width": SubNet.uniform(D - 16, L, H, F), "heads": SubNet.uniform(D, L, heads, F),
+            "neurons": SubNet.uniform(D, L, H, F - 37), "depth": SubNet.uniform(D, [0, 2, 3], H, F),
+            "all": SubNet.uniform(D - 9, [0, 1, 3], heads, F - 30),
+            "per layer": SubNet(D - 20, (0, 2, 3), (H, step, H - step), (F, 13, F - 5))}
+
+
+def hard_gates(config: LlamaConfig, subnet: SubNet) -> Gates:
+    """The slice as ones and zeros on the full network, unit by unit, the slow and obvious way."""
+    dim = torch.tensor([float(i < subnet.dim) for i in range(config.dim)])
+    heads, ffn = torch.zeros(config.n_layers, config.n_heads), torch.zeros(config.n_layers, config.ffn_dim)
+    layers, kv = torch.zeros(config.n_layers), config.n_kv_heads
+    group = config.n_heads // kv
+    for layer, n_heads, ffn_dim in zip(subnet.layers, subnet.n_heads, subnet.ffn_dim):
+        layers[layer] = 1
+        for h in range(config.n_heads):
+            rank = h % group if group > 1 else h       # place inside the KV group; MHA: place among all
+            heads[layer, h] = float(rank < (n_heads // kv if group > 1 else n_heads))
+        for f in range(config.ffn_dim):
+            ffn[layer, f] = float(f < ffn_dim)
+    return Gates(dim, heads, ffn, layers)
+
+
+def choices_for(config: LlamaConfig) -> dict[str, list[int]]:
+    """A handful of sizes per axis, one of them odd, so that the exact costs of the members are all over the place."""
+    step = config.n_kv_heads if config.n_heads > config.n_kv_heads else 1
+    return {"dim": [23, 32, 40, config.dim], "n_heads": list(range(step, config.n_heads + 1, step)),
+            "ffn_dim": [20, 33, 60, config.ffn_dim], "n_layers": [2, 3, config.n_layers]}
+
+
+def random_router(config: LlamaConfig, mode: str = "constrained", seed: int = 0, choices: dict | None = None) -> Router:
+    """A router as after a long training: every tensor random, every choice seen, layers in an order of their own."""
+    router = Router(config, choices or choices_for(config), [2, 0, 3, 1], mode, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in router.named_parameters():
+            size = 0.1 if name == "modulation.out" else 1 / p.size(-1) ** 0.5 if p.dim() > 1 else 1
+            p.copy_(torch.randn(p.shape, generator=generator) * size)
+    router.seen = {(axis, size) for axis in AXES for size in router.choices[axis]}
+    return router
+
+
+def make_supernet(folder, config: LlamaConfig, seed: int = 0) -> tuple[Llama, Router]:
+    """A supernet's folder as train.py leaves it, of random weights; its vocabulary (560) is that of its tokenizer."""
+    config = dataclasses.replace(config, vocab_size=560)
+    text = "the cat sat on the mat and the dog ate the cake; def main(argv): return [line for line in argv]\n" * 3
+    save_tokenizer(Path(folder) / "tokenizer.model", train_bpe([text], config.vocab_size))
+    model, router = random_llama(config, seed), random_router(config, seed=seed)
+    save_llama(folder, config, model.state_dict())
+    save_tensors(Path(folder) / FLEX, router_state(router) | dict(budgets=[1.0, 0.5], seq_len=16))
+    return model, router
+
+
+@contextlib.contextmanager
+def one_line_error(capsys, *words: str):
+    """What is inside must end as a user's mistake does: status 2, one line on stderr with these words, nothing on stdout."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        yield
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2 and out == ""
+    assert err.startswith("error: ") and err.count("\n") == 1 and err.endswith("\n"), err
+    assert all(word in err for word in words), err
+
+
+def files_of(folder) -> dict[str, bytes]:
+    """Every file under a folder (and hidden ones) with its content: has anything changed?"""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in Path(folder).rglob("*") if p.is_file()}
+
+
+def close(a, b, tolerance: float = 1e-5) -> bool:
+    """Relative to the size of b, in the maximum norm."""
+    return ((a - b).abs().max() / b.abs().max()).item() < tolerance
+
+
+def run(*command, cwd=ROOT, ranks: int = 0, timeout: int = 300) -> subprocess.CompletedProcess:
+    """python script.py args..., alone or under torchrun, as a user runs it; output as text."""
+    start = [sys.executable]
+    if ranks:
+        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    return subprocess.run(start + [str(c) for c in command], cwd=cwd, capture_output=True, text=True, timeout=timeout,
+                          env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})

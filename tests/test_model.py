@@ -1,0 +1,158 @@
+"""model.py: the Llama against an independent one, slices against masks, RoPE against complex numbers, the cache."""
+import math
+
+import pytest
+import torch
+
+from model import KVCache, LlamaConfig, Llama, Modulation, SubNet, apply_rope, rope_frequencies
+from tests.helpers import GQA, MHA, SHAPES, close, hard_gates, random_llama, subnets, tokens_for
+
+
+def reference_logits(state: dict, c: LlamaConfig, tokens: torch.Tensor) -> torch.Tensor:
+    """A Llama written a second time from Meta's description, one head at a time, complex RoPE, in float64; reads a raw
+    state dict and knows nothing of slices."""
+    w = {k: v.detach().double() for k, v in state.items()}
+    norm = lambda x, g: x / (x.pow(2).mean(-1, keepdim=True) + c.norm_eps).sqrt() * g
+    f = torch.tensor([c.rope_theta ** (-2 * j / c.head_dim) for j in range(c.head_dim // 2)], dtype=torch.float64)
+    for j, x in enumerate(f.tolist()):
+        wave = 2 * math.pi / x
+        if c.rope_factor != 1 and wave > 8192:
+            f[j] = x / c.rope_factor
+        elif c.rope_factor != 1 and wave >= 8192 / 4:
+            s = (8192 / wave - 1) / 3
+            f[j] = (1 - s) * x / c.rope_factor + s * x
+    T = tokens.size(1)
+    turn = torch.polar(torch.ones(T, len(f), dtype=torch.float64), torch.outer(torch.arange(T).double(), f))
+
+    def rotate(x):  # B, T, head_dim
+        pairs = torch.view_as_complex(x.reshape(*x.shape[:-1], -1, 2).contiguous())
+        return torch.view_as_real(pairs * turn).flatten(-2)
+
+    x = w["tok_embeddings.weight"][tokens]
+    for i in range(c.n_layers):
+        p, H, K = f"layers.{i}.", c.per_layer("n_heads")[i], c.per_layer("n_kv_heads")[i]
+        y = norm(x, w[p + "attention_norm.weight"])
+        cut = lambda name, h: y @ w[p + f"attention.{name}.weight"][h * c.head_dim:(h + 1) * c.head_dim].T
+        heads = []
+        for h in range(H):
+            kv = h // (H // K)
+            scores = rotate(cut("wq", h)) @ rotate(cut("wk", kv)).transpose(1, 2) / c.head_dim ** 0.5
+            scores = scores.masked_fill(~torch.ones(T, T).tril().bool(), -torch.inf)
+            heads.append(scores.softmax(-1) @ cut("wv", kv))
+        x = x + torch.cat(heads, -1) @ w[p + "attention.wo.weight"].T
+        y = norm(x, w[p + "ffn_norm.weight"])
+        gate = y @ w[p + "feed_forward.w1.weight"].T
+        x = x + (gate * gate.sigmoid() * (y @ w[p + "feed_forward.w3.weight"].T)) @ w[p + "feed_forward.w2.weight"].T
+    return norm(x, w["norm.weight"]) @ w["output.weight"].T
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_forward_equals_an_independent_llama(shape):
+    """Catches wrong RoPE pairing, a missing norm weight, GQA heads reading the wrong KV head, a missing causal mask."""
+    model, tokens = random_llama(SHAPES[shape]), tokens_for(SHAPES[shape])
+    assert close(model(tokens)[0].double(), reference_logits(model.state_dict(), model.config, tokens))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", subnets(GQA))
+def test_sliced_equals_masked_equals_cut_and_read_by_another(shape, name):
+    """Invariant 2. Catches a norm that divides by the full width, heads cut across groups, a slice of the wrong axis."""
+    config = SHAPES[shape]
+    model, tokens, subnet = random_llama(config), tokens_for(config), subnets(config)[name]
+    factors = 1 + 0.3 * torch.randn(config.n_layers, 2)
+    sliced = model(tokens, subnet=subnet, factors=factors)[0]
+    masked = model(tokens, gates=hard_gates(config, subnet), factors=factors)[0]
+    state = {k: v.clone() for k, v in model.slices(subnet).items()}
+    for new, old in enumerate(subnet.layers):  # the factors, folded by hand
+        state[f"layers.{new}.attention.wo.weight"] *= factors[old, 0]
+        state[f"layers.{new}.feed_forward.w2.weight"] *= factors[old, 1]
+    native = Llama(subnet.config(config))
+    native.load_state_dict(state, strict=True)
+    assert close(masked, sliced) and close(native(tokens)[0], sliced)
+    assert close(reference_logits(state, subnet.config(config), tokens), sliced.double())
+    if name != "full":
+        assert not close(model(tokens, factors=factors)[0], sliced, 1e-2), "the slice computes what the full model does"
+
+
+@pytest.mark.parametrize("name", ["all", "per layer"])
+def test_sliced_gradients_equal_masked_gradients(name):
+    """Catches a slice whose backward reaches other weights than the masked pass, or loses some."""
+    config = GQA
+    grads = []
+    for sliced in (True, False):
+        model, tokens, subnet = random_llama(config), tokens_for(config), subnets(config)[name]
+        model(tokens, tokens, **(dict(subnet=subnet) if sliced else dict(gates=hard_gates(config, subnet))))[1].backward()
+        grads.append({n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters()})
+    for n in grads[0]:
+        assert torch.allclose(*[g[n] for g in grads], rtol=1e-4, atol=1e-6), n
+
+
+def test_straight_through_gates_leave_the_slice_alone():
+    """Catches gates of a sliced pass that are taken in another order than the weights they belong to: their gradient
+    must be that of the masked pass, where every gate has its unit."""
+    config = GQA
+    for name in ("all", "per layer"):
+        model, tokens, subnet = random_llama(config), tokens_for(config), subnets(config)[name]
+        grads = []
+        for full in (True, False):
+            gates = [g.requires_grad_() for g in hard_gates(config, subnet)]
+            logits, loss = model(tokens, tokens, subnet=None if full else subnet, gates=type(hard_gates(config, subnet))(*gates))
+            loss.backward()
+            grads.append([g.grad for g in gates])
+        for mask, a, b in zip(hard_gates(config, subnet), *grads):
+            kept = mask.bool() if mask.dim() == 1 else mask.bool() & torch.tensor(
+                [[i in subnet.layers] for i in range(config.n_layers)])
+            assert torch.allclose(a[kept], b[kept], rtol=1e-3, atol=1e-6)
+            assert b[kept].abs().sum() > 0
+
+
+@pytest.mark.parametrize("factor", [1.0, 8.0, 32.0])
+def test_rope_is_the_complex_rotation(factor):
+    """Catches pairs (j, j + half) taken for Meta's (2j, 2j+1), and RoPE scaling that is skipped or linear everywhere."""
+    config = LlamaConfig(head_dim=64, rope_factor=factor)
+    f, T = rope_frequencies(config), 16384
+    plain = rope_frequencies(LlamaConfig(head_dim=64))
+    waves = 2 * math.pi / plain
+    assert torch.equal(f[waves < 2048], plain[waves < 2048])
+    assert torch.allclose(f[waves > 8192], plain[waves > 8192] / factor)
+    angle = torch.outer(torch.arange(T).float(), f)
+    x = torch.randn(1, T, 2, 64)
+    turned = torch.view_as_complex(x.view(1, T, 2, 32, 2)) * torch.polar(torch.ones_like(angle), angle)[None, :, None]
+    got = apply_rope(x, angle.cos()[:, None], angle.sin()[:, None])
+    assert torch.allclose(got, torch.view_as_real(turned).flatten(-2), atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", ["gqa", "mha"])
+@pytest.mark.parametrize("chunks", [[17], [1] * 17, [5, 1, 1, 7, 3]])
+def test_cache_equals_recomputation(shape, chunks):
+    """Catches positions that restart at zero and a causal mask aligned to the wrong corner when a chunk follows others."""
+    config = SHAPES[shape]
+    model, tokens, subnet = random_llama(config), tokens_for(config), subnets(config)["all"]
+    whole, cache, at, parts = model(tokens, subnet=subnet)[0], KVCache(17), 0, []
+    for n in chunks:
+        parts.append(model(tokens[:, at:at + n], subnet=subnet, cache=cache)[0])
+        at += n
+    assert close(torch.cat(parts, 1), whole)
+
+
+def test_modulation_is_one_at_full_and_knows_every_axis():
+    """Invariant 3. Catches a modulated full network, and an embedding that cannot tell two axes or depth apart."""
+    modulation, config = Modulation(GQA), GQA
+    nets = subnets(config)
+    assert torch.equal(modulation(nets["all"]), torch.ones(4, 2)), "starts as the identity"
+    with torch.no_grad():
+        modulation.out.normal_()
+    assert torch.equal(modulation(SubNet.full(config)), torch.ones(4, 2))
+    swapped = SubNet.uniform(config.dim, range(4), config.n_heads, config.ffn_dim // 2), SubNet.uniform(
+        config.dim // 2, range(4), config.n_heads, config.ffn_dim)
+    factors = [modulation(s) for s in (*swapped, nets["depth"], nets["heads"])]
+    for i, a in enumerate(factors):
+        assert not torch.equal(a, torch.ones(4, 2))
+        assert all((a - b).abs().max() > 1e-3 for b in factors[:i])
+    assert torch.equal(factors[2][1], torch.ones(2)), "layer 1 is not kept: nothing to modulate"
+
+
+def test_subnet_is_a_value():
+    """Catches SubNets that cannot be dictionary keys or lose their layers on the way through JSON."""
+    for subnet in subnets(MHA).values():
+        assert SubNet.from_dict(subnet.to_dict()) == subnet and hash(SubNet.from_dict(subnet.to_dict())) == hash(subnet)
