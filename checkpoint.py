@@ -23,7 +23,7 @@ import torch
 from model import Llama, LlamaConfig
 from tokenizer import atomic_write, fail
 
-WEIGHTS, PARAMS, TOKENIZER = "consolidated.00.pth", "params.json", "tokenizer.model"
+WEIGHTS, PARAMS, TOKENIZER, RESUME = "consolidated.00.pth", "params.json", "tokenizer.model", "resume.pt"
 
 # -----------------------------------------------------------------------------
 # params.json
@@ -50,7 +50,7 @@ def read_config(folder) -> LlamaConfig:
         listed = lambda v: tuple(v) if isinstance(v, list) else v
         dim, n_layers, n_heads = p["dim"], p["n_layers"], listed(p["n_heads"])
         scaled = 32.0 if (dim, n_layers) in {(2048, 16), (3072, 28)} else 8.0  # Llama 3.2 text, else 3.1 and 3.3
-        return LlamaConfig(
+        config = LlamaConfig(
             dim=dim, n_layers=n_layers, n_heads=n_heads, n_kv_heads=listed(p.get("n_kv_heads")) or n_heads,
             head_dim=p.get("head_dim") or dim // n_heads,
             ffn_dim=listed(p.get("ffn_dim")) or
@@ -59,7 +59,17 @@ def read_config(folder) -> LlamaConfig:
             norm_eps=p.get("norm_eps", 1e-5), rope_theta=float(p.get("rope_theta", 10000.0)),
             rope_factor=float(p.get("rope_factor", scaled)) if p.get("use_scaled_rope") else 1.0,
             context=p.get("context", 2048))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        sizes = [config.dim, config.n_layers, config.head_dim, config.vocab_size, config.context]
+        for name in ("n_heads", "n_kv_heads", "ffn_dim"):
+            sizes += config.per_layer(name)
+            if len(config.per_layer(name)) != n_layers:
+                raise ValueError(f"{name} has {len(config.per_layer(name))} values for {n_layers} layers")
+        if not all(isinstance(size, int) and size > 0 for size in sizes):
+            raise ValueError("a size is not a positive integer")
+        if any(h % kv for h, kv in zip(config.per_layer("n_heads"), config.per_layer("n_kv_heads"))):
+            raise ValueError(f"{n_heads} query heads do not divide among {config.n_kv_heads} KV heads")
+        return config
+    except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
         fail(f"{path} is not the params.json of a Llama ({type(error).__name__}: {error}); expected JSON with dim, "
              "n_layers, n_heads, vocab_size; copy it again from its source")
 
@@ -104,6 +114,8 @@ def load_llama(folder, device="cpu", dtype: torch.dtype = torch.float32) -> Llam
     weights once. Output and embeddings that are equal (or an output that is missing) make the model tied."""
     config, path = read_config(folder), Path(folder) / WEIGHTS
     state = load_tensors(path)
+    if not isinstance(state, dict) or not all(torch.is_tensor(t) for t in state.values()):
+        fail(f"{path} holds something else than tensors by name; expected a Llama's state dict in Meta's names")
     state.pop("rope.freqs", None)  # Llama 1 and 2 carry it; it is a function of the shape
     embeddings, output = state.get("tok_embeddings.weight"), state.get("output.weight")
     if embeddings is not None and (output is None or output.data_ptr() == embeddings.data_ptr()
@@ -148,7 +160,7 @@ def save_llama(folder, config: LlamaConfig, state: dict, tokenizer=None) -> None
 def new_folder(path, may_replace: set[str]):
     """A folder that appears all at once: yields a temporary sibling to fill, then renames it to `path`. A folder
     that is there already is replaced only if it holds nothing but files named in may_replace."""
-    path = Path(path)
+    path = Path(path).resolve()
     if path.exists() and (not path.is_dir() or not {p.name for p in path.iterdir()} <= may_replace):
         fail(f"{path} exists and holds other things; expected a new folder or an earlier one of the same kind; "
              "choose another --out")
@@ -159,7 +171,12 @@ def new_folder(path, may_replace: set[str]):
         yield temporary
         if path.exists():
             os.replace(path, old)
-        os.replace(temporary, path)
+        try:
+            os.replace(temporary, path)
+        except BaseException:
+            if old.exists():
+                os.replace(old, path)
+            raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)

@@ -102,13 +102,12 @@ def rank(model: Llama, windows: torch.Tensor, depth: str = "logits", depth_windo
     Returns {"dim": (dim,), "n_heads": [(n_heads,)] per layer, group-major and inside the groups,
     "ffn_dim": [(ffn_dim,)] per layer, "layers": list}. depth: "logits" or "influence"."""
     scores = activation_scores(model, windows)
-    best_first = lambda s: s.argsort(dim=-1, descending=True, stable=True)
+    best_first = lambda s: s.argsort(dim=-1, descending=True, stable=True).cpu()
     orders = {"dim": best_first(torch.stack(scores["dim"]).sum(0)),
               "ffn_dim": [best_first(s) for s in scores["ffn_dim"]], "n_heads": []}
     for block, s in zip(model.layers, scores["n_heads"]):
         s = s.unflatten(0, (block.attention.groups, -1))                  # groups, heads in a group
-        first = torch.arange(s.size(0), device=s.device)[:, None] * s.size(1)
-        orders["n_heads"].append((first + best_first(s)).flatten())
+        orders["n_heads"].append((torch.arange(s.size(0))[:, None] * s.size(1) + best_first(s)).flatten())
     by = {"logits": layers_by_logits, "influence": layers_by_influence}[depth]
     orders["layers"] = by(model, windows[:depth_windows] if depth == "logits" else windows)
     return orders
@@ -123,7 +122,7 @@ def sort_(model: Llama, orders: dict) -> None:
     """Permutes the model in place so that the first k units are the best k. Its function does not change.
     Layers stay where they are: a slice names those it keeps."""
     def permute(parameter, order, axis):
-        parameter.copy_(parameter.index_select(axis, order))
+        parameter.copy_(parameter.index_select(axis, order.to(parameter.device)))
 
     channels = orders["dim"]
     permute(model.tok_embeddings.weight, channels, 1)
@@ -138,7 +137,7 @@ def sort_(model: Llama, orders: dict) -> None:
             permute(reads.weight, channels, 1)
         for writes in (attention.wo, mlp.w2):                                     # rows write it
             permute(writes.weight, channels, 0)
-        rows = (heads[:, None] * attention.head_dim + torch.arange(attention.head_dim, device=heads.device)).flatten()
+        rows = (heads[:, None] * attention.head_dim + torch.arange(attention.head_dim)).flatten()
         permute(attention.wq.weight, rows, 0)
         permute(attention.wo.weight, rows, 1)
         if attention.n_heads == attention.n_kv_heads:  # MHA: the KV head goes with its query head

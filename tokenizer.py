@@ -49,14 +49,15 @@ def atomic_write(path: str | Path):
 # Contractions | words with one leading blank or mark | up to 3 digits | marks | line ends | blanks
 PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
            r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
-BOS = "<|begin_of_text|>"
+BOS, END = "<|begin_of_text|>", "<|end_of_text|>"
 _RESERVED = [f"<|reserved_special_token_{k}|>" for k in range(248)]
-SPECIALS = [BOS, "<|end_of_text|>", *_RESERVED[:2], "<|finetune_right_pad_id|>", _RESERVED[2],
+SPECIALS = [BOS, END, *_RESERVED[:2], "<|finetune_right_pad_id|>", _RESERVED[2],
             "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>",
             "<|python_tag|>", *_RESERVED[3:]]
 
-def load_tokenizer(path: str | Path) -> tiktoken.Encoding:
-    """tokenizer.model -> Encoding with n_vocab = ranks + 256. A file that is none: fail()."""
+def load_tokenizer(path: str | Path, vocab_size: int | None = None) -> tiktoken.Encoding:
+    """tokenizer.model -> Encoding with n_vocab = ranks + 256. A file that is none, or one that
+    does not have the vocab_size of the model it should serve: fail()."""
     path, ranks, mend = Path(path), {}, "copy Llama 3's again, or train: `python data/prepare.py`"
     if not path.is_file():
         fail(f"no tokenizer.model at {path}: {mend}")
@@ -72,6 +73,8 @@ def load_tokenizer(path: str | Path) -> tiktoken.Encoding:
     # With a rank or a byte missing, tiktoken loads the table and panics later, inside some text.
     if sum(len(t) == 1 for t in ranks) < 256 or sorted(ranks.values()) != list(range(len(ranks))):
         fail(f"{path}: expected ranks 0..n-1 and all 256 bytes, found a table with gaps: {mend}")
+    if vocab_size not in (None, len(ranks) + 256):
+        fail(f"{path}: found {len(ranks) + 256} tokens, the model in {path.parent} has {vocab_size}: {mend}")
     return tiktoken.Encoding(str(path), pat_str=PATTERN, mergeable_ranks=ranks,
                              special_tokens={s: len(ranks) + i for i, s in enumerate(SPECIALS)})
 

@@ -64,16 +64,16 @@ def hard_gates(config: LlamaConfig, subnet: SubNet) -> Gates:
     return Gates(dim, heads, ffn, layers)
 
 
-def choices_for(config: LlamaConfig) -> dict[str, list[int]]:
+def odd_choices(config: LlamaConfig) -> dict[str, list[int]]:
     """A handful of sizes per axis, one of them odd, so that the exact costs of the members are all over the place."""
     step = config.n_kv_heads if config.n_heads > config.n_kv_heads else 1
     return {"dim": [23, 32, 40, config.dim], "n_heads": list(range(step, config.n_heads + 1, step)),
             "ffn_dim": [20, 33, 60, config.ffn_dim], "n_layers": [2, 3, config.n_layers]}
 
 
-def random_router(config: LlamaConfig, mode: str = "constrained", seed: int = 0, choices: dict | None = None) -> Router:
+def random_router(config: LlamaConfig, mode: str = "constrained", seed: int = 0, choices=None) -> Router:
     """A router as after a long training: every tensor random, every choice seen, layers in an order of their own."""
-    router = Router(config, choices or choices_for(config), [2, 0, 3, 1], mode, seed=seed)
+    router = Router(config, choices or odd_choices(config), [2, 0, 3, 1], mode, seed=seed)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in router.named_parameters():
@@ -90,17 +90,20 @@ def make_supernet(folder, config: LlamaConfig, seed: int = 0) -> tuple[Llama, Ro
     save_tokenizer(Path(folder) / "tokenizer.model", train_bpe([text], config.vocab_size))
     model, router = random_llama(config, seed), random_router(config, seed=seed)
     save_llama(folder, config, model.state_dict())
-    save_tensors(Path(folder) / FLEX, router_state(router) | dict(budgets=[1.0, 0.5], seq_len=16))
+    save_tensors(Path(folder) / FLEX, router_state(router, budgets=[1.0, 0.5], seq_len=16))
     return model, router
 
 
 @contextlib.contextmanager
 def one_line_error(capsys, *words: str):
-    """What is inside must end as a user's mistake does: status 2, one line on stderr with these words, nothing on stdout."""
+    """What is inside must end as a user's mistake does: status 2, one line on stderr with these words, nothing
+    on stdout. Yields a list that holds the line afterwards."""
+    said = []
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
-        yield
+        yield said
     out, err = capsys.readouterr()
+    said.append(err)
     assert stop.value.code == 2 and out == ""
     assert err.startswith("error: ") and err.count("\n") == 1 and err.endswith("\n"), err
     assert all(word in err for word in words), err

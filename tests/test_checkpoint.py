@@ -1,0 +1,309 @@
+"""checkpoint.py: what is written is read back, Meta's own folders are understood, damaged ones end in one line."""
+import dataclasses
+import json
+import os
+import shutil
+
+import pytest
+import torch
+
+import checkpoint
+from checkpoint import load_llama, load_tensors, new_folder, params_json, read_config, save_llama, save_tensors
+from model import LlamaConfig
+from tests.helpers import GQA, MHA, SHAPES, close, files_of, one_line_error, random_llama, tokens_for
+from tokenizer import atomic_write
+
+UNEVEN = dataclasses.replace(GQA, n_heads=(8, 2, 6, 4), n_kv_heads=(2, 2, 1, 4), ffn_dim=(80, 13, 41, 7))
+WRITTEN = SHAPES | {"rope 32": dataclasses.replace(GQA, rope_factor=32.0),
+                    "tied mha": dataclasses.replace(MHA, tied=True),
+                    "per layer": UNEVEN, "one list": dataclasses.replace(GQA, n_heads=(8, 2, 6, 4))}
+
+
+def meta_ffn(dim, multiplier, multiple_of):
+    """FeedForward.__init__ of Meta's model.py: hidden_dim is 4 dim there."""
+    hidden = int(2 * (4 * dim) / 3)
+    if multiplier is not None:
+        hidden = int(multiplier * hidden)
+    return -(-hidden // multiple_of) * multiple_of
+
+
+def saved(folder, config: LlamaConfig = GQA):
+    """A random Llama, written into `folder`."""
+    model = random_llama(config)
+    save_llama(folder, config, model.state_dict())
+    return model
+
+
+def rewrite(folder, change) -> None:
+    """Applies change() to the dictionary of params.json."""
+    p = json.loads((folder / "params.json").read_text())
+    p = change(p) or p
+    (folder / "params.json").write_text(json.dumps(p))
+
+
+# -----------------------------------------------------------------------------
+# round trips
+
+
+@pytest.mark.parametrize("shape", WRITTEN)
+def test_round_trip(tmp_path, shape):
+    """Catches a field of the shape that params.json loses, tensors that come back under another name, untied
+    tied ones."""
+    model = saved(tmp_path, WRITTEN[shape])
+    again, tokens = load_llama(tmp_path), tokens_for(GQA)
+    assert again.config == model.config and set(files_of(tmp_path)) == {"params.json", "consolidated.00.pth"}
+    assert all(torch.equal(w, again.state_dict()[name]) for name, w in model.state_dict().items())
+    assert torch.equal(again(tokens)[0], model(tokens)[0])
+    assert (again.output.weight is again.tok_embeddings.weight) == model.config.tied
+    assert len(list(again.parameters())) == len(list(model.parameters()))
+    assert all(p.requires_grad for p in again.parameters())
+
+
+def test_a_loaded_model_does_not_write_into_its_file(tmp_path):
+    """Catches a memory map that is shared with the file: training would change the checkpoint it started from."""
+    saved(tmp_path)
+    before, model = files_of(tmp_path), load_llama(tmp_path)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(2)
+    assert files_of(tmp_path) == before
+
+
+def test_dtype_and_meaning_of_missing_output(tmp_path):
+    """Catches a folder without output.weight (tied), or with rope.freqs (Llama 1, 2), that is refused, and tied
+    tensors that come apart when they are converted."""
+    model, tokens = saved(tmp_path, SHAPES["tied"]), tokens_for(GQA)
+    state = {k: v for k, v in model.state_dict().items() if k != "output.weight"}
+    save_tensors(tmp_path / "consolidated.00.pth", state | {"rope.freqs": torch.ones(4)})
+    again = load_llama(tmp_path, dtype=torch.float64)
+    assert again.config.tied and again.output.weight is again.tok_embeddings.weight
+    assert {p.dtype for p in again.parameters()} == {torch.float64} and close(again(tokens)[0], model(tokens)[0])
+    # Two tensors with the same values, as a checkpoint that was converted and back has them
+    save_tensors(tmp_path / "consolidated.00.pth", state | {"output.weight": state["tok_embeddings.weight"].clone()})
+    assert load_llama(tmp_path).config.tied
+
+
+def test_tied_is_stored_once_and_slices_leave_their_storage_behind(tmp_path):
+    """Catches a tied matrix written twice, and a view that drags the whole tensor it was cut from into the file."""
+    size = lambda: (tmp_path / "consolidated.00.pth").stat().st_size
+    n = lambda tensors: sum(4 * t.numel() for t in tensors)
+    tied = dataclasses.replace(GQA, vocab_size=4000, tied=True)
+    model = saved(tmp_path, tied)
+    assert n(model.parameters()) <= size() < n(model.parameters()) + 40_000
+    for config in (tied, dataclasses.replace(tied, tied=False)):
+        model = random_llama(config)
+        subnet = dataclasses.replace(model.full, dim=16)
+        state = model.slices(subnet)
+        save_llama(tmp_path, subnet.config(config), state)
+        unique = {k: v for k, v in state.items() if not config.tied or k != "output.weight"}
+        assert n(unique.values()) <= size() < n(unique.values()) + 40_000
+        assert torch.equal(load_llama(tmp_path).output.weight, state["output.weight"])
+
+
+# -----------------------------------------------------------------------------
+# params.json
+
+
+# dim, L, heads, kv, vocab, multiplier, multiple_of, theta, scaled -> FFN, vocabulary, RoPE factor
+META = {"Llama1-7B": ((4096, 32, 32, None, -1, None, 256, None, None), 11008, 32000, 1),
+        "Llama2-7B": ((4096, 32, 32, None, -1, None, 256, None, None), 11008, 32000, 1),
+        "Llama2-13B": ((5120, 40, 40, None, -1, None, 256, None, None), 13824, 32000, 1),
+        "Llama2-70B": ((8192, 80, 64, 8, -1, 1.3, 4096, None, None), 28672, 32000, 1),
+        "3-8B": ((4096, 32, 32, 8, 128256, 1.3, 1024, 500000, None), 14336, 128256, 1),
+        "3.1-8B": ((4096, 32, 32, 8, 128256, 1.3, 1024, 500000, True), 14336, 128256, 8),
+        "3-70B": ((8192, 80, 64, 8, 128256, 1.3, 4096, 500000, False), 28672, 128256, 1),
+        "3.1-70B": ((8192, 80, 64, 8, 128256, 1.3, 4096, 500000, True), 28672, 128256, 8),
+        "3.1-405B": ((16384, 126, 128, 8, 128256, 1.2, 4096, 500000, True), 53248, 128256, 8),
+        "3.2-1B": ((2048, 16, 32, 8, 128256, 1.5, 256, 500000, True), 8192, 128256, 32),
+        "3.2-3B": ((3072, 28, 24, 8, 128256, 1.0, 256, 500000, True), 8192, 128256, 32)}
+
+
+@pytest.mark.parametrize("name", META)
+def test_metas_params_json(tmp_path, name):
+    """Catches a wrong default for a key Meta leaves out, the FFN formula, and 3.2's RoPE factor taken for 3.1's."""
+    values, ffn_dim, vocab_size, rope_factor = META[name]
+    keys = ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "ffn_dim_multiplier", "multiple_of",
+            "rope_theta", "use_scaled_rope")
+    p = {k: v for k, v in zip(keys, values) if v is not None} | dict(norm_eps=1e-6)
+    for content in (p, {"model": p}):
+        (tmp_path / "params.json").write_text(json.dumps(content))
+        c = read_config(tmp_path)
+        assert (c.ffn_dim, c.vocab_size, c.rope_factor) == (ffn_dim, vocab_size, rope_factor)
+        assert (c.dim, c.n_layers, c.n_heads, c.n_kv_heads) == (*values[:3], values[3] or values[2])
+        assert (c.head_dim, c.norm_eps, c.rope_theta) == (values[0] // values[2], 1e-6, values[7] or 10000)
+    rewrite(tmp_path, lambda p: p["model"] | dict(rope_factor=4, head_dim=80, ffn_dim=77))  # our own keys decide
+    c = read_config(tmp_path)
+    assert (c.head_dim, c.ffn_dim, c.rope_factor) == (80, 77, 4 if rope_factor > 1 else 1)
+
+
+def test_metas_formula_gives_our_ffn_dim():
+    """Catches a multiplier that is rounded away: Meta's own code would build another MLP than the one in our file."""
+    for dim in (16, 40, 48, 127, 128, 576, 768, 2048, 3072, 4096, 5120, 8192, 16384):
+        some = range(1, 5 * dim, max(1, dim // 61))
+        for ffn_dim in {1, 2, 3, 255, 256, 257, 11008, 13824, 14336, 28672, 53248, *some}:
+            p = params_json(dataclasses.replace(GQA, dim=dim, ffn_dim=ffn_dim))
+            assert meta_ffn(dim, p["ffn_dim_multiplier"], p["multiple_of"]) == ffn_dim == p["ffn_dim"], (dim, p)
+
+
+# -----------------------------------------------------------------------------
+# a user's mistakes
+
+
+MARKER = "code_ran"
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, (f"touch {MARKER}",)
+
+
+def cut(folder, keep: float):
+    path = folder / "consolidated.00.pth"
+    path.write_bytes(path.read_bytes()[:int(path.stat().st_size * keep)])
+
+
+def state_change(folder, change):
+    path = folder / "consolidated.00.pth"
+    state = torch.load(path, weights_only=True)
+    changed = change(state)  # in place, or something else altogether
+    torch.save(state if changed is None else changed, path)
+
+
+PARAMS_MISTAKES = {
+    "no params.json": lambda f: (f / "params.json").unlink(), "no folder": shutil.rmtree,
+    "broken json": lambda f: (f / "params.json").write_text('{"dim": 48,'),
+    "no json": lambda f: (f / "params.json").write_bytes(b"\xff\xfe\x00"),
+    "a list": lambda f: (f / "params.json").write_text("[1, 2]"),
+    "missing key": lambda f: rewrite(f, lambda p: p.pop("n_layers") and None),
+    "text for a number": lambda f: rewrite(f, lambda p: p | dict(dim="wide")),
+    "no heads": lambda f: rewrite(f, lambda p: {k: v for k, v in p.items() if k != "head_dim"} | dict(n_heads=0)),
+    "heads that do not divide": lambda f: rewrite(f, lambda p: p | dict(n_kv_heads=3)),
+    "a list too short": lambda f: rewrite(f, lambda p: p | dict(ffn_dim=[80, 80])),
+    "text for the layers": lambda f: rewrite(f, lambda p: p | dict(n_layers="4"))}
+WEIGHTS_MISTAKES = {
+    "no weights": lambda f: (f / "consolidated.00.pth").unlink(),
+    "empty": lambda f: cut(f, 0), "cut at the start": lambda f: cut(f, 0.01), "cut short": lambda f: cut(f, 0.9),
+    "text": lambda f: (f / "consolidated.00.pth").write_text("<!DOCTYPE html>\nnot found\n"),
+    "other shape": lambda f: rewrite(f, lambda p: p | dict(ffn_dim=72)),
+    "other depth": lambda f: rewrite(f, lambda p: p | dict(n_layers=3)),
+    "missing tensor": lambda f: state_change(f, lambda s: {k: v for k, v in s.items() if "2.ffn_norm" not in k}),
+    "no embeddings": lambda f: state_change(f, lambda s: {k: v for k, v in s.items() if "embed" not in k}),
+    "extra tensor": lambda f: state_change(f, lambda s: s.update(lora_a=torch.ones(3))),
+    "a list": lambda f: state_change(f, lambda s: list(s.values())),
+    "one tensor": lambda f: state_change(f, lambda s: s["norm.weight"]),
+    "numbers": lambda f: state_change(f, lambda s: {k: 3 for k in s}),
+    "nested": lambda f: state_change(f, lambda s: {"model": s, "step": 3})}
+
+
+@pytest.mark.parametrize("mistake", PARAMS_MISTAKES)
+def test_mistakes_in_params(tmp_path, capsys, mistake):
+    """Catches a traceback where a user needs one line that names the file."""
+    saved(tmp_path / "llama")
+    PARAMS_MISTAKES[mistake](tmp_path / "llama")
+    with one_line_error(capsys, str(tmp_path / "llama")):
+        load_llama(tmp_path / "llama")
+
+
+@pytest.mark.parametrize("mistake", WEIGHTS_MISTAKES)
+def test_mistakes_in_weights(tmp_path, capsys, mistake):
+    """Catches a traceback, or random weights where a tensor is missing, for a damaged or foreign file."""
+    saved(tmp_path)
+    WEIGHTS_MISTAKES[mistake](tmp_path)
+    with one_line_error(capsys, "consolidated.00.pth"):
+        load_llama(tmp_path)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_file_that_runs_code_is_refused(tmp_path, capsys, monkeypatch, zipped):
+    """Catches a load that is not weights_only: a checkpoint from the web could run anything."""
+    saved(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for content in (Evil(), {"tok_embeddings.weight": Evil()}):
+        torch.save(content, tmp_path / "consolidated.00.pth", _use_new_zipfile_serialization=zipped)
+        with one_line_error(capsys, "consolidated.00.pth"):
+            load_llama(tmp_path)
+        assert not (tmp_path / MARKER).exists()
+    torch.load(tmp_path / "consolidated.00.pth", weights_only=False)
+    assert (tmp_path / MARKER).exists(), "the bait is not bait"
+
+
+# -----------------------------------------------------------------------------
+# never half a file
+
+
+def test_atomic_write_keeps_the_old_file(tmp_path):
+    """Catches a writer that opens the file itself: a crash in the middle would leave half of it."""
+    path = tmp_path / "new" / "file"
+    for content in (b"first", b"second"):
+        with atomic_write(path) as f:
+            f.write(content)
+    for error in (KeyError, KeyboardInterrupt):
+        with pytest.raises(error), atomic_write(path) as f:
+            f.write(b"third, and then")
+            f.flush()
+            assert path.read_bytes() == b"second"
+            raise error
+    assert files_of(tmp_path) == {os.path.join("new", "file"): b"second"}
+
+
+def test_new_folder_appears_whole_or_not_at_all(tmp_path):
+    """Catches a folder that is filled in place, old files that stay beside new ones, and temporary folders left
+    behind."""
+    out = tmp_path / "deep" / "out"
+
+    def write(*names, error=None):
+        with new_folder(out, {"a", "b"}) as temporary:
+            for name in names:
+                (temporary / name).write_text(" ".join(names))
+                assert not out.exists() or files_of(out) == {"a": b"a b", "b": b"a b"}, "seen half-way"
+            if error:
+                raise error
+
+    with pytest.raises(KeyError):
+        write("a", error=KeyError())
+    assert not out.exists()
+    write("a", "b")
+    with pytest.raises(KeyboardInterrupt):
+        write("a", error=KeyboardInterrupt())
+    assert files_of(out) == {"a": b"a b", "b": b"a b"}
+    write("b")
+    assert files_of(out) == {"b": b"b"}
+    assert os.listdir(tmp_path / "deep") == ["out"]
+
+
+def test_new_folder_survives_a_rename_that_fails(tmp_path, monkeypatch):
+    """Catches a failing last rename after which neither the old folder nor the new one is there."""
+    out, replace = tmp_path / "out", os.replace
+    with new_folder(out, {"a"}) as temporary:
+        (temporary / "a").write_text("old")
+
+    def no_second(source, target):
+        if str(target) == str(out) and ".new" in str(source):
+            raise OSError("disk on fire")
+        return replace(source, target)
+
+    monkeypatch.setattr(checkpoint.os, "replace", no_second)
+    with pytest.raises(OSError), new_folder(out, {"a"}) as temporary:
+        (temporary / "a").write_text("new")
+    assert files_of(tmp_path) == {os.path.join("out", "a"): b"old"}
+
+
+def test_new_folder_leaves_other_things_alone(tmp_path, capsys):
+    """Catches an export that deletes what a user kept in the folder, or replaces a file."""
+    for path in (tmp_path / "folder", tmp_path / "file"):
+        (tmp_path / "folder").mkdir(exist_ok=True)
+        (tmp_path / "folder" / "thesis.tex").write_text("work of years")
+        (tmp_path / "file").write_text("a file")
+        before = files_of(tmp_path)
+        with one_line_error(capsys, str(path)), new_folder(path, {"a"}):
+            raise AssertionError("the body must not run")
+        assert files_of(tmp_path) == before and set(os.listdir(tmp_path)) == {"folder", "file"}
+
+
+def test_writes_are_the_same_bytes(tmp_path):
+    """Catches names or times inside the file: the same model under two names must have one hash."""
+    for name in ("one", "two"):
+        saved(tmp_path / name)
+    assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
+    tensors = load_tensors(tmp_path / "one" / "consolidated.00.pth")
+    assert isinstance(tensors, dict) and all(torch.is_tensor(t) for t in tensors.values())
