@@ -1,0 +1,51 @@
+"""
+How good is the router's choice? With the weights frozen, every member of F(b) can be evaluated: the oracle.
+
+    python train.py --freeze-backbone --out out/frozen     trains the router alone, on the sorted base
+    python tests/oracle.py --model out/frozen              ranks its choice among all members of F(b), by held-out loss
+
+Prints for each trained budget the rank of route(b), the losses of the best member, of the choice, of a uniform shrink,
+and the mean and worst of F(b). Works on a trained supernet too (there the weights favour what was trained).
+"""
+import argparse
+import copy
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from checkpoint import load_llama, load_tensors  # noqa: E402
+from data.shards import Shards  # noqa: E402
+from router import FLEX, load_router  # noqa: E402
+from train import evaluate  # noqa: E402
+
+
+def oracle(folder, data, windows: int = 128) -> list[dict]:
+    """A row per trained budget under 1, with every member of F(b) evaluated without modulation."""
+    model = load_llama(folder)
+    router, flex = load_router(folder, model.config), load_tensors(Path(folder) / FLEX)
+    val = Shards(data, "val", flex["seq_len"], model.config.vocab_size).windows(windows)
+    uniform = copy.copy(router)
+    uniform.mode = "uniform"
+    rows = []
+    for budget in sorted(b for b in flex["budgets"] if b < 1):
+        members = [router.member(m) for m in router.feasible(budget)]
+        losses = {subnet: evaluate(model, val, subnet)[0] for subnet in members}
+        ranking = sorted(members, key=losses.get)
+        choice = router.route(budget)
+        rows.append(dict(budget=budget, members=len(members), rank=ranking.index(choice) + 1, choice=losses[choice],
+                         best=losses[ranking[0]], uniform=losses[uniform.route(budget)],
+                         mean=sum(losses.values()) / len(losses), worst=losses[ranking[-1]],
+                         sizes=router.sizes(choice), best_sizes=router.sizes(ranking[0])))
+    return rows
+
+
+if __name__ == "__main__":
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--model", default="out/frozen")
+    p.add_argument("--data", default="data/pystdlib")
+    p.add_argument("--windows", type=int, default=128)
+    args = p.parse_args()
+    for row in oracle(args.model, args.data, args.windows):
+        print(json.dumps(row))

@@ -1,0 +1,279 @@
+"""train.py: one process against two, a run against its continuation, every gradient against the obvious one."""
+import copy
+import json
+import shutil
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import train
+from checkpoint import load_llama, load_tensors
+from data.prepare import prepare
+from data.shards import Shards
+from model import Llama, LlamaConfig
+from router import Router, cost, choices_for, load_router
+from tests.helpers import ROOT, run
+
+# A demo in miniature: the project's own source as text, a few steps, sequences of 32 tokens.
+TINY = ["--base-steps", "8", "--steps", "6", "--seq-len", "32", "--batch-tokens", "256", "--eval-windows", "8",
+        "--calibration-windows", "8", "--eval-every", "3", "--save-every", "3", "--device", "cpu", "--log-every", "1"]
+RUN = ("consolidated.00.pth", "flex.pt", "params.json")
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory):
+    """A folder with data/ and the finished tiny run in out/flex, out/base; torchrun-free."""
+    root = tmp_path_factory.mktemp("demo")
+    text = root / "text"
+    text.mkdir()
+    for path in sorted(ROOT.glob("*.py")):
+        shutil.copy(path, text)
+    prepare([str(text)], str(root / "data"), vocab_size=600)
+    flags = ["--data", str(root / "data")] + TINY
+    train.main(flags + ["--out", str(root / "out/flex")])
+    return root, flags
+
+
+def bytes_of(folder):
+    return {name: (folder / name).read_bytes() for name in RUN}
+
+
+def parts(root, flags, budgets=(1.0, 0.5), **changes):
+    """(model, router with random last layers, shards, args) for one train_step."""
+    args = train.parse_args(flags + ["--llama", str(root / "out/base"), "--budgets", *map(str, budgets)])
+    vars(args).update(changes)
+    model = load_llama(root / "out/base")
+    router = Router(model.config, choices_for(model.config), list(range(model.config.n_layers)), args.router)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for p in router.parameters():
+            p.add_(torch.randn(p.shape, generator=generator) * 0.1)
+    return model, router, Shards(root / "data", "train", 32, model.config.vocab_size, 0), args
+
+
+def gradients(model, router):
+    return {n: p.grad.clone() for m in (model, router) for n, p in m.named_parameters() if p.grad is not None}
+
+
+def test_dense_step_is_the_plain_loop(demo):
+    """Catches a loss divided twice, targets off by one, or a router that interferes with a dense run."""
+    model, _, shards, args = parts(*demo, budgets=(1.0,))
+    train.train_step(model, model, None, shards, 3, 6, args, torch.device("cpu"))
+    got = {n: p.grad.clone() for n, p in model.named_parameters()}
+    model.zero_grad()
+    x, y = shards.batch(3, 8, 0, 8)
+    F.cross_entropy(model(x)[0].flatten(0, 1), y.flatten()).backward()
+    for n, p in model.named_parameters():
+        assert torch.allclose(got[n], p.grad, rtol=1e-4, atol=1e-7), n
+
+
+def test_elastic_step_is_the_sum_of_its_budgets(demo):
+    """Catches budgets that share tokens, lose their weight in the mean, or gates and modulation whose gradient does not
+    reach the router: the obvious graph, all in one, must give the same gradients."""
+    for soft_prob in (0.0, 1.0):
+        model, router, shards, args = parts(*demo, budgets=(0.5, 1.0, 0.8), soft_prob=soft_prob)
+        other_model, other_router = copy.deepcopy(model), copy.deepcopy(router)
+        train.train_step(model, model, router, shards, 2, 6, args, torch.device("cpu"))
+        tau, kappa = train.schedule(2, 6, args)
+        total = 0
+        for i, b in enumerate((0.5, 0.8, 1.0)):
+            x, y = shards.batch(2, 24, 8 * i, 8 * i + 8)
+            choice = other_router.sample(b, 2, tau, kappa)
+            kwargs = {}
+            if b < 1:
+                kwargs = dict(gates=other_router.gates(choice.marginals, hard=soft_prob == 0),
+                              factors=other_router.modulation(choice.subnet),
+                              subnet=None if soft_prob else choice.subnet)
+            total = total + other_model(x, y, **kwargs)[1] / 3
+        total.backward()
+        want = gradients(other_model, other_router)
+        got = gradients(model, router)
+        assert want.keys() == got.keys()
+        for n in want:
+            assert torch.allclose(got[n], want[n], rtol=2e-3, atol=1e-6), n
+
+
+def test_every_tensor_gets_a_gradient(demo):
+    """Invariant 6. Catches an axis whose gate is dropped, and a modulation branch that is never used."""
+    model, router, shards, args = parts(*demo, soft_prob=1.0)
+    train.train_step(model, model, router, shards, 0, 6, args, torch.device("cpu"))
+    for m in (model, router):
+        for n, p in m.named_parameters():
+            assert p.grad is not None and p.grad.abs().sum() > 0, n
+
+
+def test_accumulation_changes_nothing(demo):
+    """Catches micro-batches that are summed without their share, or a router graph walked once per micro-batch."""
+    grads = []
+    for micro in (-1, 3, 1):
+        model, router, shards, args = parts(*demo, micro_batch=micro)
+        train.train_step(model, model, router, shards, 1, 6, args, torch.device("cpu"))
+        grads.append(gradients(model, router))
+    for other in grads[1:]:
+        for n, g in grads[0].items():
+            assert torch.allclose(g, other[n], rtol=1e-3, atol=1e-6), n
+
+
+def test_distillation_is_its_formula(demo):
+    """Catches a reversed KL, a KL averaged over the vocabulary, distillation at b = 1."""
+    model, _, shards, _ = parts(*demo)
+    teacher = Llama(model.config).init_weights(3)
+    x, y = shards.batch(0, 2, 0, 2)
+    p, q = teacher(x)[0].softmax(-1), model(x)[0].softmax(-1)
+    kl = sum((p[b, t] * (p[b, t] / q[b, t]).log()).sum() for b in range(2) for t in range(32)) / 64
+    ce = -sum(q[b, t, y[b, t]].log() for b in range(2) for t in range(32)) / 64
+    got, logged = train.pass_loss(model, x, y, teacher, 0.3)
+    assert abs(got - (0.7 * ce + 0.3 * kl)) < 1e-4 and abs(logged - ce) < 1e-4
+
+
+def test_same_seed_same_run(demo, tmp_path):
+    """Invariant 5. Catches randomness from global state: a second run must give the same bytes, base included."""
+    root, flags = demo
+    torch.manual_seed(999)
+    torch.rand(17)
+    train.main(flags + ["--out", str(tmp_path / "out/flex")])
+    assert bytes_of(tmp_path / "out/flex") == bytes_of(root / "out/flex")
+
+
+def test_resume_is_the_run_that_never_stopped(demo, tmp_path, monkeypatch):
+    """Catches a resumed run that replays batches, forgets the optimizer, or starts the schedules again."""
+    root, flags = demo
+    shutil.copytree(root / "out/base", tmp_path / "out/base")
+    step = train.train_step
+
+    def dies(*args, **kwargs):
+        if args[4] == 4:
+            raise KeyboardInterrupt
+        return step(*args, **kwargs)
+
+    monkeypatch.setattr(train, "train_step", dies)
+    with pytest.raises(KeyboardInterrupt):
+        train.main(flags + ["--out", str(tmp_path / "out/flex")])
+    monkeypatch.setattr(train, "train_step", step)
+    assert load_tensors(tmp_path / "out/flex/resume.pt")["step"] == 3
+    train.main(flags + ["--out", str(tmp_path / "out/flex"), "--resume"])
+    assert bytes_of(tmp_path / "out/flex") == bytes_of(root / "out/flex")
+
+
+def test_second_run_keeps_the_base(demo, capsys):
+    """Catches a demo that trains its base again, or takes a base made with other settings for its own."""
+    root, flags = demo
+    before = (root / "out/base/consolidated.00.pth").stat().st_mtime_ns
+    train.main(flags + ["--out", str(root / "out/flex")])
+    assert (root / "out/base/consolidated.00.pth").stat().st_mtime_ns == before
+    assert "not trained again" in capsys.readouterr().err
+    for changed in (["--base-steps", "9"], ["--base-lr", "1e-4"]):
+        with pytest.raises(SystemExit) as stop:
+            train.main(flags + changed + ["--out", str(root / "out/flex")])
+        assert stop.value.code == 2 and "other settings" in capsys.readouterr().err
+
+
+def test_full_network_is_a_plain_llama(demo):
+    """Invariant 3: out/flex read as a plain Llama is the b = 1 model, and every export of it obeys its budget."""
+    root, _ = demo
+    model = load_llama(root / "out/flex")
+    router = load_router(root / "out/flex", model.config)
+    subnet, factors = router.deploy(1.0)
+    assert subnet == model.full and factors is None
+    for b in (0.2, 0.35, 0.4, 0.55, 0.8, 0.97):
+        assert b - 0.05 < cost(model.config, router.route(b)) <= b
+
+
+@pytest.mark.parametrize("extra", [["--router", "penalty"], ["--router", "uniform"], ["--router", "random"], ["--kd", "0.5"],
+                                   ["--freeze-backbone"], ["--extra-budgets", "1", "--soft-prob", "1"], ["--no-modulation"]])
+def test_every_mode_runs_to_its_table(demo, tmp_path, extra, capsys):
+    """Catches a mode that crashes at its first save or table; frozen weights that move."""
+    root, flags = demo
+    train.main(flags + ["--llama", str(root / "out/base"), "--out", str(tmp_path / "flex"), *extra])
+    err = capsys.readouterr().err
+    assert "after" in err and len([line for line in err.splitlines() if "*" in line and "." in line]) >= 4
+    records = [json.loads(line) for line in open(tmp_path / "flex/log.jsonl")]
+    assert [r["step"] for r in records if "loss" in r] == list(range(6)) and "argv" in records[0]
+    a, b = load_llama(root / "out/base"), load_llama(tmp_path / "flex")
+    x = torch.arange(32)[None]
+    assert torch.allclose(a(x)[0], b(x)[0], atol=1e-4) == (extra == ["--freeze-backbone"])
+
+
+@pytest.mark.parametrize("extra,words", [
+    (["--budgets", "1.0", "1.2"], "--budgets"), (["--budgets", "0.5"], "1.0"), (["--budgets", "1.0", "0.01"], "smallest"),
+    (["--batch-tokens", "250"], "--batch-tokens"), (["--data", "nowhere"], "nowhere"), (["--llama", "nowhere"], "nowhere"),
+    (["--dim-choices", "4096"], "4096"), (["--router", "magic"], "magic"), (["--seq-len", "10000000", "--batch-tokens",
+                                                                           "10000000"], "tokens")])
+def test_bad_input_is_one_line(demo, tmp_path, extra, words, capsys):
+    """Catches tracebacks, second lines, and folders left behind by a run that could not start."""
+    root, flags = demo
+    with pytest.raises(SystemExit) as stop:
+        train.main(flags + ["--llama", str(root / "out/base"), "--out", str(tmp_path / "flex")] + extra)
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    assert stop.value.code == 2 and len(errors) == 1 and words in errors[0]
+    assert not (tmp_path / "flex").exists()
+
+
+def test_other_settings_are_refused(demo, capsys):
+    """Catches a run that writes over another one's checkpoint, or resumes it with other settings."""
+    root, flags = demo
+    before = bytes_of(root / "out/flex")
+    for extra in (["--steps", "7"], ["--lr", "1e-5", "--resume"]):
+        with pytest.raises(SystemExit) as stop:
+            train.main(flags + ["--out", str(root / "out/flex")] + extra)
+        assert stop.value.code == 2 and "other settings" in capsys.readouterr().err
+    assert bytes_of(root / "out/flex") == before
+
+
+GRADIENTS = """
+import sys, torch, train
+from pathlib import Path
+from tests.test_train import parts, gradients
+root, out, flags = Path(sys.argv[1]), sys.argv[2], sys.argv[3:]
+args = train.parse_args(flags)
+device = train.setup(args)
+model, router, shards, args = parts(root, flags, budgets=(1.0, 0.8, 0.5))
+wrapped = torch.nn.parallel.DistributedDataParallel(model) if train.WORLD > 1 else model
+for step in range(2):  # twice: a reducer that was left unfinished complains at the second step
+    model.zero_grad(), router.zero_grad()
+    result = train.train_step(wrapped, model, router, shards, step, 6, args, device)
+if train.RANK == 0:
+    torch.save(gradients(model, router), out)
+"""
+
+
+@pytest.mark.parametrize("ranks", [2])
+def test_ranks_agree(demo, tmp_path, ranks):
+    """Invariant 5. Catches gradients summed instead of averaged, budgets that a skipped layer keeps from synchronising,
+    router gradients that stay on their rank, ranks that draw different slices."""
+    root, flags = demo
+    script = tmp_path / "gradients.py"
+    script.write_text(GRADIENTS)
+    grads = []
+    for n in (0, ranks):
+        done = run(script, root, tmp_path / f"{n}.pt", *flags, ranks=n)
+        assert done.returncode == 0, done.stderr[-2000:]
+        grads.append(torch.load(tmp_path / f"{n}.pt", weights_only=True))
+    assert grads[0].keys() == grads[1].keys()
+    llama = [n for n in grads[0] if n.startswith(("layers", "tok", "norm", "output"))]
+    # The router as one vector, and less exactly: its softmax subtracts what the gates' gradients have in common.
+    for names, tolerance in [([n], 1e-5) for n in llama] + [(sorted(grads[0].keys() - set(llama)), 1e-4)]:
+        one, two = (torch.cat([g[n].flatten() for n in names]) for g in grads)
+        assert (one - two).norm() <= tolerance * one.norm(), names
+
+
+def test_torchrun_agrees_with_one_process(demo, tmp_path):
+    """Invariant 5, the whole run: base, ranking, router and all, on two processes."""
+    root, flags = demo
+    done = run(ROOT / "train.py", *flags, "--out", tmp_path / "out/flex", ranks=2)
+    assert done.returncode == 0, done.stderr[-2000:]
+    read = lambda folder: [json.loads(line) for line in open(folder / "log.jsonl")]
+    for stage in ("base", "flex"):
+        ours, theirs = [[r["loss"] for r in read(root / "out" / stage) if "loss" in r][:6],
+                        [r["loss"] for r in read(tmp_path / "out" / stage) if "loss" in r][:6]]
+        for a, b in zip(ours[:5], theirs[:5]):
+            assert all(abs(x - y) < 1e-4 for x, y in zip(a, b)), (stage, a, b)
+    last = [[r["val"] for r in read(folder / "out/flex") if "val" in r][-1] for folder in (root, tmp_path)]
+    assert all(abs(last[0][b] - last[1][b]) < 0.05 for b in last[0])
+
+
+def test_demo_shape_is_what_the_readme_says():
+    """Catches a demo that grows past two cores: 1.6M non-embedding parameters in 8 layers."""
+    c = LlamaConfig()
+    assert (c.dim, c.n_layers, c.n_heads, c.n_kv_heads, c.ffn_dim) == (128, 8, 8, 4, 384)

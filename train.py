@@ -1,0 +1,492 @@
+"""
+Trains one Llama so that every prefix of it is a good Llama, and a router that picks the prefix for a budget.
+
+LLaMaFlex (ICLR 2025) Sec. 3: every step runs every budget, each on its own tokens, and sums the losses (Eq. 8).
+
+    python train.py                                     the demo: text of this machine, two CPU cores, minutes
+    torchrun --nproc_per_node=2 train.py                the same on two processes
+    torchrun --nproc_per_node=8 train.py --llama Llama-3.1-8B --data data/mytext --out out/flex-8b
+
+The demo first trains a small dense Llama into out/base with this same loop (a dense run is an elastic run whose only
+budget is 1.0). Then: rank and sort its units (importance.py), train elastically, print a table of budgets.
+"""
+import argparse
+import contextlib
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from checkpoint import RESUME, TOKENIZER, load_llama, load_tensors, read_config, save_llama, save_tensors
+from data.prepare import prepare
+from data.shards import Shards
+from importance import rank, sort_
+from model import Llama, LlamaConfig, SubNet
+from router import AXES, FLEX, Choice, Router, choices_for, cost, n_params, random_generator, \
+    restore_router, router_state
+from tokenizer import fail, load_tokenizer
+
+TABLE_BUDGETS = [1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4]
+
+# -----------------------------------------------------------------------------
+# settings: the demo's for small Llamas, the paper's for real ones
+
+SMALL = 100e6  # non-embedding parameters
+NOT_SETTINGS = {"resume", "out", "eval_every", "save_every", "log_every", "device", "micro_batch"}  # may differ at resume
+DEMO = dict(steps=300, batch_tokens=1024, seq_len=128, lr=1e-3, eval_windows=128, calibration_windows=64)
+PAPER = dict(steps=28800, batch_tokens=128 * 4096, seq_len=4096, lr=4e-5, eval_windows=64, calibration_windows=128)
+
+
+def parse_args(argv=None) -> argparse.Namespace:
+    """The command line. A default of -1 means: derived, and printed at the start."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.error = lambda message: fail(f"{message}; python train.py --help lists the flags")
+    p.add_argument("--llama", help="raw Llama folder to start from (default: train the demo's base)")
+    p.add_argument("--data", help="folder of shards from data/prepare.py (default: the Python standard library)")
+    p.add_argument("--out", default="out/flex", help="folder of the supernet; the demo's base goes beside it, in base/")
+    p.add_argument("--budgets", type=float, nargs="+", default=[1.0, 0.8, 0.6, 0.4], help="trained in every step")
+    p.add_argument("--extra-budgets", type=int, default=0, help="more budgets per step, drawn between the smallest and 1")
+    p.add_argument("--router", choices=["constrained", "penalty", "uniform", "random"], default="constrained",
+                   help="how a budget becomes a slice; uniform and random are baselines without a router")
+    p.add_argument("--penalty", type=float, default=1.0, help="lambda of --router penalty")
+    for axis in AXES:
+        p.add_argument(f"--{axis.replace('_', '-')}-choices", type=int, nargs="+", help=f"sizes of {axis} to choose from")
+    p.add_argument("--depth-by", choices=["logits", "influence"], default="logits", help="how layers are ranked")
+    p.add_argument("--steps", type=int, default=-1, help="elastic steps (demo 300, paper 28800)")
+    p.add_argument("--base-steps", type=int, default=1000, help="steps of the demo's dense stage")
+    p.add_argument("--batch-tokens", type=int, default=-1, help="global batch in tokens, per budget and step")
+    p.add_argument("--micro-batch", type=int, default=-1, help="sequences per forward and rank (default: all of them)")
+    p.add_argument("--seq-len", type=int, default=-1, help="tokens per sequence (demo 128, paper 4096)")
+    p.add_argument("--lr", type=float, default=-1, help="Llama's learning rate (demo 1e-3, paper 4e-5)")
+    p.add_argument("--base-lr", type=float, default=3e-3, help="learning rate of the demo's dense stage")
+    p.add_argument("--router-lr", type=float, default=-1, help="default: the paper's 4e-2 at its 28800 steps, "
+                   "4e-2 * (steps / 28800)^0.8 in shorter runs, 1e-3 in the demo")
+    p.add_argument("--modulation-lr", type=float, default=-1, help="default: the router's")
+    p.add_argument("--warmup", type=float, default=0.1, help="share of the steps")
+    p.add_argument("--weight-decay", type=float, default=0.1, help="on the Llama's matrices")
+    p.add_argument("--clip", type=float, default=1.0, help="gradient norm, for Llama, router and modulation apart")
+    p.add_argument("--soft-prob", type=float, default=0.25, help="share of passes with soft gates at full width")
+    p.add_argument("--tau-end", type=float, default=0.0561, help="temperature at the last step (starts at 1)")
+    p.add_argument("--kappa-end", type=float, default=10.0, help="logit scale at the last step (starts at 1)")
+    p.add_argument("--kd", type=float, default=0.0, help="weight of the KL to the frozen base at budgets under 1")
+    p.add_argument("--no-modulation", action="store_true", help="train without policy-aware modulation")
+    p.add_argument("--freeze-backbone", action="store_true", help="train router and modulation only")
+    p.add_argument("--calibration-windows", type=int, default=-1, help="training windows that rank the units")
+    p.add_argument("--eval-windows", type=int, default=-1, help="validation windows")
+    p.add_argument("--eval-every", type=int, default=100, help="steps between evaluations of the trained budgets")
+    p.add_argument("--save-every", type=int, default=100, help="steps between checkpoints")
+    p.add_argument("--log-every", type=int, default=10, help="steps between printed lines")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--resume", action="store_true", help="go on from --out's resume.pt")
+    args = p.parse_args(argv)
+    args.demo = args.llama is None
+    config = LlamaConfig() if args.demo else read_config(args.llama)
+    for name, value in (DEMO if n_params(config, SubNet.full(config)) < SMALL else PAPER).items():
+        if getattr(args, name) == -1:
+            setattr(args, name, value)
+    if args.router_lr == -1:
+        args.router_lr = 4e-2 * min(1.0, args.steps / 28800) ** 0.8
+    if args.modulation_lr == -1:
+        args.modulation_lr = args.router_lr
+    if any(not 0 < b <= 1 for b in args.budgets) or 1.0 not in args.budgets:
+        fail(f"--budgets {' '.join(map(str, args.budgets))} found; expected fractions in (0, 1] and 1.0, the full "
+             "model, among them; try --budgets 1.0 0.8 0.6 0.4")
+    if args.batch_tokens % args.seq_len or args.steps < 1 or args.base_steps < 1:
+        fail(f"--batch-tokens {args.batch_tokens}, --seq-len {args.seq_len}, --steps {args.steps}: expected whole "
+             "sequences and at least one step; try --batch-tokens 1024 --seq-len 128")
+    return args
+
+
+# -----------------------------------------------------------------------------
+# processes: one, or as many as torchrun started
+
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def setup(args) -> torch.device:
+    """Joins the process group if torchrun started us, and returns this rank's device."""
+    if args.device == "cuda" and not torch.cuda.is_available():
+        fail("--device cuda asked, but this torch sees no CUDA device; use --device cpu")
+    device = torch.device(args.device, int(os.environ.get("LOCAL_RANK", 0)) if args.device == "cuda" else None)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+    if "RANK" in os.environ and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=1))
+    return device
+
+
+def autocast(device: torch.device):
+    """bf16 on CUDA; fp32, bit for bit repeatable, on the CPU."""
+    return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def mean_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
+    """In place, the mean over ranks."""
+    if WORLD > 1:
+        dist.all_reduce(tensor)
+        tensor /= WORLD
+    return tensor
+
+
+def rank0_first(work):
+    """Runs work() on rank 0 while the others wait, and gives its (plain) result to all."""
+    result = [work() if RANK == 0 else None]
+    if WORLD > 1:
+        dist.broadcast_object_list(result)
+    return result[0]
+
+
+def say(*parts) -> None:
+    """One line of progress on stderr, from rank 0, that a progress bar survives."""
+    if RANK == 0:
+        tqdm.write(" ".join(map(str, parts)), file=sys.stderr)
+
+
+# -----------------------------------------------------------------------------
+# evaluation
+
+
+@torch.no_grad()
+def evaluate(model: Llama, windows, subnet: SubNet | None = None, factors=None, batch: int = 16) -> tuple[float, float]:
+    """Mean cross-entropy in nats over windows (x, y), each (n, T), and forward tokens/s; shared among the ranks."""
+    x, y = (w[RANK::WORLD] for w in windows)
+    device = model.tok_embeddings.weight.device
+    factors = None if factors is None else factors.to(device)
+    total, start = torch.zeros(1, dtype=torch.float64, device=device), time.perf_counter()
+    for tokens, targets in zip(x.split(batch), y.split(batch)):
+        with autocast(device):
+            loss = model(tokens.to(device), targets.to(device), subnet=subnet, factors=factors)[1]
+        total += loss.double() * targets.numel()
+    if WORLD > 1:
+        dist.all_reduce(total)
+    loss, seconds = total.item() / windows[1].numel(), time.perf_counter() - start
+    return loss, windows[1].numel() / seconds
+
+
+# -----------------------------------------------------------------------------
+# the loop
+
+
+def lr_factor(step: int, steps: int, warmup: float) -> float:
+    """Linear warm-up, then a cosine to a tenth."""
+    up = max(1, round(warmup * steps))
+    if step < up:
+        return (step + 1) / up
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - up) / max(1, steps - up)))
+
+
+def schedule(step: int, steps: int, args) -> tuple[float, float]:
+    """(tau, kappa): tau falls geometrically 1 -> tau_end, kappa rises linearly 1 -> kappa_end."""
+    t = step / max(1, steps - 1)
+    return args.tau_end ** t, 1 + (args.kappa_end - 1) * t
+
+
+def make_optimizer(model: Llama, router: Router | None, lr: float, args) -> torch.optim.AdamW:
+    """AdamW with a group each for matrices (decayed), norms, router and modulation. `peak` is a group's own rate."""
+    matrices = [p for p in model.parameters() if p.dim() == 2 and p.requires_grad]
+    norms = [p for p in model.parameters() if p.dim() == 1 and p.requires_grad]
+    groups = [dict(params=matrices, peak=lr, weight_decay=args.weight_decay), dict(params=norms, peak=lr)]
+    if router is not None:
+        modulation = list(router.modulation.parameters())
+        ids = {id(p) for p in modulation}
+        groups.append(dict(params=[p for p in router.parameters() if id(p) not in ids], peak=args.router_lr))
+        groups.append(dict(params=modulation, peak=args.modulation_lr))
+    groups = [g for g in groups if g["params"]]
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+
+
+def pass_loss(wrapped, tokens, targets, teacher, kd, **slice_kwargs):
+    """(loss, cross-entropy) of one micro-batch; with a teacher the loss is (1 - kd) CE + kd KL(teacher || slice)."""
+    with autocast(tokens.device):
+        logits, ce = wrapped(tokens, targets, **slice_kwargs)
+        if teacher is None:
+            return ce, ce
+        with torch.no_grad():
+            reference = teacher(tokens)[0].log_softmax(-1).flatten(0, 1)
+    kl = F.kl_div(logits.log_softmax(-1).flatten(0, 1), reference, log_target=True, reduction="batchmean")
+    return (1 - kd) * ce + kd * kl, ce
+
+
+def train_step(wrapped, model, router, shards, step, steps, args, device, teacher=None) -> dict:
+    """Forward and backward of all budgets of a step; gradients are left in .grad, averaged over ranks.
+
+    The router is not inside DDP. What it gives to the model, marginals and modulation factors, are leaves of the
+    model's graph; when all budgets are done their gradients (a few hundred numbers) are averaged over the ranks and
+    sent back through the router, once. The model's gradients accumulate over the budgets and are averaged once too,
+    during the last pass: b = 1, because it reaches every weight.
+    """
+    draw = lambda *what: torch.rand((), generator=random_generator(args.seed, step, *what)).item()
+    (tau, kappa), smallest = schedule(step, steps, args), min(args.budgets)
+    budgets = [smallest + (1 - smallest) * draw("extra", k) for k in range(args.extra_budgets)] + sorted(args.budgets)
+    rows = args.batch_tokens // args.seq_len  # sequences per budget, of which this rank takes `local`
+    local = rows // WORLD
+    micro = local if args.micro_batch == -1 else args.micro_batch
+    passes, penalties, signals, leaves = [], [], [], []
+
+    def leaf(signal):
+        signals.append(signal)
+        leaves.append(signal.detach().to(device).requires_grad_())
+        return leaves[-1]
+
+    for i, budget in enumerate(budgets):
+        choice = router.sample(budget, step, tau, kappa, args.penalty) if router else Choice(model.full)
+        routed, modulated = choice.marginals is not None, choice.subnet != model.full and not args.no_modulation
+        soft = routed and draw("soft", budget) < args.soft_prob
+        marginals = leaf(choice.marginals) if routed else None
+        factors = leaf(router.modulation(choice.subnet)) if modulated else None
+        penalties += [choice.penalty / len(budgets)] if torch.is_tensor(choice.penalty) else []
+        first = i * rows + RANK * local
+        x, y = shards.batch(step, len(budgets) * rows, first, first + local)
+        mean = torch.zeros((), device=device)
+        for m in range(0, local, micro):
+            tokens, targets = x[m:m + micro].to(device), y[m:m + micro].to(device)
+            last = i == len(budgets) - 1 and m + micro >= local
+            with contextlib.nullcontext() if last or wrapped is model else wrapped.no_sync():
+                loss, ce = pass_loss(wrapped, tokens, targets, teacher if budget < 1 else None, args.kd,
+                                     subnet=model.full if soft else choice.subnet, factors=factors,
+                                     gates=router.gates(marginals, hard=not soft) if routed else None)
+                if loss.requires_grad:  # with frozen weights the full network has nothing to learn
+                    (loss * len(tokens) / local / len(budgets)).backward()
+            mean += ce.detach() * len(tokens) / local
+        passes.append(dict(budget=budget, subnet=choice.subnet, soft=soft, max_p=choice.max_p, loss=mean))
+    if signals:
+        flat = mean_over_ranks(torch.cat([t.grad.flatten() for t in leaves])).cpu().split([s.numel() for s in signals])
+        torch.autograd.backward(signals + penalties, [g.view_as(s) for g, s in zip(flat, signals)] + [None] * len(penalties))
+    losses = mean_over_ranks(torch.stack([p["loss"] for p in passes])).tolist()
+    return dict(passes=[p | dict(loss=loss) for p, loss in zip(passes, losses)], tau=tau, kappa=kappa)
+
+
+def clip_gradients(model, router, clip: float) -> dict[str, float]:
+    """Clips Llama, router and modulation apart; returns their norms before."""
+    parts = {"llama": [p for p in model.parameters() if p.grad is not None]}
+    if router is not None:
+        parts["router"] = [p for n, p in router.named_parameters() if p.grad is not None and "modulation" not in n]
+        parts["modulation"] = [p for p in router.modulation.parameters() if p.grad is not None]
+    return {name: torch.nn.utils.clip_grad_norm_(ps, clip).item() for name, ps in parts.items() if ps}
+
+
+def save(out: Path, model, router, optimizer, step: int, steps: int, settings: dict, args) -> None:
+    """resume.pt first: it suffices alone. The raw folder and flex.pt follow from it."""
+    if RANK == 0:
+        state = {name: t.detach().cpu() for name, t in model.state_dict().items()}
+        flex = None if router is None else router_state(router, budgets=args.budgets, seq_len=args.seq_len)
+        save_tensors(out / RESUME, dict(model=state, flex=flex, optimizer=optimizer.state_dict(), step=step,
+                                        steps=steps, settings=settings))
+        save_llama(out, model.config, state, tokenizer=Path(settings["data"]) / TOKENIZER)
+        if flex:
+            save_tensors(out / FLEX, flex)
+    if WORLD > 1:
+        dist.barrier()
+
+
+def train(model, router, shards, val, out: Path, steps: int, lr: float, settings: dict, args, device, state=None,
+          teacher=None) -> None:
+    """Trains model (and router) for `steps` steps and leaves the result in `out`. state: what resume.pt held."""
+    optimizer, start = make_optimizer(model, router, lr, args), 0
+    if state is not None:
+        optimizer.load_state_dict(state["optimizer"])
+        start = state["step"]
+    wrapped = model
+    if WORLD > 1 and any(p.requires_grad for p in model.parameters()):
+        wrapped = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+    log = open(out / "log.jsonl" if RANK == 0 else os.devnull, "a", encoding="utf-8", buffering=1)
+    write = lambda **record: log.write(json.dumps(record) + "\n")
+    write(argv=sys.argv, settings=settings, start=start, commit=git_commit(), torch=torch.__version__, ranks=WORLD,
+          device=torch.cuda.get_device_name() if device.type == "cuda" else "cpu")
+    bar = tqdm(total=steps, initial=start, desc=out.name, unit="step", disable=RANK > 0 or not sys.stderr.isatty())
+    seconds, timed = 0.0, 0
+    for step in range(start, steps + 1):
+        last = step == steps
+        if last or (step > start and step % args.save_every == 0):
+            save(out, model, router, optimizer, step, steps, settings, args)
+        if router and step > start and (last or step % args.eval_every == 0):
+            deployed = {b: router.deploy(b) for b in sorted(args.budgets, reverse=True)}
+            losses = {b: evaluate(model, val, *d)[0] for b, d in deployed.items()}
+            write(step=step, val=losses, got={b: cost(model.config, d[0]) for b, d in deployed.items()})
+            say(f"step {step:5d}/{steps} | val  |",
+                "  ".join(f"{b:.2f}->{cost(model.config, deployed[b][0]):.3f} {v:.3f}" for b, v in losses.items()))
+        if last:
+            break
+        # one training step
+        clock = time.perf_counter()
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * lr_factor(step, steps, args.warmup)
+        optimizer.zero_grad(set_to_none=True)
+        result = train_step(wrapped, model, router, shards, step, steps, args, device, teacher)
+        norms = clip_gradients(model, router, args.clip)
+        optimizer.step()
+        if step - start >= 3:  # the first steps warm caches up
+            seconds, timed = seconds + time.perf_counter() - clock, timed + 1
+        # one line
+        passes = result["passes"]
+        for p in passes:
+            p["got"] = round(cost(model.config, p.pop("subnet")), 4)
+        bar.update()
+        bar.set_postfix(loss=f"{sum(p['loss'] for p in passes) / len(passes):.3f}")
+        write(step=step, lr=optimizer.param_groups[0]["lr"], norms=norms, tau=result["tau"], kappa=result["kappa"],
+              **{key: [p[key] for p in passes] for key in passes[0]})
+        if step % args.log_every == 0 or step == steps - 1:
+            say(line(step, steps, result, norms, optimizer.param_groups[0]["lr"], seconds / max(1, timed), args))
+    bar.close()
+    log.close()
+
+
+def line(step: int, steps: int, result: dict, norms: dict, lr: float, seconds: float, args) -> str:
+    """The printed line of a step: budget asked -> got and loss of every pass (~: a soft one), noise, speed, time left."""
+    passes = result["passes"]
+    parts = ["  ".join(f"{p['budget']:.2f}->{p['got']:.3f}{'~' if p['soft'] else ' '}{p['loss']:.3f}" for p in passes[::-1])]
+    if len(passes) > 1:
+        parts.append(f"tau {result['tau']:.2f} kappa {result['kappa']:4.1f} max p "
+                     f"{max(p['max_p'] for p in passes if p['budget'] < 1):.2f}")
+    parts.append(f"lr {lr:.1e} | norm {norms.get('llama', 0):.2f}")
+    if seconds:
+        left = timedelta(seconds=round((steps - step - 1) * seconds))
+        parts.append(f"{1000 * seconds:.0f} ms | {len(passes) * args.batch_tokens / seconds:,.0f} tok/s | eta {left}")
+    return f"step {step:5d}/{steps} | loss | " + " | ".join(parts)
+
+
+def git_commit() -> str:
+    """The commit this code is at, for the log; "unknown" outside a git checkout."""
+    here = Path(__file__).resolve().parent
+    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True)
+    return found.stdout.strip() or "unknown"
+
+
+# -----------------------------------------------------------------------------
+# the stages: data, base, elastic, table
+
+
+def open_data(args, llama: str | None) -> tuple[str, Shards, Shards]:
+    """(folder, train, val). Without --data: the Python standard library, tokenised with the Llama's own tokenizer, or
+    without a Llama with one trained on it."""
+    own = Path(llama) / TOKENIZER if llama and (Path(llama) / TOKENIZER).is_file() else None
+    fits = lambda folder: not own or not (Path(folder) / TOKENIZER).is_file() or \
+        (Path(folder) / TOKENIZER).read_bytes() == own.read_bytes()
+    folder = args.data or ("data/pystdlib" if fits("data/pystdlib") else f"data/pystdlib-{Path(llama).resolve().name}")
+    if args.data is None and not Path(folder).exists():
+        rank0_first(lambda: prepare((), folder, tokenizer=own) and None)
+    if not fits(folder):
+        fail(f"{folder} was made with another tokenizer than {own}; make it again: python data/prepare.py "
+             f"--tokenizer {own} --out {folder}")
+    vocab_size = read_config(llama).vocab_size if llama else load_tokenizer(Path(folder) / TOKENIZER).n_vocab
+    return (folder, Shards(folder, "train", args.seq_len, vocab_size, args.seed),
+            Shards(folder, "val", args.seq_len, vocab_size, args.seed))
+
+
+def earlier_run(out: Path, settings: dict, mend: str) -> dict | None:
+    """What resume.pt in `out` holds, if a run with the same settings left one; an error if other settings did."""
+    if not (out / RESUME).exists():
+        return None
+    state = load_tensors(out / RESUME)
+    then, now = state["settings"], json.loads(json.dumps(settings))
+    differ = [f"{k} {then.get(k)} -> {now.get(k)}" for k in sorted(then.keys() | now.keys()) if then.get(k) != now.get(k)]
+    if differ:
+        fail(f"{out} holds a run with other settings: {', '.join(differ)}; {mend}")
+    return state
+
+
+def dense_base(args, config: LlamaConfig, data, settings: dict, state: dict | None, device) -> None:
+    """The demo's starting point: a small dense Llama, trained once into the folder args.llama."""
+    out = Path(args.llama)
+    if state is not None and state["step"] == args.base_steps:
+        return say(f"base: {out} is there, {args.base_steps} steps; not trained again")
+    state = state if args.resume else None
+    model = Llama(config).init_weights(args.seed)
+    if state is not None:
+        model.load_state_dict(state["model"])
+    model.to(device)
+    out.mkdir(parents=True, exist_ok=True)
+    say(f"base: a dense Llama of {n_params(config, model.full):,} non-embedding parameters into {out}")
+    dense = argparse.Namespace(**(vars(args) | dict(budgets=[1.0], extra_budgets=0)))
+    train(model, None, *data, out, args.base_steps, args.base_lr, settings, dense, device, state)
+
+
+def elastic(args, router: Router, data, settings: dict, state: dict | None, device) -> None:
+    """Ranks, sorts and trains the Llama in args.llama into args.out, then prints the table of budgets."""
+    out, model, state = Path(args.out), load_llama(args.llama, device), state if args.resume else None
+    windows = data[0].windows(args.calibration_windows)[0].to(device)
+    say(f"ranking {model.config.dim} channels, heads, neurons and layers on {len(windows)} windows of {args.seq_len}")
+    orders = rank0_first(lambda: rank(model, windows, args.depth_by))
+    sort_(model, orders)
+    router.order_layers(orders["layers"])
+    base = {name: t.detach().cpu().clone() for name, t in model.state_dict().items()}
+    if state is not None:
+        model.load_state_dict(state["model"])
+        router = restore_router(model.config, state["flex"])
+        say(f"resuming {out} at step {state['step']}")
+    elif args.resume:
+        say(f"{out / RESUME} does not exist: starting at step 0")
+    model.requires_grad_(not args.freeze_backbone)
+    teacher = load_llama(args.llama, device).requires_grad_(False) if args.kd > 0 else None  # the frozen base
+    out.mkdir(parents=True, exist_ok=True)
+    say(f"elastic: budgets {' '.join(f'{b:g}' for b in args.budgets)}, {len(router.members)} sub-networks of cost "
+        f"{router.costs.min():.3f} to 1, router lr {args.router_lr:.1e}")
+    train(model, router, *data, out, args.steps, args.lr, settings, args, device, state, teacher)
+    table(model, router, base, data[1], args)
+    say(f"\nNext:  python export.py --model {out} --budget 0.5\n       python eval.py --model {out}\n"
+        f"       python sample.py --model {out} --budget 0.5")
+
+
+def table(model, router, base: dict, val, args) -> None:
+    """The family: what each budget got, and its loss before (the same slice of the sorted base) and after training."""
+    config, rows = model.config, []
+    smallest = router.costs.min().item()
+    budgets = sorted({b for b in TABLE_BUDGETS if b >= smallest} | set(args.budgets), reverse=True)
+    for b in budgets:
+        subnet, factors = router.deploy(b)
+        rows.append([b, subnet, *evaluate(model, val, subnet, factors)])
+    model.load_state_dict(base)
+    say(f"\n{'budget':>7} {'got':>6} {'dim':>5} {'heads':>5} {'ffn':>6} {'layers':>6} {'parameters':>14} {'before':>7} "
+        f"{'after':>7} {'tok/s':>9}   (* trained; loss in nats on {val[1].numel():,} held-out tokens)")
+    for b, subnet, loss, speed in rows:
+        before = evaluate(model, val, subnet)[0]
+        say(f"{b:6.2f}{'*' if b in args.budgets else ' '} {cost(config, subnet):6.3f} {subnet.dim:5d} {subnet.n_heads[0]:5d} "
+            f"{subnet.ffn_dim[0]:6d} {len(subnet.layers):6d} {n_params(config, subnet):14,} {before:7.3f} {loss:7.3f} "
+            f"{speed:9,.0f}")
+
+
+def main(argv=None) -> None:
+    """data -> base -> rank, sort -> train -> table. What can be refused is refused before anything is trained."""
+    args = parse_args(argv)
+    device = setup(args)
+    if args.batch_tokens // args.seq_len % WORLD:
+        fail(f"a batch of {args.batch_tokens // args.seq_len} sequences does not divide among {WORLD} processes; change "
+             "--batch-tokens")
+    say("settings: " + " ".join(f"{k}={v}" for k, v in vars(args).items() if v is not None))
+    folder, shards, val = open_data(args, args.llama)
+    data = shards, val.windows(args.eval_windows)
+    here = dict(data=folder, fingerprint=shards.fingerprint())
+    settings = {k: v for k, v in vars(args).items() if k not in NOT_SETTINGS} | here
+    state = earlier_run(Path(args.out), settings, "choose another --out, or delete it")
+    config = LlamaConfig(vocab_size=shards.vocab_size, context=args.seq_len) if args.demo else read_config(args.llama)
+    asked = {axis: getattr(args, f"{axis}_choices") for axis in AXES}
+    choices = choices_for(config, {axis: sizes for axis, sizes in asked.items() if sizes})
+    router = Router(config, choices, list(range(config.n_layers)), args.router, seed=args.seed)
+    for budget in args.budgets:
+        router.feasible(budget)
+    if args.demo:
+        args.llama = str(Path(args.out).parent / "base")
+        of_base = {k: getattr(args, k) for k in ("base_steps", "base_lr", "seed", "batch_tokens", "seq_len", "clip",
+                                                 "weight_decay", "warmup")} | here
+        mend = f"delete {args.llama}, choose another --out, or start from it as it is: --llama {args.llama}"
+        dense_base(args, config, data, of_base, earlier_run(Path(args.llama), of_base, mend), device)
+    elastic(args, router, data, settings, state, device)
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
