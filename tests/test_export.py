@@ -1,0 +1,157 @@
+"""export.py: an export computes what the supernet computes at that budget, and holds nothing else."""
+import dataclasses
+import re
+
+import pytest
+import torch
+
+import export as exporting
+from checkpoint import load_llama, load_tensors, save_llama
+from export import export, fold
+from model import SubNet
+from router import cost
+from tests.helpers import GQA, MHA, SHAPES, close, files_of, make_supernet, one_line_error, random_llama, subnets, \
+    tokens_for
+from tests.test_model import reference_logits
+
+EXPORTED = {"gqa": GQA, "mha": MHA, "tied": SHAPES["tied"], "tied mha": dataclasses.replace(MHA, tied=True),
+            "scaled rope": dataclasses.replace(GQA, rope_factor=32.0)}
+
+
+@pytest.mark.parametrize("shape", EXPORTED)
+@pytest.mark.parametrize("budget", [1.0, 0.77, 0.5])
+def test_export_computes_what_the_supernet_does(tmp_path, shape, budget):
+    """Invariant 2. Catches modulation that is not folded, folded twice or into the wrong layer, heads cut
+    across groups, and traces of the supernet: the export is read by a Llama that knows nothing of slices."""
+    model, router = make_supernet(tmp_path / "flex", EXPORTED[shape])
+    before = files_of(tmp_path / "flex")
+    out, subnet = export(tmp_path / "flex", budget)
+    assert out == tmp_path / f"flex-{budget:.2f}"
+    assert subnet == router.route(budget) and cost(model.config, subnet) <= budget
+    slim, tokens = load_llama(out), tokens_for(model.config)
+    deployed, factors = router.deploy(budget)
+    assert (factors is None) == (budget == 1)
+    want = model(tokens, subnet=deployed, factors=factors)[0]
+    assert close(slim(tokens)[0], want)
+    assert slim.config == deployed.config(model.config) and slim.config.tied == model.config.tied
+    raw = load_tensors(out / "consolidated.00.pth")
+    assert close(reference_logits(raw, slim.config, tokens), want.double())
+    if budget < 1:
+        assert not close(model(tokens, subnet=deployed)[0], want, 1e-2), "this modulation does nothing"
+    assert files_of(tmp_path / "flex") == before
+
+
+def test_no_trace_of_router_or_modulation(tmp_path):
+    """Catches flex.pt copied along, or tensors that only the supernet has: other readers would refuse the export."""
+    make_supernet(tmp_path / "flex", GQA)
+    out, _ = export(tmp_path / "flex", 0.6)
+    files = files_of(out)
+    assert set(files) == {"params.json", "consolidated.00.pth", "tokenizer.model"}
+    assert set(load_tensors(out / "consolidated.00.pth")) == set(load_llama(out).state_dict())
+    for word in (b"router", b"modulation", b"gate", b"flex", b"seen", b"choices"):
+        assert not any(word in content for content in files.values()), word
+    assert files["tokenizer.model"] == files_of(tmp_path / "flex")["tokenizer.model"]
+
+
+@pytest.mark.parametrize("shape", ["gqa", "mha", "tied"])
+@pytest.mark.parametrize("name", ["per layer", "all", "heads"])
+def test_fold_of_any_subnet(tmp_path, shape, name):
+    """Catches a slice with another shape in every layer whose lists are lost, reordered or taken for uniform in
+    params.json, and factors indexed by the new number of a layer instead of the old."""
+    config = SHAPES[shape]
+    model, tokens, subnet = random_llama(config), tokens_for(config), subnets(config)[name]
+    factors = 1 + 0.5 * torch.randn(config.n_layers, 2, generator=torch.Generator().manual_seed(5))
+    save_llama(tmp_path, subnet.config(config), fold(model, subnet, factors))
+    slim, want = load_llama(tmp_path), model(tokens, subnet=subnet, factors=factors)[0]
+    assert slim.config.per_layer("n_heads") == subnet.n_heads and slim.config.per_layer("ffn_dim") == subnet.ffn_dim
+    assert close(slim(tokens)[0], want)
+    assert close(reference_logits(load_tensors(tmp_path / "consolidated.00.pth"), slim.config, tokens), want.double())
+
+
+def test_fold_leaves_the_model_alone():
+    """Catches folding in place: slices are views, and the next budget would be folded on top."""
+    model, subnet = random_llama(GQA), SubNet.full(GQA)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    first = fold(model, subnet, torch.full((4, 2), 3.0))
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert all(torch.equal(v, first[k]) for k, v in fold(model, subnet, torch.full((4, 2), 3.0)).items())
+    assert not torch.equal(first["layers.2.attention.wo.weight"], before["layers.2.attention.wo.weight"])
+
+
+def test_bfloat16_rounds_once(tmp_path):
+    """Catches weights rounded to bf16 before the factors are folded in, and again after."""
+    model, router = make_supernet(tmp_path / "flex", GQA)
+    out, subnet = export(tmp_path / "flex", 0.6, dtype=torch.bfloat16)
+    factors, twice, got = router.deploy(0.6)[1], 0, load_tensors(out / "consolidated.00.pth")
+    for name, w in model.slices(subnet).items():
+        w = w.detach()
+        for new, old in enumerate(subnet.layers):
+            if name == f"layers.{new}.attention.wo.weight":
+                w = w * factors[old, 0]
+                twice += (model.slices(subnet)[name].bfloat16() * factors[old, 0].bfloat16() != w.bfloat16()).sum()
+            if name == f"layers.{new}.feed_forward.w2.weight":
+                w = w * factors[old, 1]
+        assert got[name].dtype == torch.bfloat16 and torch.equal(got[name], w.bfloat16()), name
+    assert twice > 0, "a test of nothing: rounding twice gives the same"
+    bytes16 = (out / "consolidated.00.pth").stat().st_size
+    assert bytes16 < 0.7 * (export(tmp_path / "flex", 0.6)[0] / "consolidated.00.pth").stat().st_size
+
+
+def test_export_again_gives_the_same_bytes(tmp_path):
+    """Catches an export that depends on what is there already, on the folder's name or on the hour."""
+    make_supernet(tmp_path / "flex", MHA)
+    out, _ = export(tmp_path / "flex", 0.6)
+    first = files_of(out)
+    export(tmp_path / "flex", 0.8, out)
+    assert files_of(out) != first
+    assert export(tmp_path / "flex", 0.6, out)[0] == out and files_of(out) == first
+    assert files_of(export(tmp_path / "flex", 0.6, tmp_path / "deep" / "other")[0]) == first
+    assert {p.name for p in tmp_path.iterdir()} == {"flex", "flex-0.60", "deep"}, "temporary folders left behind"
+
+
+def test_mistakes_write_nothing(tmp_path, capsys):
+    """Catches a traceback, a half-written folder, or a user's files replaced by an export."""
+    model, router = make_supernet(tmp_path / "flex", GQA)
+    plain, full = tmp_path / "plain", tmp_path / "full"
+    save_llama(plain, model.config, model.state_dict())
+    full.mkdir()
+    (full / "params.json").write_text("mine"), (full / "notes.txt").write_text("mine too")
+    before = files_of(tmp_path)
+    asked = lambda *extra: ["--model", str(tmp_path / "flex"), *map(str, extra)]
+    for argv, words in [(["--model", str(plain), "--budget", "0.5"], ["plain", "flex.pt", "train.py"]),
+                        (["--model", str(tmp_path / "nowhere"), "--budget", "0.5"], ["nowhere"]),
+                        (asked("--budget", "0.01"), [f"{router.costs.min():.4f}"]),
+                        (asked("--budget", "1.5"), ["1.5"]),
+                        (asked("--budget", "0"), ["budget 0"]), (asked("--budget", "nan"), ["nan"]),
+                        (asked("--budget", "half"), ["half"]), (asked(), ["--budget"]),
+                        (asked("--budget", "0.5", "--dtype", "int3"), ["int3"]),
+                        (asked("--budget", "0.5", "--out", full), [str(full), "--out"]),
+                        (asked("--budget", "0.5", "--out", tmp_path / "flex"), ["flex"]),
+                        (asked("--budget", "0.5", "--out", full / "notes.txt"), ["notes.txt"])]:
+        with one_line_error(capsys, *words):
+            exporting.main(argv)
+        assert files_of(tmp_path) == before, argv
+    assert {p.name for p in tmp_path.iterdir()} == {"flex", "plain", "full"}
+
+
+@pytest.mark.parametrize("shape", ["gqa", "tied"])
+def test_what_it_prints_is_true(tmp_path, capsys, shape):
+    """Catches sizes of the full model, or of what was asked, printed for what was written."""
+    make_supernet(tmp_path / "flex", EXPORTED[shape])
+    exporting.main(["--model", str(tmp_path / "flex"), "--budget", "0.55", "--out", str(tmp_path / "slim")])
+    text, slim = capsys.readouterr().out, load_llama(tmp_path / "slim")
+    number = lambda pattern: [x.replace(",", "") for x in re.search(pattern, text).groups()]
+    c, everything = slim.config, sum(p.numel() for p in slim.parameters())
+    inner = everything - sum({id(p): p.numel() for p in (slim.output.weight, slim.tok_embeddings.weight)}.values())
+    full = load_llama(tmp_path / "flex")
+    inner_full = sum(p.numel() for n, p in full.named_parameters() if not n.startswith(("tok_embeddings", "output")))
+    assert number(r"dim (\d+), (\d+) heads of (\d+), ffn (\d+), layers (\d+) of (\d+)") == [
+        str(x) for x in (c.dim, c.n_heads, c.head_dim, c.ffn_dim, c.n_layers, 4)]
+    assert number(r"asked ([\d.]+), got ([\d.]+) of the non-embedding parameters: ([\d,]+)") == [
+        "0.550", f"{inner / inner_full:.3f}", str(inner)]
+    assert number(r"([\d,]+) parameters with embeddings, ([\d,]+) bytes") == [
+        str(everything), str(sum(map(len, files_of(tmp_path / "slim").values())))]
+    kept = [int(i) for i in re.search(r"\(([\d ]+)\)", text)[1].split()]
+    rows = load_tensors(tmp_path / "slim" / "consolidated.00.pth")
+    for new, old in enumerate(kept):  # the layers it names are the layers it took
+        assert torch.equal(rows[f"layers.{new}.ffn_norm.weight"], full.layers[old].ffn_norm.weight[:c.dim])
