@@ -1,0 +1,109 @@
+"""
+Validation loss per budget, of a supernet or of any plain Llama folder.
+
+    python eval.py                                       the table of out/flex
+    python eval.py --model out/flex-0.50                 an export
+    python eval.py --budgets 1.0 0.55 --text book.txt    the loss on a file, at sizes never trained
+    python eval.py --json                                one JSON object as the last line of stdout
+
+Without --text the held-out windows are those of training's table: the val shards next to the model's tokenizer.
+"""
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from checkpoint import TOKENIZER, load_llama, load_tensors
+from data.shards import Shards
+from model import Llama
+from router import FLEX, cost, load_router, n_params
+from tokenizer import encode_document, fail, load_tokenizer
+from train import TABLE_BUDGETS, evaluate
+
+
+def text_windows(path, tokenizer, context: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """[BOS] + tokens of a file as windows of context + 1 tokens that share one: every token but the first is a target
+    once. Two pairs (x, y): the full windows (n, context) and the shorter rest, if there is one."""
+    path = Path(path)
+    if not path.is_file():
+        fail(f"--text {path} is not a file; expected a UTF-8 text file")
+    try:
+        text = path.read_bytes().decode("utf-8")  # not read_text: it would change line ends
+    except UnicodeDecodeError as error:
+        fail(f"--text {path} is not UTF-8 ({error.reason} at byte {error.start}); expected a UTF-8 text file; "
+             f"iconv -t UTF-8 converts it")
+    tokens = torch.from_numpy(encode_document(tokenizer, text).astype("int64"))
+    if len(tokens) < 2:
+        fail(f"--text {path} is empty; expected at least one token of text")
+    n = (len(tokens) - 1) // context
+    pairs = [(tokens[:n * context].view(n, context), tokens[1:n * context + 1].view(n, context))] if n else []
+    rest = tokens[n * context:]
+    return pairs + ([(rest[None, :-1], rest[None, 1:])] if len(rest) > 1 else [])
+
+
+def mean_loss(model: Llama, pairs, subnet, factors, batch: int) -> tuple[float, int]:
+    """(mean cross-entropy in nats, tokens scored) over pairs of windows (x, y)."""
+    counts = [y.numel() for _, y in pairs]
+    losses = [evaluate(model, pair, subnet, factors, batch)[0] for pair in pairs]
+    return sum(l * n for l, n in zip(losses, counts)) / sum(counts), sum(counts)
+
+
+def rows_of(model: Llama, router, budgets: list[float], pairs, batch: int) -> list[dict]:
+    """One row per budget, in the order asked."""
+    rows, config = [], model.config
+    for budget in budgets:
+        subnet, factors = router.deploy(budget) if router else (model.full, None)
+        loss, tokens = mean_loss(model, pairs, subnet, factors, batch)
+        params = n_params(config, subnet)
+        one = lambda v: v[0] if len(set(v)) == 1 else list(v)
+        rows.append(dict(budget=budget, got=round(cost(config, subnet), 6), params=params,
+                         params_total=params + (1 if config.tied else 2) * config.vocab_size * subnet.dim, dim=subnet.dim,
+                         layers=list(subnet.layers), n_heads=one(subnet.n_heads), ffn_dim=one(subnet.ffn_dim),
+                         loss=loss, tokens=tokens))
+    return rows
+
+
+def main(argv=None) -> None:
+    """Prints a table on stderr, and with --json the same as one JSON line on stdout."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.error = lambda message: fail(f"{message}; python eval.py --help lists the flags")
+    p.add_argument("--model", default="out/flex", help="a supernet or any plain Llama folder")
+    p.add_argument("--budgets", type=float, nargs="+", help="default: 1.0 to 0.4 on a supernet, 1.0 on a plain Llama")
+    p.add_argument("--text", help="a text file to score instead of the validation shards")
+    p.add_argument("--data", default="data/pystdlib", help="folder of shards (its val split)")
+    p.add_argument("--windows", type=int, default=128, help="validation windows at most")
+    p.add_argument("--seq-len", type=int, help="tokens per window (default: the model's own context)")
+    p.add_argument("--batch", type=int, default=16, help="windows per forward")
+    p.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--json", action="store_true", help="one JSON object as the last line of stdout")
+    args = p.parse_args(argv)
+    if min(args.batch, args.windows, 1 if args.seq_len is None else args.seq_len) < 1:
+        fail(f"--batch {args.batch} --windows {args.windows} --seq-len {args.seq_len}: expected 1 or more of each")
+    model = load_llama(args.model, args.device)
+    router = load_router(args.model, model.config)
+    if router is None and any(b != 1 for b in args.budgets or [1.0]):
+        fail(f"{args.model} is a plain Llama: its only budget is 1.0; expected a folder made by train.py for others")
+    flex = load_tensors(Path(args.model) / FLEX) if router else {}
+    context = args.seq_len or flex.get("seq_len") or model.config.context
+    budgets = args.budgets or ([b for b in TABLE_BUDGETS if b >= router.costs.min()] if router else [1.0])
+    if args.text:
+        pairs = text_windows(args.text, load_tokenizer(Path(args.model) / TOKENIZER, model.config.vocab_size), context)
+    else:
+        pairs = [Shards(args.data, "val", context, model.config.vocab_size).windows(args.windows)]
+    rows = rows_of(model, router, budgets, pairs, args.batch)
+    print(f"{'budget':>7} {'got':>6} {'dim':>5} {'heads':>5} {'ffn':>6} {'layers':>6} {'parameters':>14} {'with emb.':>14} "
+          f"{'loss':>7} {'ppl':>8}   ({rows[0]['tokens']:,} tokens, windows of {context})", file=sys.stderr)
+    for r in rows:
+        star = "*" if r["budget"] in flex.get("budgets", []) else " "
+        listed = lambda v: v if isinstance(v, int) else f"{min(v)}-{max(v)}"
+        print(f"{r['budget']:6.2f}{star} {r['got']:6.3f} {r['dim']:5d} {listed(r['n_heads']):>5} {listed(r['ffn_dim']):>6} "
+              f"{len(r['layers']):6d} {r['params']:14,} {r['params_total']:14,} {r['loss']:7.3f} "
+              f"{torch.tensor(r['loss']).exp().item():8.2f}", file=sys.stderr)
+    if args.json:
+        print(json.dumps(dict(model=str(args.model), context=context, rows=rows)))
+
+
+if __name__ == "__main__":
+    main()

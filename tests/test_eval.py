@@ -1,0 +1,159 @@
+"""eval.py: the loss on a file is the slow sum over its tokens, and --json is what scripts can read."""
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import eval as evaluation
+from checkpoint import load_llama, save_llama
+from data.shards import write_shard
+from export import export
+from tests.helpers import GQA, MHA, SHAPES, make_supernet, one_line_error, random_llama
+from tokenizer import BOS, load_tokenizer
+
+TEXT = "the dog sat on the cake: def ate(mat): return cat <|eot_id|> naïve 日本 🐈\n  and [line] for line in argv"
+KEYS = {"budget", "got", "params", "params_total", "dim", "layers", "n_heads", "ffn_dim", "loss", "tokens"}
+
+
+def slow_loss(model, tokens: list[int], context: int, subnet=None, factors=None) -> tuple[float, int]:
+    """One target at a time: what stands before it in its window, one forward, float64 log-softmax. -> (mean,
+    targets)."""
+    total, n = 0.0, 0
+    with torch.no_grad():
+        for target in range(1, len(tokens)):
+            start = (target - 1) // context * context  # windows of context + 1 tokens that share one
+            logits = model(torch.tensor([tokens[start:target]]), subnet=subnet, factors=factors)[0][0, -1].double()
+            total, n = total - logits.log_softmax(-1)[tokens[target]].item(), n + 1
+    return total / n, n
+
+
+def tokens_of(folder, text: str) -> list[int]:
+    """[BOS] + ids; special tokens that are spelled in a text are plain text."""
+    tokenizer = load_tokenizer(folder / "tokenizer.model")
+    return [tokenizer.encode_single_token(BOS), *tokenizer.encode(text, disallowed_special=())]
+
+
+def score(capsys, *argv) -> dict:
+    """eval.py --json in this process: the last line of stdout, which is its only one; the table is on stderr."""
+    capsys.readouterr()
+    evaluation.main([str(a) for a in (*argv, "--json")])
+    out, err = capsys.readouterr()
+    assert out.count("\n") == 1 and "budget" in err and "loss" in err
+    return json.loads(out.splitlines()[-1])
+
+
+@pytest.mark.parametrize("shape", ["gqa", "mha", "tied"])
+def test_loss_on_a_file_is_the_slow_sum(tmp_path, capsys, shape):
+    """Catches a missing BOS, windows that do not share a token or see each other, a dropped rest, a mean of
+    means, and rows that are not in the order asked or whose sizes are not those that ran."""
+    model, router = make_supernet(tmp_path / "flex", SHAPES[shape])
+    (tmp_path / "text").write_text(TEXT, encoding="utf-8")
+    tokens = tokens_of(tmp_path / "flex", TEXT)
+    assert len(tokens) > 40 and (len(tokens) - 1) % 16, "this text has no rest"
+    result = score(capsys, "--model", tmp_path / "flex", "--text", tmp_path / "text", "--budgets", 0.6, 1, 0.5,
+                   "--batch", 2)
+    assert (result["model"], result["context"]) == (str(tmp_path / "flex"), 16), "flex.pt says the context"
+    assert [row["budget"] for row in result["rows"]] == [0.6, 1, 0.5]
+    for row in result["rows"]:
+        subnet, factors = router.deploy(row["budget"])
+        loss, n = slow_loss(model, tokens, 16, subnet, factors)
+        assert abs(row["loss"] - loss) < 1e-4 * loss and row["tokens"] == n == len(tokens) - 1
+        assert KEYS <= set(row) and row["got"] <= row["budget"]
+        assert (row["dim"], row["n_heads"], row["ffn_dim"], row["layers"]) == (
+            subnet.dim, subnet.n_heads[0], subnet.ffn_dim[0], list(subnet.layers))
+    assert len({row["loss"] for row in result["rows"]}) == 3
+
+
+@pytest.mark.parametrize("context", [1, 5, 1000])
+def test_any_context(tmp_path, capsys, context):
+    """Catches a file shorter than one window that is not scored, and targets lost where windows meet."""
+    model, _ = make_supernet(tmp_path, GQA)
+    (tmp_path / "text").write_text("the cat sat on it", encoding="utf-8")
+    tokens = tokens_of(tmp_path, "the cat sat on it")
+    for end in (2, 6, 11, len(tokens)):  # one target; exactly one window of 5, exactly two, some
+        text = load_tokenizer(tmp_path / "tokenizer.model").decode(tokens[1:end])
+        (tmp_path / "text").write_text(text, encoding="utf-8")
+        ids = tokens_of(tmp_path, text)
+        row = score(capsys, "--model", tmp_path, "--text", tmp_path / "text", "--budgets", 1,
+                    "--seq-len", context)["rows"][0]
+        loss, n = slow_loss(model, ids, context)
+        assert abs(row["loss"] - loss) < 1e-4 * loss and row["tokens"] == n == len(ids) - 1
+
+
+def test_line_ends_are_scored_as_they_are(tmp_path, capsys):
+    """Catches a text mode that turns \\r\\n into \\n: the tokens of the file are those of its bytes."""
+    model, _ = make_supernet(tmp_path, GQA)
+    (tmp_path / "text").write_bytes(b"the cat\r\nsat on\r\n")
+    row = score(capsys, "--model", tmp_path, "--text", tmp_path / "text", "--budgets", 1)["rows"][0]
+    assert row["tokens"] == len(tokens_of(tmp_path, "the cat\r\nsat on\r\n")) - 1
+
+
+@pytest.mark.parametrize("shape", ["gqa", "tied"])
+def test_export_scores_as_the_supernet_does(tmp_path, capsys, shape):
+    """Catches an evaluation that forgets the modulation, or counts parameters of another model than it ran."""
+    make_supernet(tmp_path / "flex", SHAPES[shape])
+    (tmp_path / "text").write_text(TEXT, encoding="utf-8")
+    ask = lambda model, *rest: score(capsys, "--model", model, "--text", tmp_path / "text", "--seq-len", 16,
+                                     *rest)["rows"][0]
+    for budget in (0.8, 0.5):
+        flex = ask(tmp_path / "flex", "--budgets", budget)
+        slim = ask(export(tmp_path / "flex", budget, tmp_path / "slim")[0])
+        assert slim["budget"] == slim["got"] == 1 and abs(slim["loss"] - flex["loss"]) < 1e-4 * flex["loss"]
+        assert all(slim[k] == flex[k] for k in ("params", "params_total", "dim", "n_heads", "ffn_dim", "tokens"))
+        everything = sum(p.numel() for p in load_llama(tmp_path / "slim").parameters())
+        assert slim["params_total"] == everything
+
+
+def test_shards_are_scored_without_text(tmp_path, capsys):
+    """Catches windows of another split, and a table that is not the model's own budgets by default."""
+    model, router = make_supernet(tmp_path, MHA)
+    ids = np.random.default_rng(0).integers(0, 560, 65)
+    write_shard(tmp_path / "val_000000.bin", ids, 560), write_shard(tmp_path / "train_000000.bin", ids[::-1], 560)
+    rows = score(capsys, "--model", tmp_path, "--data", tmp_path, "--seq-len", 16, "--batch", 3)["rows"]
+    assert [r["budget"] for r in rows] == [b for b in (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4) if b >= router.costs.min()]
+    for row in rows[::2]:
+        loss, n = slow_loss(model, ids.tolist(), 16, *router.deploy(row["budget"]))
+        assert abs(row["loss"] - loss) < 1e-4 * loss and row["tokens"] == n == 64
+    few = score(capsys, "--model", tmp_path, "--data", tmp_path, "--seq-len", 16, "--windows", 2, "--budgets", 1)
+    assert few["rows"][0]["tokens"] == 32
+
+
+def test_per_layer_shapes_are_listed(tmp_path, capsys):
+    """Catches a table that takes the first layer's size for all."""
+    make_supernet(tmp_path, GQA)
+    config = dataclasses.replace(GQA, vocab_size=560, n_heads=(8, 2, 4, 6), ffn_dim=(80, 13, 40, 7))
+    save_llama(tmp_path / "odd", config, random_llama(config).state_dict(), tmp_path / "tokenizer.model")
+    (tmp_path / "text").write_text(TEXT, encoding="utf-8")
+    row = score(capsys, "--model", tmp_path / "odd", "--text", tmp_path / "text")["rows"][0]
+    assert row["n_heads"] == [8, 2, 4, 6] and row["ffn_dim"] == [80, 13, 40, 7] and row["layers"] == [0, 1, 2, 3]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Texts, a supernet and three plain Llamas: a good one, one without tokenizer, one with fewer tokens than
+    its tokenizer."""
+    path = tmp_path_factory.mktemp("models")
+    model, _ = make_supernet(path / "flex", GQA)
+    save_llama(path / "plain", model.config, model.state_dict(), path / "flex" / "tokenizer.model")
+    save_llama(path / "mute", model.config, model.state_dict())
+    save_llama(path / "small", GQA, random_llama(GQA).state_dict(), path / "flex" / "tokenizer.model")
+    for name, content in dict(good=b"the cat", latin1=b"the c\xe9t", empty=b"").items():
+        (path / name).write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize("command,words", [
+    ("plain --text good --budgets 0.5", "plain 1.0"), ("plain --text good --budgets 1.0 0.5", "plain"),
+    ("flex --text latin1", "latin1 UTF-8 5"), ("flex --text empty", "empty"), ("flex --text nowhere", "nowhere"),
+    ("flex --text flex", "flex"), ("flex --text good --budgets 0.01", "0.01"),
+    ("flex --text good --budgets 0.5 1.2", "1.2"),
+    ("flex --data nowhere", "nowhere"), ("mute --text good", "tokenizer.model"), ("small --text good", "small"),
+    ("gone --text good", "gone"), ("flex --no-such-flag", "--no-such-flag"), ("flex --text good --seq-len -3", "-3"),
+    ("flex --text good --seq-len 0", "0"), ("flex --text good --batch 0", "0")])
+def test_mistakes(folders, capsys, monkeypatch, command, words):
+    """Catches a traceback, or the full model's loss under the name of a budget that a plain Llama does not have."""
+    monkeypatch.chdir(folders)
+    with one_line_error(capsys, *words.split()):
+        evaluation.main(["--json", "--model", *command.split()])

@@ -1,0 +1,132 @@
+"""sample.py: the cache changes nothing, the seed decides, and bytes become whole characters."""
+import dataclasses
+
+import pytest
+import torch
+
+import sample
+from checkpoint import load_llama, save_llama
+from export import export
+from sample import generate
+from tests.helpers import GQA, MHA, SHAPES, make_supernet, one_line_error, random_llama, subnets
+from tokenizer import BOS, load_tokenizer
+
+PROMPT = [3, 1, 4, 1, 5]
+
+
+def text_of(capsys, *argv) -> str:
+    """What sample.py prints on stdout; its speed goes to stderr."""
+    capsys.readouterr()
+    sample.main([str(a) for a in argv])
+    out, err = capsys.readouterr()
+    assert "tok/s" in err and "tok/s" not in out
+    return out
+
+
+@pytest.mark.parametrize("shape", ["gqa", "mha", "scaled rope"])
+@pytest.mark.parametrize("name", ["full", "all", "per layer"])
+def test_greedy_with_cache_equals_recomputation(shape, name):
+    """Catches a cache at the wrong positions, one that is shared between layers, and factors lost after the
+    prompt."""
+    config = dataclasses.replace(SHAPES[shape], context=8)  # the text is longer than the context: RoPE's table grows
+    model, subnet = random_llama(config), subnets(config)[name]
+    factors = 1 + 0.3 * torch.randn(config.n_layers, 2, generator=torch.Generator().manual_seed(1))
+    tokens = list(PROMPT)
+    with torch.no_grad():
+        for _ in range(20):
+            tokens.append(model(torch.tensor([tokens]), subnet=subnet, factors=factors)[0][0, -1].argmax().item())
+    assert list(generate(model, PROMPT, 20, subnet, factors, temperature=0)) == tokens[len(PROMPT):]
+    assert len(set(tokens)) > 5, "it only repeats itself: a test of little"
+
+
+def test_sampling_follows_the_softmax():
+    """Catches a temperature that multiplies, a top-k that keeps k + 1 or samples outside it."""
+    model = random_llama(GQA)
+    with torch.no_grad():
+        logits = model(torch.tensor([PROMPT]))[0][0, -1]
+    for temperature, top_k in [(1.0, 0), (2.0, 0), (0.5, 4), (1.0, 1000)]:
+        draws = [next(generate(model, PROMPT, 1, None, None, temperature, top_k, seed)) for seed in range(250)]
+        kept = logits.sort(descending=True).indices[:top_k] if top_k else torch.arange(len(logits))
+        p = torch.zeros(len(logits)).index_copy(0, kept, (logits[kept] / temperature).softmax(0))
+        counts = torch.tensor(draws).bincount(minlength=len(logits))
+        assert counts[p == 0].sum() == 0
+        assert ((counts / 250 - p).abs() < 4.5 * (p * (1 - p) / 250).sqrt() + 4e-3).all(), (temperature, top_k)
+    one = {next(generate(model, PROMPT, 1, None, None, 1.0, 1, seed)) for seed in range(5)}
+    assert one == {logits.argmax().item()}
+
+
+def test_the_seed_decides(tmp_path, capsys):
+    """Catches draws from the global stream: the same command must give the same text, another seed another."""
+    make_supernet(tmp_path, GQA)
+    draw = lambda seed: text_of(capsys, "--model", tmp_path, "--max-new-tokens", 20, "--temperature", 1,
+                                "--seed", seed, "--device", "cpu")
+    torch.manual_seed(1)
+    first = draw(5)
+    torch.rand(3)
+    assert draw(5) == first and len({draw(6), draw(7), first}) == 3
+
+
+def test_export_and_supernet_say_the_same(tmp_path, capsys):
+    """Catches a budget that sample.py ignores, or modulation that only one of the two has."""
+    model, router = make_supernet(tmp_path / "flex", MHA)
+    said = set()
+    for budget in (1.0, 0.8, 0.5):
+        slim, _ = export(tmp_path / "flex", budget)
+        ids = list(generate(model, PROMPT, 24, *router.deploy(budget), temperature=0))
+        assert ids == list(generate(load_llama(slim), PROMPT, 24, temperature=0))
+        common = ["--prompt", "the cat", "--temperature", 0, "--max-new-tokens", 16, "--device", "cpu"]
+        flex = text_of(capsys, "--model", tmp_path / "flex", "--budget", budget, *common)
+        assert flex == text_of(capsys, "--model", slim, *common)
+        said.add(flex)
+    assert len(said) == 3
+
+
+def test_main_prints_the_prompt_and_what_follows(tmp_path, capsys):
+    """Catches a prompt without BOS, printed twice or not at all, and special tokens of a prompt taken as such."""
+    model, router = make_supernet(tmp_path, GQA)
+    tokenizer, prompt = load_tokenizer(tmp_path / "tokenizer.model"), "the dog <|begin_of_text|> né"
+    bos = tokenizer.encode_single_token(BOS)
+    ids = list(generate(model, [bos, *tokenizer.encode(prompt, disallowed_special=())], 12, *router.deploy(0.6),
+                        temperature=1.0, top_k=7, seed=3))
+    ids = ids[:ids.index(bos)] if bos in ids else ids
+    got = text_of(capsys, "--model", tmp_path, "--budget", 0.6, "--prompt", prompt, "--max-new-tokens", 12,
+                  "--seed", 3, "--temperature", 1, "--top-k", 7, "--device", "cpu")
+    assert got == prompt + tokenizer.decode(ids) + "\n"
+    assert text_of(capsys, "--model", tmp_path, "--prompt", "", "--max-new-tokens", 1, "--device", "cpu")
+
+
+def test_characters_come_out_whole(tmp_path, capsys, monkeypatch):
+    """Catches tokens decoded one at a time: the bytes of é, 日 and 🐈 are tokens of their own here. And text after the
+    begin-of-text token, which opens another document."""
+    make_supernet(tmp_path, GQA)
+    tokenizer, text = load_tokenizer(tmp_path / "tokenizer.model"), "né 日本 🐈‍⬛ ok"
+    ids = tokenizer.encode(text)
+    assert sum(len(tokenizer.decode_single_token_bytes(i)) < 2 for i in ids) > 15
+    bos = tokenizer.encode_single_token(BOS)
+    say = lambda ids: (monkeypatch.setattr(sample, "generate", lambda *a, **k: iter(ids)),
+                       text_of(capsys, "--model", tmp_path, "--prompt", ">", "--device", "cpu"))[1]
+    assert say(ids) == f">{text}\n"
+    assert say(ids + [bos] + ids) == f">{text}\n"
+    assert say(tokenizer.encode("ok 日")[:-1]) == ">ok \ufffd\n", "cut inside a character: shown as such, no traceback"
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A supernet and three plain Llamas: a good one, one without tokenizer, one with fewer tokens than its
+    tokenizer."""
+    path = tmp_path_factory.mktemp("models")
+    model, _ = make_supernet(path / "flex", GQA)
+    save_llama(path / "plain", model.config, model.state_dict(), path / "flex" / "tokenizer.model")
+    save_llama(path / "mute", model.config, model.state_dict())
+    save_llama(path / "small", GQA, random_llama(GQA).state_dict(), path / "flex" / "tokenizer.model")
+    return path
+
+
+@pytest.mark.parametrize("model,flags,word", [
+    ("plain", "--budget 0.5", "plain"), ("gone", "", "gone"), ("mute", "", "tokenizer.model"), ("small", "", "small"),
+    ("flex", "--budget 0.01", "0.01"), ("flex", "--budget 2", "2"), ("flex", "--temperature -1", "-1"),
+    ("flex", "--max-new-tokens 0", "0"), ("flex", "--max-new-tokens many", "many"), ("flex", "--top-k -1", "-1")])
+def test_mistakes(folders, capsys, model, flags, word):
+    """Catches a traceback, or the full model's text under the name of a budget that a plain Llama does not have."""
+    with one_line_error(capsys, word):
+        sample.main(["--model", str(folders / model), "--device", "cpu", *flags.split()])
