@@ -1,0 +1,128 @@
+"""
+What a slice costs to run, side by side in one process: sliced, masked, and exported, against the full model.
+
+    python bench.py                          a random Llama of dim 512 on this machine
+    python bench.py --model out/flex         a folder (supernet or plain Llama)
+    python bench.py --device cuda --dim 2048 --layers 16 --heads 32 --kv-heads 8 --ffn-dim 8192 --vocab-size 128256
+
+All variants take turns in every round, so a busy machine slows them alike; a row is the median over rounds of its
+time divided by the full model's in the same round. Peak memory is printed on CUDA.
+"""
+import argparse
+import json
+import statistics
+import sys
+import time
+
+import torch
+
+from checkpoint import load_llama
+from model import Llama, LlamaConfig, SubNet
+from router import Router, cost, choices_for, load_router
+from tokenizer import fail
+from train import autocast
+
+
+def prefix_gates(router: Router, subnet: SubNet):
+    """The slice as hard gates on the full network: what masking costs instead of slicing."""
+    chosen = torch.cat([torch.tensor([float(c == size) for c in router.choices[axis]])
+                        for axis, size in zip(("dim", "n_heads", "ffn_dim", "n_layers"), router.sizes(subnet))])
+    return router.gates(chosen, hard=False)
+
+
+def timed(run, device) -> float:
+    """Seconds of one call."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def variants(model: Llama, router: Router, budgets, device) -> dict[tuple, dict]:
+    """(budget, way) -> the model to call and its arguments."""
+    calls = {(1.0, "full"): dict(model=model, kwargs={})}
+    for b in sorted((b for b in budgets if b < 1), reverse=True):
+        subnet = router.baseline(b) if router.mode == "uniform" else router.route(b)
+        native = Llama(subnet.config(model.config)).to(device)
+        native.load_state_dict({k: v.detach().clone() for k, v in model.slices(subnet).items()})
+        gates = type(prefix_gates(router, subnet))(*(g.to(device) for g in prefix_gates(router, subnet)))
+        calls[b, "sliced"] = dict(model=model, kwargs=dict(subnet=subnet), subnet=subnet)
+        calls[b, "masked"] = dict(model=model, kwargs=dict(gates=gates), subnet=subnet)
+        calls[b, "exported"] = dict(model=native, kwargs={}, subnet=subnet)
+    return calls
+
+
+def measure(calls: dict, tokens, rounds: int, device) -> dict[tuple, dict]:
+    """Median over rounds of each variant's time over the full model's in that round, forward and forward+backward."""
+    def forward(call):
+        with torch.no_grad(), autocast(device):
+            call["model"](tokens, tokens, **call["kwargs"])
+
+    def both(call):
+        call["model"].zero_grad(set_to_none=True)
+        with autocast(device):
+            loss = call["model"](tokens, tokens, **call["kwargs"])[1]
+        loss.backward()
+
+    times = {key: dict(forward=[], both=[]) for key in calls}
+    for r in range(rounds + 1):  # round 0 warms up
+        for kind, run in (("forward", forward), ("both", both)):
+            for key, call in calls.items():
+                seconds = timed(lambda: run(call), device)
+                if r:
+                    times[key][kind].append(seconds)
+    full = times[1.0, "full"]
+    return {key: {kind: statistics.median(t / f for t, f in zip(times[key][kind], full[kind])) for kind in full}
+            | dict(ms=1000 * statistics.median(times[key]["both"])) for key in calls}
+
+
+def main(argv=None) -> None:
+    """Prints the table on stderr, with --json also one JSON line on stdout."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.error = lambda message: fail(f"{message}; python bench.py --help lists the flags")
+    p.add_argument("--model", help="a folder to measure (default: random weights of the shape below)")
+    p.add_argument("--budgets", type=float, nargs="+", default=[0.8, 0.6, 0.4])
+    for flag, default in dict(dim=512, layers=6, heads=8, kv_heads=4, head_dim=64, ffn_dim=1536, vocab_size=1280).items():
+        p.add_argument(f"--{flag.replace('_', '-')}", type=int, default=default)
+    p.add_argument("--batch", type=int, default=4, help="sequences")
+    p.add_argument("--seq-len", type=int, default=256)
+    p.add_argument("--rounds", type=int, default=7)
+    p.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--json", action="store_true")
+    args = p.parse_args(argv)
+    device = torch.device(args.device)
+    if args.model:
+        model, router = load_llama(args.model, device), None
+        router = load_router(args.model, model.config)
+    else:
+        config = LlamaConfig(dim=args.dim, n_layers=args.layers, n_heads=args.heads, n_kv_heads=args.kv_heads,
+                             head_dim=args.head_dim, ffn_dim=args.ffn_dim, vocab_size=args.vocab_size)
+        model, router = Llama(config).init_weights().to(device), None
+    if router is None:  # nobody has learned what to cut: shrink all axes alike
+        config = model.config
+        router = Router(config, choices_for(config), list(range(config.n_layers)), "uniform")
+    tokens = torch.randint(model.config.vocab_size, (args.batch, args.seq_len),
+                           generator=torch.Generator().manual_seed(0)).to(device)
+    calls = variants(model, router, args.budgets, device)
+    rows = measure(calls, tokens, args.rounds, device)
+    ms = rows[1.0, "full"]["ms"]
+    print(f"{args.device}, {torch.get_num_threads()} threads, torch {torch.__version__}; {args.batch} x {args.seq_len} tokens, "
+          f"dim {model.config.dim}; full model {ms:.0f} ms forward+backward, {tokens.numel() / ms * 1000:,.0f} tok/s\n"
+          f"{'budget':>7} {'cost':>6} {'way':>9} {'forward':>8} {'fwd+bwd':>8}   (time as a fraction of the full model's)",
+          file=sys.stderr)
+    table = []
+    for (b, way), row in rows.items():
+        c = cost(model.config, calls[b, way].get("subnet", model.full))
+        table.append(dict(budget=b, cost=c, way=way, forward=row["forward"], both=row["both"]))
+        print(f"{b:7.2f} {c:6.3f} {way:>9} {row['forward']:8.3f} {row['both']:8.3f}", file=sys.stderr)
+    if device.type == "cuda":
+        print(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB", file=sys.stderr)
+    if args.json:
+        print(json.dumps(dict(device=args.device, rows=table)))
+
+
+if __name__ == "__main__":
+    main()
