@@ -63,7 +63,7 @@ def parse_args(argv=None) -> argparse.Namespace:
         p.add_argument(f"--{axis.replace('_', '-')}-choices", type=int, nargs="+", help=f"sizes of {axis} to choose from")
     p.add_argument("--depth-by", choices=["logits", "influence"], default="logits", help="how layers are ranked")
     p.add_argument("--steps", type=int, default=-1, help="elastic steps (demo 300, paper 28800)")
-    p.add_argument("--base-steps", type=int, default=1000, help="steps of the demo's dense stage")
+    p.add_argument("--base-steps", type=int, default=1200, help="steps of the demo's dense stage")
     p.add_argument("--batch-tokens", type=int, default=-1, help="global batch in tokens, per budget and step")
     p.add_argument("--micro-batch", type=int, default=-1, help="sequences per forward and rank (default: all of them)")
     p.add_argument("--seq-len", type=int, default=-1, help="tokens per sequence (demo 128, paper 4096)")
