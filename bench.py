@@ -18,16 +18,17 @@ import torch
 
 from checkpoint import load_llama
 from model import Llama, LlamaConfig, SubNet
-from router import Router, cost, choices_for, load_router
+from router import load_router
+from space import AXES, Space, cost
 from tokenizer import fail
-from train import autocast
+from parallel import autocast
 
 
-def prefix_gates(router: Router, subnet: SubNet):
+def prefix_gates(space: Space, subnet: SubNet):
     """The slice as hard gates on the full network: what masking costs instead of slicing."""
-    chosen = torch.cat([torch.tensor([float(c == size) for c in router.choices[axis]])
-                        for axis, size in zip(("dim", "n_heads", "ffn_dim", "n_layers"), router.sizes(subnet))])
-    return router.gates(chosen, hard=False)
+    chosen = torch.cat([torch.tensor([float(c == size) for c in space.choices[axis]])
+                        for axis, size in zip(AXES, space.sizes(subnet))])
+    return space.gates(chosen, hard=False)
 
 
 def timed(run, device) -> float:
@@ -41,14 +42,14 @@ def timed(run, device) -> float:
     return time.perf_counter() - start
 
 
-def variants(model: Llama, router: Router, budgets, device) -> dict[tuple, dict]:
+def variants(model: Llama, space: Space, route, budgets, device) -> dict[tuple, dict]:
     """(budget, way) -> the model to call and its arguments."""
     calls = {(1.0, "full"): dict(model=model, kwargs={})}
     for b in sorted((b for b in budgets if b < 1), reverse=True):
-        subnet = router.baseline(b) if router.mode == "uniform" else router.route(b)
+        subnet = route(b)
         native = Llama(subnet.config(model.config)).to(device)
         native.load_state_dict({k: v.detach().clone() for k, v in model.slices(subnet).items()})
-        gates = type(prefix_gates(router, subnet))(*(g.to(device) for g in prefix_gates(router, subnet)))
+        gates = type(prefix_gates(space, subnet))(*(g.to(device) for g in prefix_gates(space, subnet)))
         calls[b, "sliced"] = dict(model=model, kwargs=dict(subnet=subnet), subnet=subnet)
         calls[b, "masked"] = dict(model=model, kwargs=dict(gates=gates), subnet=subnet)
         calls[b, "exported"] = dict(model=native, kwargs={}, subnet=subnet)
@@ -85,7 +86,8 @@ def main(argv=None) -> None:
     p.error = lambda message: fail(f"{message}; python bench.py --help lists the flags")
     p.add_argument("--model", help="a folder to measure (default: random weights of the shape below)")
     p.add_argument("--budgets", type=float, nargs="+", default=[0.8, 0.6, 0.4])
-    for flag, default in dict(dim=512, layers=6, heads=8, kv_heads=4, head_dim=64, ffn_dim=1536, vocab_size=1280).items():
+    shape = dict(dim=512, layers=6, heads=8, kv_heads=4, head_dim=64, ffn_dim=1536, vocab_size=1280)
+    for flag, default in shape.items():
         p.add_argument(f"--{flag.replace('_', '-')}", type=int, default=default)
     p.add_argument("--batch", type=int, default=4, help="sequences")
     p.add_argument("--seq-len", type=int, default=256)
@@ -101,17 +103,19 @@ def main(argv=None) -> None:
         config = LlamaConfig(dim=args.dim, n_layers=args.layers, n_heads=args.heads, n_kv_heads=args.kv_heads,
                              head_dim=args.head_dim, ffn_dim=args.ffn_dim, vocab_size=args.vocab_size)
         model, router = Llama(config).init_weights().to(device), None
-    if router is None:  # nobody has learned what to cut: shrink all axes alike
-        config = model.config
-        router = Router(config, choices_for(config), list(range(config.n_layers)), "uniform")
+    try:
+        space = router.space if router else Space(model.config)
+    except ValueError as error:
+        fail(str(error))
+    route = router.route if router else space.uniform  # nobody has learned what to cut: shrink all axes alike
     tokens = torch.randint(model.config.vocab_size, (args.batch, args.seq_len),
                            generator=torch.Generator().manual_seed(0)).to(device)
-    calls = variants(model, router, args.budgets, device)
+    calls = variants(model, space, route, args.budgets, device)
     rows = measure(calls, tokens, args.rounds, device)
     ms = rows[1.0, "full"]["ms"]
-    print(f"{args.device}, {torch.get_num_threads()} threads, torch {torch.__version__}; {args.batch} x {args.seq_len} tokens, "
-          f"dim {model.config.dim}; full model {ms:.0f} ms forward+backward, {tokens.numel() / ms * 1000:,.0f} tok/s\n"
-          f"{'budget':>7} {'cost':>6} {'way':>9} {'forward':>8} {'fwd+bwd':>8}   (time as a fraction of the full model's)",
+    print(f"{args.device}, {torch.get_num_threads()} threads, torch {torch.__version__}; {args.batch} x {args.seq_len} "
+          f"tokens, dim {model.config.dim}; full model {ms:.0f} ms forward+backward, {tokens.numel() / ms * 1000:,.0f} "
+          f"tok/s\n{'budget':>7} {'cost':>6} {'way':>9} {'forward':>8} {'fwd+bwd':>8}   (time over the full model's)",
           file=sys.stderr)
     table = []
     for (b, way), row in rows.items():

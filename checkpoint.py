@@ -103,7 +103,7 @@ def load_tensors(path) -> dict:
     try:
         return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError:
-        fail(f"{path} wants to run code when it is loaded; expected tensors and plain types only; do not trust this file")
+        fail(f"{path} wants to run code when it is loaded; expected tensors and plain types only; do not trust it")
     except (RuntimeError, EOFError, OSError, ValueError) as error:
         fail(f"{path} cannot be read, it looks cut short or damaged ({str(error).splitlines()[0][:120]}); "
              f"{path.stat().st_size:,} bytes found; copy it again from its source")
@@ -151,9 +151,24 @@ def save_llama(folder, config: LlamaConfig, state: dict, tokenizer=None) -> None
     save_tensors(folder / WEIGHTS, tensors)
     with atomic_write(folder / PARAMS) as f:
         f.write((json.dumps(params_json(config), indent=2) + "\n").encode())
-    if tokenizer is not None and Path(tokenizer).is_file() and Path(tokenizer).resolve() != (folder / TOKENIZER).resolve():
+    source = None if tokenizer is None else Path(tokenizer).resolve()
+    if source and source.is_file() and source != (folder / TOKENIZER).resolve():
         with atomic_write(folder / TOKENIZER) as f:
-            f.write(Path(tokenizer).read_bytes())
+            f.write(source.read_bytes())
+
+
+def resume_state(folder, settings: dict, mend: str) -> dict | None:
+    """What resume.pt in `folder` holds, None without one. A run with other settings is not touched: fail()."""
+    path = Path(folder) / RESUME
+    if not path.exists():
+        return None
+    state = load_tensors(path)
+    then, now = state["settings"], json.loads(json.dumps(settings))
+    keys = sorted(then.keys() | now.keys())
+    differ = [f"{k} {then.get(k)} -> {now.get(k)}" for k in keys if then.get(k) != now.get(k)]
+    if differ:
+        fail(f"{folder} holds a run with other settings: {', '.join(differ)}; {mend}")
+    return state
 
 
 @contextlib.contextmanager

@@ -18,7 +18,8 @@ import torch
 from checkpoint import TOKENIZER, load_llama, load_tensors
 from data.shards import Shards
 from model import Llama
-from router import FLEX, cost, load_router, n_params
+from router import FLEX, load_router
+from space import cost, n_params
 from tokenizer import encode_document, fail, load_tokenizer
 from train import TABLE_BUDGETS, evaluate
 
@@ -56,10 +57,9 @@ def rows_of(model: Llama, router, budgets: list[float], pairs, batch: int) -> li
     for budget in budgets:
         subnet, factors = router.deploy(budget) if router else (model.full, None)
         loss, tokens = mean_loss(model, pairs, subnet, factors, batch)
-        params = n_params(config, subnet)
         one = lambda v: v[0] if len(set(v)) == 1 else list(v)
-        rows.append(dict(budget=budget, got=round(cost(config, subnet), 6), params=params,
-                         params_total=params + (1 if config.tied else 2) * config.vocab_size * subnet.dim, dim=subnet.dim,
+        rows.append(dict(budget=budget, got=round(cost(config, subnet), 6), params=n_params(config, subnet),
+                         params_total=n_params(config, subnet, embeddings=True), dim=subnet.dim,
                          layers=list(subnet.layers), n_heads=one(subnet.n_heads), ffn_dim=one(subnet.ffn_dim),
                          loss=loss, tokens=tokens))
     return rows
@@ -75,11 +75,11 @@ def main(argv=None) -> None:
     p.add_argument("--data", default="data/pystdlib", help="folder of shards (its val split)")
     p.add_argument("--windows", type=int, default=128, help="validation windows at most")
     p.add_argument("--seq-len", type=int, help="tokens per window (default: the model's own context)")
-    p.add_argument("--batch", type=int, default=16, help="windows per forward")
+    p.add_argument("--batch", type=int, default=-1, help="windows per forward (default: 4096 tokens' worth)")
     p.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--json", action="store_true", help="one JSON object as the last line of stdout")
     args = p.parse_args(argv)
-    if min(args.batch, args.windows, 1 if args.seq_len is None else args.seq_len) < 1:
+    if min(abs(args.batch), args.windows, 1 if args.seq_len is None else args.seq_len) < 1 or args.batch < -1:
         fail(f"--batch {args.batch} --windows {args.windows} --seq-len {args.seq_len}: expected 1 or more of each")
     model = load_llama(args.model, args.device)
     router = load_router(args.model, model.config)
@@ -87,20 +87,22 @@ def main(argv=None) -> None:
         fail(f"{args.model} is a plain Llama: its only budget is 1.0; expected a folder made by train.py for others")
     flex = load_tensors(Path(args.model) / FLEX) if router else {}
     context = args.seq_len or flex.get("seq_len") or model.config.context
-    budgets = args.budgets or ([b for b in TABLE_BUDGETS if b >= router.costs.min()] if router else [1.0])
+    budgets = args.budgets or ([b for b in TABLE_BUDGETS if b >= router.space.costs.min()] if router else [1.0])
     if args.text:
-        pairs = text_windows(args.text, load_tokenizer(Path(args.model) / TOKENIZER, model.config.vocab_size), context)
+        tokenizer = load_tokenizer(Path(args.model) / TOKENIZER, model.config.vocab_size)
+        pairs = text_windows(args.text, tokenizer, context)
     else:
         pairs = [Shards(args.data, "val", context, model.config.vocab_size).windows(args.windows)]
     rows = rows_of(model, router, budgets, pairs, args.batch)
-    print(f"{'budget':>7} {'got':>6} {'dim':>5} {'heads':>5} {'ffn':>6} {'layers':>6} {'parameters':>14} {'with emb.':>14} "
-          f"{'loss':>7} {'ppl':>8}   ({rows[0]['tokens']:,} tokens, windows of {context})", file=sys.stderr)
+    print(f"{'budget':>7} {'got':>6} {'dim':>5} {'heads':>5} {'ffn':>6} {'layers':>6} {'parameters':>14} "
+          f"{'with emb.':>14} {'loss':>7} {'ppl':>8}   ({rows[0]['tokens']:,} tokens, windows of {context})",
+          file=sys.stderr)
     for r in rows:
         star = "*" if r["budget"] in flex.get("budgets", []) else " "
         listed = lambda v: v if isinstance(v, int) else f"{min(v)}-{max(v)}"
-        print(f"{r['budget']:6.2f}{star} {r['got']:6.3f} {r['dim']:5d} {listed(r['n_heads']):>5} {listed(r['ffn_dim']):>6} "
-              f"{len(r['layers']):6d} {r['params']:14,} {r['params_total']:14,} {r['loss']:7.3f} "
-              f"{torch.tensor(r['loss']).exp().item():8.2f}", file=sys.stderr)
+        print(f"{r['budget']:6.2f}{star} {r['got']:6.3f} {r['dim']:5d} {listed(r['n_heads']):>5} "
+              f"{listed(r['ffn_dim']):>6} {len(r['layers']):6d} {r['params']:14,} {r['params_total']:14,} "
+              f"{r['loss']:7.3f} {torch.tensor(r['loss']).exp().item():8.2f}", file=sys.stderr)
     if args.json:
         print(json.dumps(dict(model=str(args.model), context=context, rows=rows)))
 

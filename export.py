@@ -15,7 +15,8 @@ import torch
 
 from checkpoint import PARAMS, RESUME, TOKENIZER, WEIGHTS, load_llama, new_folder, save_llama
 from model import Llama, SubNet
-from router import cost, load_router, n_params
+from router import load_router
+from space import cost, n_params
 from tokenizer import fail
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -45,7 +46,8 @@ def export(folder, budget: float, out=None, dtype: torch.dtype = torch.float32) 
     if (out / RESUME).exists():
         fail(f"{out} is a training run; expected a new folder or an earlier export; choose another --out")
     with new_folder(out, may_replace={PARAMS, WEIGHTS, TOKENIZER}) as temporary:
-        save_llama(temporary, subnet.config(model.config), fold(model, subnet, factors, dtype), Path(folder) / TOKENIZER)
+        state = fold(model, subnet, factors, dtype)
+        save_llama(temporary, subnet.config(model.config), state, Path(folder) / TOKENIZER)
     return out, subnet
 
 
@@ -65,7 +67,7 @@ def main(argv=None) -> None:
     print(f"{out}: dim {subnet.dim}, {subnet.n_heads[0]} heads of {full.head_dim}, ffn {subnet.ffn_dim[0]}, layers "
           f"{len(subnet.layers)} of {full.n_layers} ({' '.join(map(str, subnet.layers))})\n"
           f"asked {args.budget:.3f}, got {cost(full, subnet):.3f} of the non-embedding parameters: {got:,}\n"
-          f"{got + (1 if full.tied else 2) * full.vocab_size * subnet.dim:,} parameters with embeddings, {total:,} bytes")
+          f"{n_params(full, subnet, embeddings=True):,} parameters with embeddings, {total:,} bytes")
 
 
 if __name__ == "__main__":

@@ -54,7 +54,8 @@ def activation_scores(model: Llama, windows: torch.Tensor, batch: int = 8) -> di
     finally:
         for hook in hooks:
             hook.remove()
-    return {axis: [sums[key].sqrt() for key in sorted(sums) if key[0] == axis] for axis in ("dim", "n_heads", "ffn_dim")}
+    return {axis: [sums[key].sqrt() for key in sorted(sums) if key[0] == axis]
+            for axis in ("dim", "n_heads", "ffn_dim")}
 
 
 @torch.no_grad()
@@ -84,7 +85,8 @@ def layers_by_influence(model: Llama, windows: torch.Tensor, batch: int = 8) -> 
     influence = torch.zeros(model.config.n_layers, dtype=torch.float64)
 
     def hook(block, inputs, output):
-        influence[block.layer] += (1 - F.cosine_similarity(inputs[0].float(), output.float(), dim=-1)).sum().double().cpu()
+        similar = F.cosine_similarity(inputs[0].float(), output.float(), dim=-1)
+        influence[block.layer] += (1 - similar).sum().double().cpu()
 
     hooks = [block.register_forward_hook(hook) for block in model.layers]
     try:
@@ -101,7 +103,8 @@ def rank(model: Llama, windows: torch.Tensor, depth: str = "logits", depth_windo
 
     Returns {"dim": (dim,), "n_heads": [(n_heads,)] per layer, group-major and inside the groups,
     "ffn_dim": [(ffn_dim,)] per layer, "layers": list}. depth: "logits" or "influence"."""
-    scores = activation_scores(model, windows)
+    batch = max(1, 4096 // windows.size(1))
+    scores = activation_scores(model, windows, batch)
     best_first = lambda s: s.argsort(dim=-1, descending=True, stable=True).cpu()
     orders = {"dim": best_first(torch.stack(scores["dim"]).sum(0)),
               "ffn_dim": [best_first(s) for s in scores["ffn_dim"]], "n_heads": []}
@@ -109,7 +112,7 @@ def rank(model: Llama, windows: torch.Tensor, depth: str = "logits", depth_windo
         s = s.unflatten(0, (block.attention.groups, -1))                  # groups, heads in a group
         orders["n_heads"].append((torch.arange(s.size(0))[:, None] * s.size(1) + best_first(s)).flatten())
     by = {"logits": layers_by_logits, "influence": layers_by_influence}[depth]
-    orders["layers"] = by(model, windows[:depth_windows] if depth == "logits" else windows)
+    orders["layers"] = by(model, windows[:depth_windows] if depth == "logits" else windows, batch)
     return orders
 
 

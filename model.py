@@ -19,7 +19,7 @@ importance.py has sorted the units, so that the first k are the best k.
   D              ffn_dim              N, lambda      layers (indices kept)
   b_j            budget               y              gates (as marginals of the choices)
 
-Try it:  python -c "from model import *; c = LlamaConfig(); print(Llama(c)(torch.zeros(1, 8, dtype=torch.long))[0].shape)"
+Try it:  python -c "from model import *; print(Llama(LlamaConfig())(torch.zeros(1, 8, dtype=torch.long))[0].shape)"
 """
 import math
 from dataclasses import dataclass, replace
@@ -68,6 +68,10 @@ class SubNet:
     n_heads: tuple[int, ...]
     ffn_dim: tuple[int, ...]
 
+    def __post_init__(self):  # JSON has lists: SubNet(**json.loads(json.dumps(vars(subnet)))) == subnet
+        for name in ("layers", "n_heads", "ffn_dim"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+
     @classmethod
     def full(cls, config: LlamaConfig) -> "SubNet":
         """The whole network."""
@@ -78,15 +82,6 @@ class SubNet:
         """The same number of heads and neurons in every kept layer."""
         layers = tuple(sorted(int(i) for i in layers))
         return cls(dim, layers, (n_heads,) * len(layers), (ffn_dim,) * len(layers))
-
-    def to_dict(self) -> dict:
-        """Plain types, for JSON."""
-        return {key: list(v) if isinstance(v, tuple) else v for key, v in vars(self).items()}
-
-    @classmethod
-    def from_dict(cls, d: dict) -> "SubNet":
-        """Inverse of to_dict()."""
-        return cls(d["dim"], tuple(d["layers"]), tuple(d["n_heads"]), tuple(d["ffn_dim"]))
 
     def config(self, full: LlamaConfig) -> LlamaConfig:
         """The shape of this slice of `full` as a Llama of its own (what export.py writes)."""
@@ -332,48 +327,3 @@ class Llama(nn.Module):
             layer = self.layers[old].slices(subnet.dim, n_heads, ffn_dim)
             state |= {f"layers.{new}.{name}": w for name, w in layer.items()}
         return state
-
-
-# -----------------------------------------------------------------------------
-# policy-aware modulation
-
-
-class Modulation(nn.Module):
-    """Which slice is running, told to every block: s = 1 + f(e(c)) - f(e(c_full)) on the outputs of attention and MLP.
-
-    c are the fractions (width, heads or neurons, depth) of the slice, e a sinusoidal embedding of size 16 each
-    (the paper's size; frequencies of 1 to 10 radians per unit, smooth between neighbouring choices, so that a
-    size between two trained ones gets a factor between theirs), f a small MLP whose last layer starts at zero and
-    has no bias. s is constant for a slice: export.py folds it into wo and w2. Exactly 1 at the full network.
-    """
-    SIZE, HIDDEN = 16, 128
-
-    def __init__(self, config: LlamaConfig, seed: int = 0):
-        super().__init__()
-        self.config, self.full = config, SubNet.full(config)
-        self.register_buffer("frequencies", torch.logspace(0, 1, self.SIZE // 2), persistent=False)
-        generator = torch.Generator().manual_seed(seed)
-        self.hidden = nn.Parameter(torch.randn(2, self.HIDDEN, 3 * self.SIZE, generator=generator) / self.SIZE)
-        self.bias = nn.Parameter(torch.zeros(2, self.HIDDEN))
-        self.out = nn.Parameter(torch.zeros(2, config.n_layers, self.HIDDEN))
-
-    def f(self, subnet: SubNet) -> torch.Tensor:
-        """f(e(c)) of every kept layer, (len(layers), 2): attention, MLP."""
-        c, layers = self.config, list(subnet.layers)
-        n = len(layers)
-        width = torch.tensor([[subnet.dim / c.dim] * n, [n / c.n_layers] * n])
-        heads = torch.tensor([k / c.per_layer("n_heads")[i] for i, k in zip(layers, subnet.n_heads)])
-        neurons = torch.tensor([k / c.per_layer("ffn_dim")[i] for i, k in zip(layers, subnet.ffn_dim)])
-        fractions = torch.stack([torch.vstack((width, x)) for x in (heads, neurons)]).to(self.out)  # 2, 3, n
-        angle = fractions.transpose(1, 2)[..., None] * self.frequencies                             # 2, n, 3, SIZE/2
-        e = torch.cat((angle.sin(), angle.cos()), dim=-1).flatten(2)                                # 2, n, 3 * SIZE
-        h = F.silu(e @ self.hidden.transpose(1, 2) + self.bias[:, None])                            # 2, n, HIDDEN
-        return (h * self.out[:, layers]).sum(-1).T
-
-    def forward(self, subnet: SubNet) -> torch.Tensor:
-        """The factors of a slice, (n_layers, 2); rows of layers that are not kept are 1."""
-        ones = torch.ones(self.config.n_layers, 2).to(self.out)
-        if subnet == self.full:
-            return ones
-        layers = list(subnet.layers)
-        return ones.index_add(0, torch.tensor(layers, device=ones.device), self.f(subnet) - self.f(self.full)[layers])

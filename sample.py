@@ -54,8 +54,8 @@ def main(argv=None) -> None:
     p.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     args = p.parse_args(argv)
     if args.temperature < 0 or args.top_k < 0 or args.max_new_tokens < 1:
-        fail(f"--temperature {args.temperature:g} --top-k {args.top_k} --max-new-tokens {args.max_new_tokens}: expected "
-             "0 or more, 0 or more, and 1 or more")
+        fail(f"--temperature {args.temperature:g} --top-k {args.top_k} --max-new-tokens {args.max_new_tokens}: "
+             "expected 0 or more, 0 or more, and 1 or more")
     model = load_llama(args.model, args.device)
     router = load_router(args.model, model.config)
     if router is None and args.budget != 1:

@@ -27,131 +27,86 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from checkpoint import RESUME, TOKENIZER, load_llama, load_tensors, read_config, save_llama, save_tensors
+from checkpoint import RESUME, TOKENIZER, load_llama, read_config, resume_state, save_llama, save_tensors
 from data.prepare import prepare
 from data.shards import Shards
 from importance import rank, sort_
 from model import Llama, LlamaConfig, SubNet
-from router import AXES, FLEX, Choice, Router, choices_for, cost, n_params, random_generator, \
-    restore_router, router_state
+from parallel import RANK, WORLD, autocast, finish, mean_over_ranks, rank0_first, say, setup
+from router import FLEX, Choice, Router, restore_router, router_state
+from space import AXES, Space, cost, n_params, random_generator
 from tokenizer import fail, load_tokenizer
 
-TABLE_BUDGETS = [1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4]
-
 # -----------------------------------------------------------------------------
-# settings: the demo's for small Llamas, the paper's for real ones
+# settings
 
-SMALL = 100e6  # non-embedding parameters
-NOT_SETTINGS = {"resume", "out", "eval_every", "save_every", "log_every", "device", "micro_batch"}  # may differ at resume
+# Llamas under SMALL non-embedding parameters get the demo's settings, others the paper's.
+SMALL = 100e6
 DEMO = dict(steps=300, batch_tokens=1024, seq_len=128, lr=1e-3, eval_windows=128, calibration_windows=64)
 PAPER = dict(steps=28800, batch_tokens=128 * 4096, seq_len=4096, lr=4e-5, eval_windows=64, calibration_windows=128)
+TABLE_BUDGETS = [1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4]
+MAY_DIFFER = {"resume", "out", "eval_every", "save_every", "log_every", "device", "micro_batch"}  # in a resumed run
 
 
 def parse_args(argv=None) -> argparse.Namespace:
     """The command line. A default of -1 means: derived, and printed at the start."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.error = lambda message: fail(f"{message}; python train.py --help lists the flags")
-    p.add_argument("--llama", help="raw Llama folder to start from (default: train the demo's base)")
-    p.add_argument("--data", help="folder of shards from data/prepare.py (default: the Python standard library)")
-    p.add_argument("--out", default="out/flex", help="folder of the supernet; the demo's base goes beside it, in base/")
-    p.add_argument("--budgets", type=float, nargs="+", default=[1.0, 0.8, 0.6, 0.4], help="trained in every step")
-    p.add_argument("--extra-budgets", type=int, default=0, help="more budgets per step, drawn between the smallest and 1")
-    p.add_argument("--router", choices=["constrained", "penalty", "uniform", "random"], default="constrained",
-                   help="how a budget becomes a slice; uniform and random are baselines without a router")
-    p.add_argument("--penalty", type=float, default=1.0, help="lambda of --router penalty")
+    add = p.add_argument
+    add("--llama", help="raw Llama folder to start from (default: train the demo's base)")
+    add("--data", help="folder of shards from data/prepare.py (default: the Python standard library)")
+    add("--out", default="out/flex", help="folder of the supernet; the demo's base goes beside it, in base/")
+    add("--budgets", type=float, nargs="+", default=[1.0, 0.8, 0.6, 0.4], help="trained in every step")
+    add("--extra-budgets", type=int, default=0, help="more of them per step, drawn between the smallest and 1")
+    add("--router", choices=["constrained", "penalty", "uniform", "random"], default="constrained",
+        help="how a budget becomes a slice; uniform and random are baselines without a router")
+    add("--penalty", type=float, default=1.0, help="lambda of --router penalty")
     for axis in AXES:
-        p.add_argument(f"--{axis.replace('_', '-')}-choices", type=int, nargs="+", help=f"sizes of {axis} to choose from")
-    p.add_argument("--depth-by", choices=["logits", "influence"], default="logits", help="how layers are ranked")
-    p.add_argument("--steps", type=int, default=-1, help="elastic steps (demo 300, paper 28800)")
-    p.add_argument("--base-steps", type=int, default=1200, help="steps of the demo's dense stage")
-    p.add_argument("--batch-tokens", type=int, default=-1, help="global batch in tokens, per budget and step")
-    p.add_argument("--micro-batch", type=int, default=-1, help="sequences per forward and rank (default: all of them)")
-    p.add_argument("--seq-len", type=int, default=-1, help="tokens per sequence (demo 128, paper 4096)")
-    p.add_argument("--lr", type=float, default=-1, help="Llama's learning rate (demo 1e-3, paper 4e-5)")
-    p.add_argument("--base-lr", type=float, default=3e-3, help="learning rate of the demo's dense stage")
-    p.add_argument("--router-lr", type=float, default=-1, help="default: the paper's 4e-2 at its 28800 steps, "
-                   "4e-2 * (steps / 28800)^0.8 in shorter runs, 1e-3 in the demo")
-    p.add_argument("--modulation-lr", type=float, default=-1, help="default: the router's")
-    p.add_argument("--warmup", type=float, default=0.1, help="share of the steps")
-    p.add_argument("--weight-decay", type=float, default=0.1, help="on the Llama's matrices")
-    p.add_argument("--clip", type=float, default=1.0, help="gradient norm, for Llama, router and modulation apart")
-    p.add_argument("--soft-prob", type=float, default=0.25, help="share of passes with soft gates at full width")
-    p.add_argument("--tau-end", type=float, default=0.0561, help="temperature at the last step (starts at 1)")
-    p.add_argument("--kappa-end", type=float, default=10.0, help="logit scale at the last step (starts at 1)")
-    p.add_argument("--kd", type=float, default=0.0, help="weight of the KL to the frozen base at budgets under 1")
-    p.add_argument("--no-modulation", action="store_true", help="train without policy-aware modulation")
-    p.add_argument("--freeze-backbone", action="store_true", help="train router and modulation only")
-    p.add_argument("--calibration-windows", type=int, default=-1, help="training windows that rank the units")
-    p.add_argument("--eval-windows", type=int, default=-1, help="validation windows")
-    p.add_argument("--eval-every", type=int, default=100, help="steps between evaluations of the trained budgets")
-    p.add_argument("--save-every", type=int, default=100, help="steps between checkpoints")
-    p.add_argument("--log-every", type=int, default=10, help="steps between printed lines")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    p.add_argument("--resume", action="store_true", help="go on from --out's resume.pt")
+        add(f"--{axis.replace('_', '-')}-choices", type=int, nargs="+", help=f"sizes of {axis} to choose from")
+    add("--depth-by", choices=["logits", "influence"], default="logits", help="how layers are ranked")
+    add("--steps", type=int, default=-1, help="elastic steps (demo 300, paper 28800)")
+    add("--base-steps", type=int, default=1200, help="steps of the demo's dense stage")
+    add("--batch-tokens", type=int, default=-1, help="global batch in tokens, per budget and step")
+    add("--micro-batch", type=int, default=-1, help="sequences per forward and rank (default: all of them)")
+    add("--seq-len", type=int, default=-1, help="tokens per sequence (demo 128, paper 4096)")
+    add("--lr", type=float, default=-1, help="Llama's learning rate (demo 1e-3, paper 4e-5)")
+    add("--base-lr", type=float, default=3e-3, help="learning rate of the demo's dense stage")
+    add("--router-lr", type=float, default=-1, help="default: the paper's 4e-2 at its 28800 steps, "
+        "4e-2 * (steps / 28800)^0.8 in shorter runs, 1e-3 in the demo")
+    add("--modulation-lr", type=float, default=-1, help="default: the router's")
+    add("--warmup", type=float, default=0.1, help="share of the steps")
+    add("--weight-decay", type=float, default=0.1, help="on the Llama's matrices")
+    add("--clip", type=float, default=1.0, help="gradient norm, for Llama, router and modulation apart")
+    add("--soft-prob", type=float, default=0.25, help="share of passes with soft gates at full width")
+    add("--tau-end", type=float, default=0.0561, help="temperature at the last step (starts at 1)")
+    add("--kappa-end", type=float, default=10.0, help="logit scale at the last step (starts at 1)")
+    add("--kd", type=float, default=0.0, help="weight of the KL to the frozen base at budgets under 1")
+    add("--no-modulation", action="store_true", help="train without policy-aware modulation")
+    add("--freeze-backbone", action="store_true", help="train router and modulation only")
+    add("--calibration-windows", type=int, default=-1, help="training windows that rank the units")
+    add("--eval-windows", type=int, default=-1, help="validation windows")
+    add("--eval-every", type=int, default=100, help="steps between evaluations of the trained budgets")
+    add("--save-every", type=int, default=100, help="steps between checkpoints")
+    add("--log-every", type=int, default=10, help="steps between printed lines")
+    add("--seed", type=int, default=0, help="of weights, data order and noise")
+    add("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--resume", action="store_true", help="go on from --out's resume.pt")
     args = p.parse_args(argv)
     args.demo = args.llama is None
     config = LlamaConfig() if args.demo else read_config(args.llama)
-    for name, value in (DEMO if n_params(config, SubNet.full(config)) < SMALL else PAPER).items():
-        if getattr(args, name) == -1:
-            setattr(args, name, value)
-    if args.router_lr == -1:
-        args.router_lr = 4e-2 * min(1.0, args.steps / 28800) ** 0.8
-    if args.modulation_lr == -1:
-        args.modulation_lr = args.router_lr
+    derived = DEMO if n_params(config, SubNet.full(config)) < SMALL else PAPER
+    derive = lambda name, value: setattr(args, name, value) if getattr(args, name) == -1 else None
+    for name, value in derived.items():
+        derive(name, value)
+    derive("router_lr", 4e-2 * min(1.0, max(1, args.steps) / PAPER["steps"]) ** 0.8)
+    derive("modulation_lr", args.router_lr)
     if any(not 0 < b <= 1 for b in args.budgets) or 1.0 not in args.budgets:
         fail(f"--budgets {' '.join(map(str, args.budgets))} found; expected fractions in (0, 1] and 1.0, the full "
              "model, among them; try --budgets 1.0 0.8 0.6 0.4")
-    if args.batch_tokens % args.seq_len or args.steps < 1 or args.base_steps < 1:
-        fail(f"--batch-tokens {args.batch_tokens}, --seq-len {args.seq_len}, --steps {args.steps}: expected whole "
-             "sequences and at least one step; try --batch-tokens 1024 --seq-len 128")
+    if min(args.batch_tokens, args.seq_len, args.steps, args.base_steps) < 1 or args.batch_tokens % args.seq_len:
+        fail(f"--batch-tokens {args.batch_tokens}, --seq-len {args.seq_len}, --steps {args.steps}, --base-steps "
+             f"{args.base_steps}: expected whole sequences, at least one step; try --batch-tokens 1024 --seq-len 128")
     return args
-
-
-# -----------------------------------------------------------------------------
-# processes: one, or as many as torchrun started
-
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-
-def setup(args) -> torch.device:
-    """Joins the process group if torchrun started us, and returns this rank's device."""
-    if args.device == "cuda" and not torch.cuda.is_available():
-        fail("--device cuda asked, but this torch sees no CUDA device; use --device cpu")
-    device = torch.device(args.device, int(os.environ.get("LOCAL_RANK", 0)) if args.device == "cuda" else None)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")
-    if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=1))
-    return device
-
-
-def autocast(device: torch.device):
-    """bf16 on CUDA; fp32, bit for bit repeatable, on the CPU."""
-    return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
-
-
-def mean_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
-    """In place, the mean over ranks."""
-    if WORLD > 1:
-        dist.all_reduce(tensor)
-        tensor /= WORLD
-    return tensor
-
-
-def rank0_first(work):
-    """Runs work() on rank 0 while the others wait, and gives its (plain) result to all."""
-    result = [work() if RANK == 0 else None]
-    if WORLD > 1:
-        dist.broadcast_object_list(result)
-    return result[0]
-
-
-def say(*parts) -> None:
-    """One line of progress on stderr, from rank 0, that a progress bar survives."""
-    if RANK == 0:
-        tqdm.write(" ".join(map(str, parts)), file=sys.stderr)
 
 
 # -----------------------------------------------------------------------------
@@ -159,9 +114,10 @@ def say(*parts) -> None:
 
 
 @torch.no_grad()
-def evaluate(model: Llama, windows, subnet: SubNet | None = None, factors=None, batch: int = 16) -> tuple[float, float]:
+def evaluate(model: Llama, windows, subnet: SubNet | None = None, factors=None, batch: int = -1) -> tuple[float, float]:
     """Mean cross-entropy in nats over windows (x, y), each (n, T), and forward tokens/s; shared among the ranks."""
     x, y = (w[RANK::WORLD] for w in windows)
+    batch = max(1, 4096 // x.size(1)) if batch == -1 else batch  # 4096 tokens: their logits are 2 GB at 128k tokens
     device = model.tok_embeddings.weight.device
     factors = None if factors is None else factors.to(device)
     total, start = torch.zeros(1, dtype=torch.float64, device=device), time.perf_counter()
@@ -176,7 +132,7 @@ def evaluate(model: Llama, windows, subnet: SubNet | None = None, factors=None, 
 
 
 # -----------------------------------------------------------------------------
-# the loop
+# one step
 
 
 def lr_factor(step: int, steps: int, warmup: float) -> float:
@@ -246,7 +202,7 @@ def train_step(wrapped, model, router, shards, step, steps, args, device, teache
         soft = routed and draw("soft", budget) < args.soft_prob
         marginals = leaf(choice.marginals) if routed else None
         factors = leaf(router.modulation(choice.subnet)) if modulated else None
-        penalties += [choice.penalty / len(budgets)] if torch.is_tensor(choice.penalty) else []
+        penalties += [] if choice.penalty is None else [choice.penalty / len(budgets)]
         first = i * rows + RANK * local
         x, y = shards.batch(step, len(budgets) * rows, first, first + local)
         mean = torch.zeros((), device=device)
@@ -256,14 +212,16 @@ def train_step(wrapped, model, router, shards, step, steps, args, device, teache
             with contextlib.nullcontext() if last or wrapped is model else wrapped.no_sync():
                 loss, ce = pass_loss(wrapped, tokens, targets, teacher if budget < 1 else None, args.kd,
                                      subnet=model.full if soft else choice.subnet, factors=factors,
-                                     gates=router.gates(marginals, hard=not soft) if routed else None)
+                                     gates=router.space.gates(marginals, hard=not soft) if routed else None)
                 if loss.requires_grad:  # with frozen weights the full network has nothing to learn
                     (loss * len(tokens) / local / len(budgets)).backward()
             mean += ce.detach() * len(tokens) / local
         passes.append(dict(budget=budget, subnet=choice.subnet, soft=soft, max_p=choice.max_p, loss=mean))
     if signals:
-        flat = mean_over_ranks(torch.cat([t.grad.flatten() for t in leaves])).cpu().split([s.numel() for s in signals])
-        torch.autograd.backward(signals + penalties, [g.view_as(s) for g, s in zip(flat, signals)] + [None] * len(penalties))
+        flat = mean_over_ranks(torch.cat([t.grad.flatten() for t in leaves])).cpu()
+        flat = flat.split([s.numel() for s in signals])
+        gradients = [g.view_as(s) for g, s in zip(flat, signals)] + [None] * len(penalties)
+        torch.autograd.backward(signals + penalties, gradients)
     losses = mean_over_ranks(torch.stack([p["loss"] for p in passes])).tolist()
     return dict(passes=[p | dict(loss=loss) for p, loss in zip(passes, losses)], tau=tau, kappa=kappa)
 
@@ -275,6 +233,10 @@ def clip_gradients(model, router, clip: float) -> dict[str, float]:
         parts["router"] = [p for n, p in router.named_parameters() if p.grad is not None and "modulation" not in n]
         parts["modulation"] = [p for p in router.modulation.parameters() if p.grad is not None]
     return {name: torch.nn.utils.clip_grad_norm_(ps, clip).item() for name, ps in parts.items() if ps}
+
+
+# -----------------------------------------------------------------------------
+# the loop
 
 
 def save(out: Path, model, router, optimizer, step: int, steps: int, settings: dict, args) -> None:
@@ -344,9 +306,10 @@ def train(model, router, shards, val, out: Path, steps: int, lr: float, settings
 
 
 def line(step: int, steps: int, result: dict, norms: dict, lr: float, seconds: float, args) -> str:
-    """The printed line of a step: budget asked -> got and loss of every pass (~: a soft one), noise, speed, time left."""
+    """The printed line of a step: budget asked -> got and loss of every pass (~: soft), noise, speed, time left."""
     passes = result["passes"]
-    parts = ["  ".join(f"{p['budget']:.2f}->{p['got']:.3f}{'~' if p['soft'] else ' '}{p['loss']:.3f}" for p in passes[::-1])]
+    parts = ["  ".join(f"{p['budget']:.2f}->{p['got']:.3f}{'~' if p['soft'] else ' '}{p['loss']:.3f}"
+                       for p in passes[::-1])]
     if len(passes) > 1:
         parts.append(f"tau {result['tau']:.2f} kappa {result['kappa']:4.1f} max p "
                      f"{max(p['max_p'] for p in passes if p['budget'] < 1):.2f}")
@@ -385,18 +348,6 @@ def open_data(args, llama: str | None) -> tuple[str, Shards, Shards]:
             Shards(folder, "val", args.seq_len, vocab_size, args.seed))
 
 
-def earlier_run(out: Path, settings: dict, mend: str) -> dict | None:
-    """What resume.pt in `out` holds, if a run with the same settings left one; an error if other settings did."""
-    if not (out / RESUME).exists():
-        return None
-    state = load_tensors(out / RESUME)
-    then, now = state["settings"], json.loads(json.dumps(settings))
-    differ = [f"{k} {then.get(k)} -> {now.get(k)}" for k in sorted(then.keys() | now.keys()) if then.get(k) != now.get(k)]
-    if differ:
-        fail(f"{out} holds a run with other settings: {', '.join(differ)}; {mend}")
-    return state
-
-
 def dense_base(args, config: LlamaConfig, data, settings: dict, state: dict | None, device) -> None:
     """The demo's starting point: a small dense Llama, trained once into the folder args.llama."""
     out = Path(args.llama)
@@ -420,7 +371,7 @@ def elastic(args, router: Router, data, settings: dict, state: dict | None, devi
     say(f"ranking {model.config.dim} channels, heads, neurons and layers on {len(windows)} windows of {args.seq_len}")
     orders = rank0_first(lambda: rank(model, windows, args.depth_by))
     sort_(model, orders)
-    router.order_layers(orders["layers"])
+    router.space.order_layers(orders["layers"])
     base = {name: t.detach().cpu().clone() for name, t in model.state_dict().items()}
     if state is not None:
         model.load_state_dict(state["model"])
@@ -431,8 +382,8 @@ def elastic(args, router: Router, data, settings: dict, state: dict | None, devi
     model.requires_grad_(not args.freeze_backbone)
     teacher = load_llama(args.llama, device).requires_grad_(False) if args.kd > 0 else None  # the frozen base
     out.mkdir(parents=True, exist_ok=True)
-    say(f"elastic: budgets {' '.join(f'{b:g}' for b in args.budgets)}, {len(router.members)} sub-networks of cost "
-        f"{router.costs.min():.3f} to 1, router lr {args.router_lr:.1e}")
+    say(f"elastic: budgets {' '.join(f'{b:g}' for b in args.budgets)}, {len(router.space.members)} sub-networks of "
+        f"cost {router.space.costs.min():.3f} to 1, router lr {args.router_lr:.1e}")
     train(model, router, *data, out, args.steps, args.lr, settings, args, device, state, teacher)
     table(model, router, base, data[1], args)
     say(f"\nNext:  python export.py --model {out} --budget 0.5\n       python eval.py --model {out}\n"
@@ -442,50 +393,52 @@ def elastic(args, router: Router, data, settings: dict, state: dict | None, devi
 def table(model, router, base: dict, val, args) -> None:
     """The family: what each budget got, and its loss before (the same slice of the sorted base) and after training."""
     config, rows = model.config, []
-    smallest = router.costs.min().item()
+    smallest = router.space.costs.min().item()
     budgets = sorted({b for b in TABLE_BUDGETS if b >= smallest} | set(args.budgets), reverse=True)
+    evaluate(model, [w[:16] for w in val])  # warms up: the first row's speed counts too
     for b in budgets:
         subnet, factors = router.deploy(b)
         rows.append([b, subnet, *evaluate(model, val, subnet, factors)])
     model.load_state_dict(base)
-    say(f"\n{'budget':>7} {'got':>6} {'dim':>5} {'heads':>5} {'ffn':>6} {'layers':>6} {'parameters':>14} {'before':>7} "
-        f"{'after':>7} {'tok/s':>9}   (* trained; loss in nats on {val[1].numel():,} held-out tokens)")
+    say(f"\n{'budget':>7} {'got':>6} {'dim':>5} {'heads':>5} {'ffn':>6} {'layers':>6} {'parameters':>14} "
+        f"{'before':>7} {'after':>7} {'tok/s':>9}   (* trained; loss in nats on {val[1].numel():,} held-out tokens)")
     for b, subnet, loss, speed in rows:
         before = evaluate(model, val, subnet)[0]
-        say(f"{b:6.2f}{'*' if b in args.budgets else ' '} {cost(config, subnet):6.3f} {subnet.dim:5d} {subnet.n_heads[0]:5d} "
-            f"{subnet.ffn_dim[0]:6d} {len(subnet.layers):6d} {n_params(config, subnet):14,} {before:7.3f} {loss:7.3f} "
-            f"{speed:9,.0f}")
+        say(f"{b:6.2f}{'*' if b in args.budgets else ' '} {cost(config, subnet):6.3f} {subnet.dim:5d} "
+            f"{subnet.n_heads[0]:5d} {subnet.ffn_dim[0]:6d} {len(subnet.layers):6d} {n_params(config, subnet):14,} "
+            f"{before:7.3f} {loss:7.3f} {speed:9,.0f}")
 
 
 def main(argv=None) -> None:
     """data -> base -> rank, sort -> train -> table. What can be refused is refused before anything is trained."""
     args = parse_args(argv)
-    device = setup(args)
+    device = setup(args.device)
     if args.batch_tokens // args.seq_len % WORLD:
-        fail(f"a batch of {args.batch_tokens // args.seq_len} sequences does not divide among {WORLD} processes; change "
-             "--batch-tokens")
+        fail(f"a batch of {args.batch_tokens // args.seq_len} sequences does not divide among {WORLD} processes; "
+             "change --batch-tokens")
     say("settings: " + " ".join(f"{k}={v}" for k, v in vars(args).items() if v is not None))
     folder, shards, val = open_data(args, args.llama)
     data = shards, val.windows(args.eval_windows)
     here = dict(data=folder, fingerprint=shards.fingerprint())
-    settings = {k: v for k, v in vars(args).items() if k not in NOT_SETTINGS} | here
-    state = earlier_run(Path(args.out), settings, "choose another --out, or delete it")
+    settings = {k: v for k, v in vars(args).items() if k not in MAY_DIFFER} | here
+    state = resume_state(Path(args.out), settings, "choose another --out, or delete it")
     config = LlamaConfig(vocab_size=shards.vocab_size, context=args.seq_len) if args.demo else read_config(args.llama)
     asked = {axis: getattr(args, f"{axis}_choices") for axis in AXES}
-    choices = choices_for(config, {axis: sizes for axis, sizes in asked.items() if sizes})
-    router = Router(config, choices, list(range(config.n_layers)), args.router, seed=args.seed)
+    try:
+        space = Space(config, {axis: sizes for axis, sizes in asked.items() if sizes})
+    except ValueError as error:
+        fail(str(error))
+    router = Router(space, args.router, args.seed)
     for budget in args.budgets:
-        router.feasible(budget)
+        space.feasible(budget)
     if args.demo:
         args.llama = str(Path(args.out).parent / "base")
         of_base = {k: getattr(args, k) for k in ("base_steps", "base_lr", "seed", "batch_tokens", "seq_len", "clip",
                                                  "weight_decay", "warmup")} | here
         mend = f"delete {args.llama}, choose another --out, or start from it as it is: --llama {args.llama}"
-        dense_base(args, config, data, of_base, earlier_run(Path(args.llama), of_base, mend), device)
+        dense_base(args, config, data, of_base, resume_state(Path(args.llama), of_base, mend), device)
     elastic(args, router, data, settings, state, device)
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
+    finish()
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ import torch
 
 from checkpoint import save_llama, save_tensors
 from model import Gates, Llama, LlamaConfig, SubNet
-from router import AXES, FLEX, Router, router_state
+from router import FLEX, Router, router_state
+from space import AXES, Space
 from tokenizer import save_tokenizer, train_bpe
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,7 +43,8 @@ def subnets(config: LlamaConfig) -> dict[str, SubNet]:
     L, H, F, D = range(config.n_layers), config.n_heads, config.ffn_dim, config.dim
     heads = H // 2
     step = config.n_kv_heads if H > config.n_kv_heads else 1
-    return {"full": SubNet.full(config), "width": SubNet.uniform(D - 16, L, H, F), "heads": SubNet.uniform(D, L, heads, F),
+    return {"full": SubNet.full(config), "width": SubNet.uniform(D - 16, L, H, F),
+            "heads": SubNet.uniform(D, L, heads, F),
             "neurons": SubNet.uniform(D, L, H, F - 37), "depth": SubNet.uniform(D, [0, 2, 3], H, F),
             "all": SubNet.uniform(D - 9, [0, 1, 3], heads, F - 30),
             "per layer": SubNet(D - 20, (0, 2, 3), (H, step, H - step), (F, 13, F - 5))}
@@ -73,13 +75,13 @@ def odd_choices(config: LlamaConfig) -> dict[str, list[int]]:
 
 def random_router(config: LlamaConfig, mode: str = "constrained", seed: int = 0, choices=None) -> Router:
     """A router as after a long training: every tensor random, every choice seen, layers in an order of their own."""
-    router = Router(config, choices or odd_choices(config), [2, 0, 3, 1], mode, seed=seed)
+    router = Router(Space(config, choices or odd_choices(config), [2, 0, 3, 1]), mode, seed)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in router.named_parameters():
             size = 0.1 if name == "modulation.out" else 1 / p.size(-1) ** 0.5 if p.dim() > 1 else 1
             p.copy_(torch.randn(p.shape, generator=generator) * size)
-    router.seen = {(axis, size) for axis in AXES for size in router.choices[axis]}
+    router.seen = {(axis, size) for axis in AXES for size in router.space.choices[axis]}
     return router
 
 

@@ -8,7 +8,6 @@ Prints for each trained budget the rank of route(b), the losses of the best memb
 and the mean and worst of F(b). Works on a trained supernet too (there the weights favour what was trained).
 """
 import argparse
-import copy
 import json
 import sys
 from pathlib import Path
@@ -26,18 +25,16 @@ def oracle(folder, data, windows: int = 128) -> list[dict]:
     model = load_llama(folder)
     router, flex = load_router(folder, model.config), load_tensors(Path(folder) / FLEX)
     val = Shards(data, "val", flex["seq_len"], model.config.vocab_size).windows(windows)
-    uniform = copy.copy(router)
-    uniform.mode = "uniform"
     rows = []
     for budget in sorted(b for b in flex["budgets"] if b < 1):
-        members = [router.member(m) for m in router.feasible(budget)]
+        members = [router.space.subnet(router.space.members[m]) for m in router.space.feasible(budget)]
         losses = {subnet: evaluate(model, val, subnet)[0] for subnet in members}
         ranking = sorted(members, key=losses.get)
         choice = router.route(budget)
         rows.append(dict(budget=budget, members=len(members), rank=ranking.index(choice) + 1, choice=losses[choice],
-                         best=losses[ranking[0]], uniform=losses[uniform.route(budget)],
+                         best=losses[ranking[0]], uniform=losses[router.space.uniform(budget)],
                          mean=sum(losses.values()) / len(losses), worst=losses[ranking[-1]],
-                         sizes=router.sizes(choice), best_sizes=router.sizes(ranking[0])))
+                         sizes=router.space.sizes(choice), best_sizes=router.space.sizes(ranking[0])))
     return rows
 
 

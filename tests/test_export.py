@@ -9,7 +9,7 @@ import export as exporting
 from checkpoint import load_llama, load_tensors, save_llama
 from export import export, fold
 from model import SubNet
-from router import cost
+from space import cost
 from tests.helpers import GQA, MHA, SHAPES, close, files_of, make_supernet, one_line_error, random_llama, subnets, \
     tokens_for
 from tests.test_model import reference_logits
@@ -120,7 +120,7 @@ def test_mistakes_write_nothing(tmp_path, capsys):
     asked = lambda *extra: ["--model", str(tmp_path / "flex"), *map(str, extra)]
     for argv, words in [(["--model", str(plain), "--budget", "0.5"], ["plain", "flex.pt", "train.py"]),
                         (["--model", str(tmp_path / "nowhere"), "--budget", "0.5"], ["nowhere"]),
-                        (asked("--budget", "0.01"), [f"{router.costs.min():.4f}"]),
+                        (asked("--budget", "0.01"), [f"{router.space.costs.min():.4f}"]),
                         (asked("--budget", "1.5"), ["1.5"]),
                         (asked("--budget", "0"), ["budget 0"]), (asked("--budget", "nan"), ["nan"]),
                         (asked("--budget", "half"), ["half"]), (asked(), ["--budget"]),

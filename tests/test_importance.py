@@ -9,8 +9,8 @@ from tests.helpers import GQA, SHAPES, close, random_llama, tokens_for
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_sorting_changes_nothing(shape):
-    """Invariant 1. Catches a tensor that is left out of the permutation, a head whose rows move without its columns, tied
-    embeddings permuted twice."""
+    """Invariant 1. Catches a tensor that is left out of the permutation, a head whose rows move without its columns,
+    tied embeddings permuted twice."""
     model, tokens = random_llama(SHAPES[shape]), tokens_for(SHAPES[shape])
     before, old = model(tokens)[0], {k: v.clone() for k, v in model.state_dict().items()}
     sort_(model, rank(model, tokens))

@@ -12,7 +12,8 @@ from checkpoint import load_llama, load_tensors
 from data.prepare import prepare
 from data.shards import Shards
 from model import Llama, LlamaConfig
-from router import Router, cost, choices_for, load_router
+from router import Router, load_router
+from space import Space, cost
 from tests.helpers import ROOT, run
 
 # A demo in miniature: the project's own source as text, a few steps, sequences of 32 tokens.
@@ -44,7 +45,7 @@ def parts(root, flags, budgets=(1.0, 0.5), **changes):
     args = train.parse_args(flags + ["--llama", str(root / "out/base"), "--budgets", *map(str, budgets)])
     vars(args).update(changes)
     model = load_llama(root / "out/base")
-    router = Router(model.config, choices_for(model.config), list(range(model.config.n_layers)), args.router)
+    router = Router(Space(model.config), args.router)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for p in router.parameters():
@@ -82,7 +83,7 @@ def test_elastic_step_is_the_sum_of_its_budgets(demo):
             choice = other_router.sample(b, 2, tau, kappa)
             kwargs = {}
             if b < 1:
-                kwargs = dict(gates=other_router.gates(choice.marginals, hard=soft_prob == 0),
+                kwargs = dict(gates=other_router.space.gates(choice.marginals, hard=soft_prob == 0),
                               factors=other_router.modulation(choice.subnet),
                               subnet=None if soft_prob else choice.subnet)
             total = total + other_model(x, y, **kwargs)[1] / 3
@@ -180,8 +181,9 @@ def test_full_network_is_a_plain_llama(demo):
         assert b - 0.05 < cost(model.config, router.route(b)) <= b
 
 
-@pytest.mark.parametrize("extra", [["--router", "penalty"], ["--router", "uniform"], ["--router", "random"], ["--kd", "0.5"],
-                                   ["--freeze-backbone"], ["--extra-budgets", "1", "--soft-prob", "1"], ["--no-modulation"]])
+@pytest.mark.parametrize("extra", [
+    ["--router", "penalty"], ["--router", "uniform"], ["--router", "random"], ["--kd", "0.5"], ["--freeze-backbone"],
+    ["--extra-budgets", "1", "--soft-prob", "1"], ["--no-modulation"]])
 def test_every_mode_runs_to_its_table(demo, tmp_path, extra, capsys):
     """Catches a mode that crashes at its first save or table; frozen weights that move."""
     root, flags = demo
@@ -196,10 +198,10 @@ def test_every_mode_runs_to_its_table(demo, tmp_path, extra, capsys):
 
 
 @pytest.mark.parametrize("extra,words", [
-    (["--budgets", "1.0", "1.2"], "--budgets"), (["--budgets", "0.5"], "1.0"), (["--budgets", "1.0", "0.01"], "smallest"),
-    (["--batch-tokens", "250"], "--batch-tokens"), (["--data", "nowhere"], "nowhere"), (["--llama", "nowhere"], "nowhere"),
-    (["--dim-choices", "4096"], "4096"), (["--router", "magic"], "magic"), (["--seq-len", "10000000", "--batch-tokens",
-                                                                           "10000000"], "tokens")])
+    (["--budgets", "1.0", "1.2"], "--budgets"), (["--budgets", "0.5"], "1.0"),
+    (["--budgets", "1.0", "0.01"], "smallest"), (["--batch-tokens", "250"], "--batch-tokens"),
+    (["--data", "nowhere"], "nowhere"), (["--llama", "nowhere"], "nowhere"), (["--dim-choices", "4096"], "4096"),
+    (["--router", "magic"], "magic"), (["--seq-len", "10000000", "--batch-tokens", "10000000"], "tokens")])
 def test_bad_input_is_one_line(demo, tmp_path, extra, words, capsys):
     """Catches tracebacks, second lines, and folders left behind by a run that could not start."""
     root, flags = demo
@@ -227,7 +229,7 @@ from pathlib import Path
 from tests.test_train import parts, gradients
 root, out, flags = Path(sys.argv[1]), sys.argv[2], sys.argv[3:]
 args = train.parse_args(flags)
-device = train.setup(args)
+device = train.setup(args.device)
 model, router, shards, args = parts(root, flags, budgets=(1.0, 0.8, 0.5))
 wrapped = torch.nn.parallel.DistributedDataParallel(model) if train.WORLD > 1 else model
 for step in range(2):  # twice: a reducer that was left unfinished complains at the second step

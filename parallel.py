@@ -1,0 +1,65 @@
+"""
+One process, or as many as torchrun started: who we are, which device is ours, and what the ranks tell each other.
+
+    python train.py                                   RANK 0 of 1, nothing is initialised
+    torchrun --nproc_per_node=8 train.py              eight ranks, NCCL on GPUs, gloo on CPUs
+"""
+import contextlib
+import os
+import sys
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from tokenizer import fail
+
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def setup(kind: str) -> torch.device:
+    """Joins the process group if torchrun started us, and returns this rank's device. kind: cpu or cuda."""
+    if kind == "cuda" and not torch.cuda.is_available():
+        fail("--device cuda asked, but this torch sees no CUDA device; use --device cpu")
+    device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0)) if kind == "cuda" else None)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+    if "RANK" in os.environ and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=1))
+    return device
+
+
+def autocast(device: torch.device):
+    """bf16 on CUDA; fp32, bit for bit repeatable, on the CPU."""
+    return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def mean_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
+    """In place, the mean over ranks."""
+    if WORLD > 1:
+        dist.all_reduce(tensor)
+        tensor /= WORLD
+    return tensor
+
+
+def rank0_first(work):
+    """Runs work() on rank 0 while the others wait, and gives its (plain) result to all."""
+    result = [work() if RANK == 0 else None]
+    if WORLD > 1:
+        dist.broadcast_object_list(result)
+    return result[0]
+
+
+def say(*parts) -> None:
+    """One line of progress on stderr, from rank 0, that a progress bar survives."""
+    if RANK == 0:
+        tqdm.write(" ".join(map(str, parts)), file=sys.stderr)
+
+
+def finish() -> None:
+    """Leaves the process group, all ranks together: a rank that goes first can abort the others."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
