@@ -157,8 +157,9 @@ def save_llama(folder, config: LlamaConfig, state: dict, tokenizer=None) -> None
             f.write(source.read_bytes())
 
 
-def resume_state(folder, settings: dict, mend: str) -> dict | None:
-    """What resume.pt in `folder` holds, None without one. A run with other settings is not touched: fail()."""
+def resume_state(folder, settings: dict, steps: int, resume: bool) -> dict | None:
+    """What resume.pt in `folder` holds, None without one. A run with other settings, or one that has not come to its
+    last step and is not to be resumed, is left alone: fail()."""
     path = Path(folder) / RESUME
     if not path.exists():
         return None
@@ -167,7 +168,9 @@ def resume_state(folder, settings: dict, mend: str) -> dict | None:
     keys = sorted(then.keys() | now.keys())
     differ = [f"{k} {then.get(k)} -> {now.get(k)}" for k in keys if then.get(k) != now.get(k)]
     if differ:
-        fail(f"{folder} holds a run with other settings: {', '.join(differ)}; {mend}")
+        fail(f"{folder} holds a run with other settings: {', '.join(differ)}; choose another --out, or delete it")
+    if state["step"] < steps and not resume:
+        fail(f"{folder} holds a run that stopped at step {state['step']} of {steps}; go on with --resume, or delete it")
     return state
 
 

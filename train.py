@@ -338,8 +338,8 @@ def open_data(args, llama: str | None) -> tuple[str, Shards, Shards]:
     fits = lambda folder: not own or not (Path(folder) / TOKENIZER).is_file() or \
         (Path(folder) / TOKENIZER).read_bytes() == own.read_bytes()
     folder = args.data or ("data/pystdlib" if fits("data/pystdlib") else f"data/pystdlib-{Path(llama).resolve().name}")
-    if args.data is None and not Path(folder).exists():
-        rank0_first(lambda: prepare((), folder, tokenizer=own) and None)
+    if args.data is None:  # all ranks ask, or one that looks late would not wait
+        rank0_first(lambda: None if Path(folder).exists() else str(prepare((), folder, tokenizer=own)))
     if not fits(folder):
         fail(f"{folder} was made with another tokenizer than {own}; make it again: python data/prepare.py "
              f"--tokenizer {own} --out {folder}")
@@ -353,7 +353,6 @@ def dense_base(args, config: LlamaConfig, data, settings: dict, state: dict | No
     out = Path(args.llama)
     if state is not None and state["step"] == args.base_steps:
         return say(f"base: {out} is there, {args.base_steps} steps; not trained again")
-    state = state if args.resume else None
     model = Llama(config).init_weights(args.seed)
     if state is not None:
         model.load_state_dict(state["model"])
@@ -366,7 +365,7 @@ def dense_base(args, config: LlamaConfig, data, settings: dict, state: dict | No
 
 def elastic(args, router: Router, data, settings: dict, state: dict | None, device) -> None:
     """Ranks, sorts and trains the Llama in args.llama into args.out, then prints the table of budgets."""
-    out, model, state = Path(args.out), load_llama(args.llama, device), state if args.resume else None
+    out, model = Path(args.out), load_llama(args.llama, device)
     windows = data[0].windows(args.calibration_windows)[0].to(device)
     say(f"ranking {model.config.dim} channels, heads, neurons and layers on {len(windows)} windows of {args.seq_len}")
     orders = rank0_first(lambda: rank(model, windows, args.depth_by))
@@ -376,7 +375,7 @@ def elastic(args, router: Router, data, settings: dict, state: dict | None, devi
     if state is not None:
         model.load_state_dict(state["model"])
         router = restore_router(model.config, state["flex"])
-        say(f"resuming {out} at step {state['step']}")
+        say(f"{out} is there at step {state['step']}: going on from it")
     elif args.resume:
         say(f"{out / RESUME} does not exist: starting at step 0")
     model.requires_grad_(not args.freeze_backbone)
@@ -421,7 +420,7 @@ def main(argv=None) -> None:
     data = shards, val.windows(args.eval_windows)
     here = dict(data=folder, fingerprint=shards.fingerprint())
     settings = {k: v for k, v in vars(args).items() if k not in MAY_DIFFER} | here
-    state = resume_state(Path(args.out), settings, "choose another --out, or delete it")
+    state = resume_state(args.out, settings, args.steps, args.resume)
     config = LlamaConfig(vocab_size=shards.vocab_size, context=args.seq_len) if args.demo else read_config(args.llama)
     asked = {axis: getattr(args, f"{axis}_choices") for axis in AXES}
     try:
@@ -435,8 +434,7 @@ def main(argv=None) -> None:
         args.llama = str(Path(args.out).parent / "base")
         of_base = {k: getattr(args, k) for k in ("base_steps", "base_lr", "seed", "batch_tokens", "seq_len", "clip",
                                                  "weight_decay", "warmup")} | here
-        mend = f"delete {args.llama}, choose another --out, or start from it as it is: --llama {args.llama}"
-        dense_base(args, config, data, of_base, resume_state(Path(args.llama), of_base, mend), device)
+        dense_base(args, config, data, of_base, resume_state(args.llama, of_base, args.base_steps, args.resume), device)
     elastic(args, router, data, settings, state, device)
     finish()
 

@@ -138,8 +138,9 @@ def prepare(inputs=(), out=None, tokenizer=None, vocab_size=1280, val_fraction=0
           f"{val:,} val tokens{rule}, {size / (train + val - sum(n)):.2f} bytes per token")
     return out
 
-if __name__ == "__main__":
+def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description="Text -> token shards.")
+    parser.error = lambda message: bpe.fail(f"{message}: see `python data/prepare.py --help`")
     add = parser.add_argument
     add("--input", dest="inputs", nargs="+", default=[], help="default: this Python's library")
     add("--tokenizer", metavar="tokenizer.model", help="one to copy (default: train one)")
@@ -147,4 +148,7 @@ if __name__ == "__main__":
     add("--out", metavar="DIR", help="made or replaced (default: data/NAME of the first input)")
     add("--val-fraction", type=float, default=0.05, help="share of the documents held out")
     add("--shard-tokens", type=int, default=100_000_000, help="tokens in a shard, at most")
-    prepare(**vars(parser.parse_args()))
+    prepare(**vars(parser.parse_args(argv)))
+
+if __name__ == "__main__":
+    main()

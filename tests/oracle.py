@@ -38,11 +38,16 @@ def oracle(folder, data, windows: int = 128) -> list[dict]:
     return rows
 
 
-if __name__ == "__main__":
+def main(argv=None) -> None:
+    """Prints one JSON object per budget."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model", default="out/frozen")
     p.add_argument("--data", default="data/pystdlib")
     p.add_argument("--windows", type=int, default=128)
-    args = p.parse_args()
+    args = p.parse_args(argv)
     for row in oracle(args.model, args.data, args.windows):
         print(json.dumps(row))
+
+
+if __name__ == "__main__":
+    main()

@@ -137,7 +137,7 @@ def test_same_seed_same_run(demo, tmp_path):
     assert bytes_of(tmp_path / "out/flex") == bytes_of(root / "out/flex")
 
 
-def test_resume_is_the_run_that_never_stopped(demo, tmp_path, monkeypatch):
+def test_resume_is_the_run_that_never_stopped(demo, tmp_path, monkeypatch, capsys):
     """Catches a resumed run that replays batches, forgets the optimizer, or starts the schedules again."""
     root, flags = demo
     shutil.copytree(root / "out/base", tmp_path / "out/base")
@@ -153,17 +153,21 @@ def test_resume_is_the_run_that_never_stopped(demo, tmp_path, monkeypatch):
         train.main(flags + ["--out", str(tmp_path / "out/flex")])
     monkeypatch.setattr(train, "train_step", step)
     assert load_tensors(tmp_path / "out/flex/resume.pt")["step"] == 3
+    with pytest.raises(SystemExit) as stop:  # without --resume it would be trained over
+        train.main(flags + ["--out", str(tmp_path / "out/flex")])
+    assert stop.value.code == 2 and "--resume" in capsys.readouterr().err
     train.main(flags + ["--out", str(tmp_path / "out/flex"), "--resume"])
     assert bytes_of(tmp_path / "out/flex") == bytes_of(root / "out/flex")
 
 
-def test_second_run_keeps_the_base(demo, capsys):
+def test_second_run_trains_nothing_again(demo, capsys):
     """Catches a demo that trains its base again, or takes a base made with other settings for its own."""
     root, flags = demo
-    before = (root / "out/base/consolidated.00.pth").stat().st_mtime_ns
+    base, before = (root / "out/base/consolidated.00.pth").stat().st_mtime_ns, bytes_of(root / "out/flex")
     train.main(flags + ["--out", str(root / "out/flex")])
-    assert (root / "out/base/consolidated.00.pth").stat().st_mtime_ns == before
-    assert "not trained again" in capsys.readouterr().err
+    assert (root / "out/base/consolidated.00.pth").stat().st_mtime_ns == base and bytes_of(root / "out/flex") == before
+    said = capsys.readouterr().err
+    assert "not trained again" in said and "at step 6" in said and "after" in said
     for changed in (["--base-steps", "9"], ["--base-lr", "1e-4"]):
         with pytest.raises(SystemExit) as stop:
             train.main(flags + changed + ["--out", str(root / "out/flex")])
