@@ -77,7 +77,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--warmup", type=float, default=0.1, help="share of the steps")
     add("--weight-decay", type=float, default=0.1, help="on the Llama's matrices")
     add("--clip", type=float, default=1.0, help="gradient norm, for Llama, router and modulation apart")
-    add("--soft-prob", type=float, default=0.25, help="share of passes with soft gates at full width")
+    add("--soft-prob", type=float, default=0.5, help="share of passes with soft gates at the first step; 0 at the last")
     add("--tau-end", type=float, default=0.0561, help="temperature at the last step (starts at 1)")
     add("--kappa-end", type=float, default=10.0, help="logit scale at the last step (starts at 1)")
     add("--kd", type=float, default=0.0, help="weight of the KL to the frozen base at budgets under 1")
@@ -143,10 +143,11 @@ def lr_factor(step: int, steps: int, warmup: float) -> float:
     return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - up) / max(1, steps - up)))
 
 
-def schedule(step: int, steps: int, args) -> tuple[float, float]:
-    """(tau, kappa): tau falls geometrically 1 -> tau_end, kappa rises linearly 1 -> kappa_end."""
+def schedule(step: int, steps: int, args) -> tuple[float, float, float]:
+    """(tau, kappa, soft): tau falls geometrically 1 -> tau_end, kappa rises linearly 1 -> kappa_end, the share of soft
+    passes falls linearly soft_prob -> 0: they teach the router, which decides early, and cost the full width."""
     t = step / max(1, steps - 1)
-    return args.tau_end ** t, 1 + (args.kappa_end - 1) * t
+    return args.tau_end ** t, 1 + (args.kappa_end - 1) * t, args.soft_prob * (1 - t)
 
 
 def make_optimizer(model: Llama, router: Router | None, lr: float, args) -> torch.optim.AdamW:
@@ -184,7 +185,7 @@ def train_step(wrapped, model, router, shards, step, steps, args, device, teache
     during the last pass: b = 1, because it reaches every weight.
     """
     draw = lambda *what: torch.rand((), generator=random_generator(args.seed, step, *what)).item()
-    (tau, kappa), smallest = schedule(step, steps, args), min(args.budgets)
+    (tau, kappa, soft_prob), smallest = schedule(step, steps, args), min(args.budgets)
     budgets = [smallest + (1 - smallest) * draw("extra", k) for k in range(args.extra_budgets)] + sorted(args.budgets)
     rows = args.batch_tokens // args.seq_len  # sequences per budget, of which this rank takes `local`
     local = rows // WORLD
@@ -199,7 +200,7 @@ def train_step(wrapped, model, router, shards, step, steps, args, device, teache
     for i, budget in enumerate(budgets):
         choice = router.sample(budget, step, tau, kappa, args.penalty) if router else Choice(model.full)
         routed, modulated = choice.marginals is not None, choice.subnet != model.full and not args.no_modulation
-        soft = routed and draw("soft", budget) < args.soft_prob
+        soft = routed and draw("soft", budget) < soft_prob
         marginals = leaf(choice.marginals) if routed else None
         factors = leaf(router.modulation(choice.subnet)) if modulated else None
         penalties += [] if choice.penalty is None else [choice.penalty / len(budgets)]
