@@ -147,11 +147,14 @@ def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.T
 
 
 class RMSNorm(nn.Module):
+    """x / rms(x) * weight, in fp32, over the channels that exist."""
+
     def __init__(self, dim: int, eps: float):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
 
     def forward(self, x, gate=None):
+        """x: (B, T, d) with d <= dim; gate: (dim,) or None."""
         d = x.size(-1)  # <-- 1. elastic width: the mean is over the channels that exist
         x32, weight = x.float(), self.weight[:d]
         if gate is None:
@@ -164,6 +167,8 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
+    """Causal grouped-query attention with the first query heads of every KV group."""
+
     def __init__(self, dim: int, n_heads: int, n_kv_heads: int, head_dim: int):
         super().__init__()
         assert n_heads % n_kv_heads == 0, f"{n_heads} query heads do not divide among {n_kv_heads} KV heads"
@@ -189,6 +194,7 @@ class Attention(nn.Module):
                     wo=self.wo.weight[:dim].unflatten(1, (g, -1, hd))[:, :, :n_heads // g].flatten(1, 3))
 
     def forward(self, x, cos, sin, n_heads, gate=None, cache=None, layer=0):
+        """x: (B, T, d); gate: (n_heads of the full layer,) or None; layer: this one's place in the cache."""
         B, T, C = x.shape
         w = self.slices(C, n_heads)
         q = apply_rope(F.linear(x, w["wq"]).unflatten(-1, (-1, self.head_dim)), cos, sin)  # B, T, n_heads, head_dim
@@ -209,6 +215,8 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
+    """SwiGLU with the first ffn_dim neurons."""
+
     def __init__(self, dim: int, ffn_dim: int):
         super().__init__()
         self.w1 = nn.Linear(dim, ffn_dim, bias=False)
@@ -231,6 +239,8 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
+    """Attention and MLP, each added to the residual stream, which itself is never gated."""
+
     def __init__(self, config: LlamaConfig, layer: int):
         super().__init__()
         self.layer = layer

@@ -4,8 +4,7 @@ Byte-pair encoding: a regular expression (PATTERN) cuts text into pre-tokens, ro
 borders no token crosses. A pre-token starts as its UTF-8 bytes; the adjacent pair whose
 concatenation has the lowest rank is merged, until no pair is in the table (`tiktoken` does it).
 Training, `python data/prepare.py`, fills the table: the most frequent pair gets the next rank.
-The file: a line "base64(token) rank" per token, ranks 0..n-1; 256 special tokens follow as ids
-n..n+255, so Meta's 128,000 ranks make a vocabulary of 128,256.
+The file: a line "base64(token) rank" per token, ranks 0..n-1; 256 specials follow, ids n..n+255.
 """
 import base64
 import heapq
@@ -56,8 +55,7 @@ SPECIALS = [BOS, END, *_RESERVED[:2], "<|finetune_right_pad_id|>", _RESERVED[2],
             "<|python_tag|>", *_RESERVED[3:]]
 
 def load_tokenizer(path: str | Path, vocab_size: int | None = None) -> tiktoken.Encoding:
-    """tokenizer.model -> Encoding with n_vocab = ranks + 256. A file that is none, or one that
-    does not have the vocab_size of the model it should serve: fail()."""
+    """-> Encoding, n_vocab = ranks + 256. Not a tokenizer, or not of vocab_size tokens: fail()."""
     path, ranks, mend = Path(path), {}, "copy Llama 3's again, or train: `python data/prepare.py`"
     if not path.is_file():
         fail(f"no tokenizer.model at {path}: {mend}")
@@ -74,7 +72,7 @@ def load_tokenizer(path: str | Path, vocab_size: int | None = None) -> tiktoken.
     if sum(len(t) == 1 for t in ranks) < 256 or sorted(ranks.values()) != list(range(len(ranks))):
         fail(f"{path}: expected ranks 0..n-1 and all 256 bytes, found a table with gaps: {mend}")
     if vocab_size not in (None, len(ranks) + 256):
-        fail(f"{path}: found {len(ranks) + 256} tokens, the model in {path.parent} has {vocab_size}: {mend}")
+        fail(f"{path}: {len(ranks) + 256} tokens, the model in {path.parent} has {vocab_size}: {mend}")
     return tiktoken.Encoding(str(path), pat_str=PATTERN, mergeable_ranks=ranks,
                              special_tokens={s: len(ranks) + i for i, s in enumerate(SPECIALS)})
 

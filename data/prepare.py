@@ -2,8 +2,8 @@
 
 A document is a file (.txt .md .py), a line of a .jsonl (its "text") or a topic of Python's manual.
 A hash of its path decides between train and val, so more text never moves one to the other side.
-Fewer than 20 documents are too few for that: val is the last 5 % of the tokens then.
-No --input: the running Python's standard library. The folder appears whole or not at all.
+Fewer than 20 documents are too few for that: val is the last 5 % of the tokens then. No --input:
+the running Python's standard library. The folder appears whole or not at all.
 
     python data/prepare.py                                          # -> data/pystdlib, CPU, 10 s
     python data/prepare.py --input book.txt notes/ --vocab-size 2048            # -> data/book
@@ -32,7 +32,6 @@ KINDS = (".txt", ".md", ".py", ".jsonl")             # each may have .gz behind 
 # Of the standard library: no tests, no tables made by machines, nothing of one machine's setup.
 NO_PROSE = re.compile(r"\..*|tests?|idle_test|test_.*|(site|dist)-packages|__pycache__|encodings"
                       r"|config-.*|_sysconfigdata.*|sitecustomize\.py")
-HIDDEN = re.compile(r"\..*")
 OURS = re.compile(r"tokenizer\.model|(train|val)_\d{6}\.bin")
 SAMPLE, BLOCK = 1_500_000, 4096                      # characters that train a tokenizer, in blocks
 
@@ -98,7 +97,7 @@ def prepare(inputs=(), out=None, tokenizer=None, vocab_size=1280, val_fraction=0
         bpe.fail(f"{out}: found other files, expected a data folder or nothing: give another --out")
     if vocab_size < 512 or not 0 < val_fraction < 1 or not 0 < shard_tokens < 2**31:
         bpe.fail("expected --vocab-size >= 512, 0 < --val-fraction < 1, 0 < --shard-tokens < 2**31")
-    files = [file for root in inputs for file in find_files(Path(root), HIDDEN)]
+    files = [file for root in inputs for file in find_files(Path(root), re.compile(r"\..*"))]
     files = files or find_files(Path(sysconfig.get_path("stdlib")), NO_PROSE)
     # The first pass finds every mistake in the text before any work is done on it.
     n, chars, size = [0, 0], 0, 0                    # [train, val] documents, characters, bytes
@@ -139,6 +138,7 @@ def prepare(inputs=(), out=None, tokenizer=None, vocab_size=1280, val_fraction=0
     return out
 
 def main(argv=None) -> None:
+    """The command line."""
     parser = argparse.ArgumentParser(description="Text -> token shards.")
     parser.error = lambda message: bpe.fail(f"{message}: see `python data/prepare.py --help`")
     add = parser.add_argument
