@@ -6,7 +6,7 @@ What a slice costs to run, side by side in one process: sliced, masked, and expo
     python bench.py --device cuda --dim 2048 --layers 16 --heads 32 --kv-heads 8 --ffn-dim 8192 --vocab-size 128256
 
 All variants take turns in every round, so a busy machine slows them alike; a row is the median over rounds of its
-time divided by the full model's in the same round. Peak memory is printed on CUDA.
+time divided by the full model's in the same round.
 """
 import argparse
 import json
@@ -17,18 +17,18 @@ import time
 import torch
 
 from checkpoint import load_llama
-from model import Llama, LlamaConfig, SubNet
+from model import Gates, Llama, LlamaConfig, SubNet
 from router import load_router
 from space import AXES, Space, cost
 from tokenizer import fail
-from parallel import autocast
+from parallel import autocast, device_of
 
 
-def prefix_gates(space: Space, subnet: SubNet):
+def prefix_gates(space: Space, subnet: SubNet, device) -> Gates:
     """The slice as hard gates on the full network: what masking costs instead of slicing."""
     chosen = torch.cat([torch.tensor([float(c == size) for c in space.choices[axis]])
                         for axis, size in zip(AXES, space.sizes(subnet))])
-    return space.gates(chosen, hard=False)
+    return space.gates(chosen.to(device), hard=False)
 
 
 def timed(run, device) -> float:
@@ -49,9 +49,8 @@ def variants(model: Llama, space: Space, route, budgets, device) -> dict[tuple, 
         subnet = route(b)
         native = Llama(subnet.config(model.config)).to(device)
         native.load_state_dict({k: v.detach().clone() for k, v in model.slices(subnet).items()})
-        gates = type(prefix_gates(space, subnet))(*(g.to(device) for g in prefix_gates(space, subnet)))
         calls[b, "sliced"] = dict(model=model, kwargs=dict(subnet=subnet), subnet=subnet)
-        calls[b, "masked"] = dict(model=model, kwargs=dict(gates=gates), subnet=subnet)
+        calls[b, "masked"] = dict(model=model, kwargs=dict(gates=prefix_gates(space, subnet, device)), subnet=subnet)
         calls[b, "exported"] = dict(model=native, kwargs={}, subnet=subnet)
     return calls
 
@@ -95,7 +94,10 @@ def main(argv=None) -> None:
     p.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--json", action="store_true")
     args = p.parse_args(argv)
-    device = torch.device(args.device)
+    sizes = (args.rounds, args.batch, args.seq_len, args.dim, args.layers, args.heads, args.kv_heads, args.ffn_dim)
+    if min(sizes) < 1 or args.heads % args.kv_heads:
+        fail("a size under 1, or heads that do not divide among KV heads; expected a Llama's shape, as in --help")
+    device = device_of(args.device)
     if args.model:
         model, router = load_llama(args.model, device), None
         router = load_router(args.model, model.config)
@@ -122,8 +124,6 @@ def main(argv=None) -> None:
         c = cost(model.config, calls[b, way].get("subnet", model.full))
         table.append(dict(budget=b, cost=c, way=way, forward=row["forward"], both=row["both"]))
         print(f"{b:7.2f} {c:6.3f} {way:>9} {row['forward']:8.3f} {row['both']:8.3f}", file=sys.stderr)
-    if device.type == "cuda":
-        print(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB", file=sys.stderr)
     if args.json:
         print(json.dumps(dict(device=args.device, rows=table)))
 

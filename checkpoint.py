@@ -113,6 +113,8 @@ def load_llama(folder, device="cpu", dtype: torch.dtype = torch.float32) -> Llam
     """A raw Llama folder as a model. Built on the meta device and given the file's tensors, so memory holds the
     weights once. Output and embeddings that are equal (or an output that is missing) make the model tied."""
     config, path = read_config(folder), Path(folder) / WEIGHTS
+    if (Path(folder) / "consolidated.01.pth").exists():
+        fail(f"{folder} has its weights in several shards; expected {WEIGHTS} alone: Llamas up to 8B come so")
     state = load_tensors(path)
     if not isinstance(state, dict) or not all(torch.is_tensor(t) for t in state.values()):
         fail(f"{path} holds something else than tensors by name; expected a Llama's state dict in Meta's names")
@@ -157,7 +159,7 @@ def save_llama(folder, config: LlamaConfig, state: dict, tokenizer=None) -> None
             f.write(source.read_bytes())
 
 
-def resume_state(folder, settings: dict, steps: int, resume: bool) -> dict | None:
+def resume_state(folder, settings: dict, steps: int, resume: bool, mend="choose another --out") -> dict | None:
     """What resume.pt in `folder` holds, None without one. A run with other settings, or one that has not come to its
     last step and is not to be resumed, is left alone: fail()."""
     path = Path(folder) / RESUME
@@ -168,7 +170,7 @@ def resume_state(folder, settings: dict, steps: int, resume: bool) -> dict | Non
     keys = sorted(then.keys() | now.keys())
     differ = [f"{k} {then.get(k)} -> {now.get(k)}" for k in keys if then.get(k) != now.get(k)]
     if differ:
-        fail(f"{folder} holds a run with other settings: {', '.join(differ)}; choose another --out, or delete it")
+        fail(f"{folder} holds a run with other settings: {', '.join(differ)}; {mend}, or delete it")
     if state["step"] < steps and not resume:
         fail(f"{folder} holds a run that stopped at step {state['step']} of {steps}; go on with --resume, or delete it")
     return state

@@ -6,7 +6,7 @@ Validation loss per budget, of a supernet or of any plain Llama folder.
     python eval.py --budgets 1.0 0.55 --text book.txt    the loss on a file, at sizes never trained
     python eval.py --json                                one JSON object as the last line of stdout
 
-Without --text the held-out windows are those of training's table: the val shards next to the model's tokenizer.
+Without --text the held-out windows are those of training's table, which flex.pt remembers.
 """
 import argparse
 import json
@@ -18,6 +18,7 @@ import torch
 from checkpoint import TOKENIZER, load_llama, load_tensors
 from data.shards import Shards
 from model import Llama
+from parallel import device_of
 from router import FLEX, load_router
 from space import cost, n_params
 from tokenizer import encode_document, fail, load_tokenizer
@@ -44,14 +45,14 @@ def text_windows(path, tokenizer, context: int) -> list[tuple[torch.Tensor, torc
     return pairs + ([(rest[None, :-1], rest[None, 1:])] if len(rest) > 1 else [])
 
 
-def mean_loss(model: Llama, pairs, subnet, factors, batch: int) -> tuple[float, int]:
+def mean_loss(model: Llama, pairs, subnet, factors, batch: int | None) -> tuple[float, int]:
     """(mean cross-entropy in nats, tokens scored) over pairs of windows (x, y)."""
     counts = [y.numel() for _, y in pairs]
     losses = [evaluate(model, pair, subnet, factors, batch)[0] for pair in pairs]
     return sum(l * n for l, n in zip(losses, counts)) / sum(counts), sum(counts)
 
 
-def rows_of(model: Llama, router, budgets: list[float], pairs, batch: int) -> list[dict]:
+def rows_of(model: Llama, router, budgets: list[float], pairs, batch: int | None) -> list[dict]:
     """One row per budget, in the order asked."""
     rows, config = [], model.config
     for budget in budgets:
@@ -72,16 +73,17 @@ def main(argv=None) -> None:
     p.add_argument("--model", default="out/flex", help="a supernet or any plain Llama folder")
     p.add_argument("--budgets", type=float, nargs="+", help="default: 1.0 to 0.4 on a supernet, 1.0 on a plain Llama")
     p.add_argument("--text", help="a text file to score instead of the validation shards")
-    p.add_argument("--data", default="data/pystdlib", help="folder of shards (its val split)")
-    p.add_argument("--windows", type=int, default=128, help="validation windows at most")
+    p.add_argument("--data", help="folder of shards, its val split (default: the one trained on, or data/pystdlib)")
+    p.add_argument("--windows", type=int, help="validation windows at most (default: training's, or 128)")
     p.add_argument("--seq-len", type=int, help="tokens per window (default: the model's own context)")
-    p.add_argument("--batch", type=int, default=-1, help="windows per forward (default: 4096 tokens' worth)")
+    p.add_argument("--batch", type=int, help="windows per forward (default: 4096 tokens' worth)")
     p.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--json", action="store_true", help="one JSON object as the last line of stdout")
     args = p.parse_args(argv)
-    if min(abs(args.batch), args.windows, 1 if args.seq_len is None else args.seq_len) < 1 or args.batch < -1:
-        fail(f"--batch {args.batch} --windows {args.windows} --seq-len {args.seq_len}: expected 1 or more of each")
-    model = load_llama(args.model, args.device)
+    for flag in ("batch", "windows", "seq_len"):
+        if getattr(args, flag) is not None and getattr(args, flag) < 1:
+            fail(f"--{flag.replace('_', '-')} {getattr(args, flag)} found; expected 1 or more")
+    model = load_llama(args.model, device_of(args.device))
     router = load_router(args.model, model.config)
     if router is None and any(b != 1 for b in args.budgets or [1.0]):
         fail(f"{args.model} is a plain Llama: its only budget is 1.0; expected a folder made by train.py for others")
@@ -92,7 +94,12 @@ def main(argv=None) -> None:
         tokenizer = load_tokenizer(Path(args.model) / TOKENIZER, model.config.vocab_size)
         pairs = text_windows(args.text, tokenizer, context)
     else:
-        pairs = [Shards(args.data, "val", context, model.config.vocab_size).windows(args.windows)]
+        data, own = args.data or flex.get("data", "data/pystdlib"), Path(args.model) / TOKENIZER
+        theirs = Path(data) / TOKENIZER
+        if own.is_file() and theirs.is_file() and own.read_bytes() != theirs.read_bytes():
+            fail(f"{data} was made with another tokenizer than {own}; name the model's own data with --data")
+        shards = Shards(data, "val", context, model.config.vocab_size)
+        pairs = [shards.windows(args.windows or flex.get("eval_windows", 128))]
     rows = rows_of(model, router, budgets, pairs, args.batch)
     print(f"{'budget':>7} {'got':>6} {'dim':>5} {'heads':>5} {'ffn':>6} {'layers':>6} {'parameters':>14} "
           f"{'with emb.':>14} {'loss':>7} {'ppl':>8}   ({rows[0]['tokens']:,} tokens, windows of {context})",

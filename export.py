@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from checkpoint import PARAMS, RESUME, TOKENIZER, WEIGHTS, load_llama, new_folder, save_llama
-from model import Llama, SubNet
+from model import Llama, LlamaConfig, SubNet
 from router import load_router
 from space import cost, n_params
 from tokenizer import fail
@@ -34,8 +34,9 @@ def fold(model: Llama, subnet: SubNet, factors: torch.Tensor | None, dtype: torc
     return {name: w.to(dtype) for name, w in state.items()}
 
 
-def export(folder, budget: float, out=None, dtype: torch.dtype = torch.float32) -> tuple[Path, SubNet]:
-    """Writes the slice of the supernet in `folder` at `budget` into `out` (default: folder-0.50). Returns both."""
+def export(folder, budget: float, out=None, dtype: torch.dtype = torch.float32) -> tuple[Path, SubNet, LlamaConfig]:
+    """Writes the slice of the supernet in `folder` at `budget` into `out` (default: folder-0.50). Returns where, the
+    slice, and the shape it was cut from."""
     model = load_llama(folder)
     router = load_router(folder, model.config)
     if router is None:
@@ -43,12 +44,13 @@ def export(folder, budget: float, out=None, dtype: torch.dtype = torch.float32) 
              f"python train.py --llama {folder} makes one")
     subnet, factors = router.deploy(budget)
     out = Path(out or f"{Path(folder)}-{f'{budget:.2f}' if budget == round(budget, 2) else f'{budget:g}'}")
-    if (out / RESUME).exists():
-        fail(f"{out} is a training run; expected a new folder or an earlier export; choose another --out")
+    if (out / RESUME).exists() or ((out / PARAMS).exists() and '"ffn_dim"' not in (out / PARAMS).read_text()):
+        fail(f"{out} is a training run or a Llama from elsewhere; expected a new folder or an earlier export; choose "
+             "another --out")
     with new_folder(out, may_replace={PARAMS, WEIGHTS, TOKENIZER}) as temporary:
         state = fold(model, subnet, factors, dtype)
         save_llama(temporary, subnet.config(model.config), state, Path(folder) / TOKENIZER)
-    return out, subnet
+    return out, subnet, model.config
 
 
 def main(argv=None) -> None:
@@ -61,8 +63,7 @@ def main(argv=None) -> None:
     p.add_argument("--format", choices=["llama"], default="llama", help="raw Llama folder, Meta's layout")
     p.add_argument("--dtype", choices=list(DTYPES), default="float32")
     args = p.parse_args(argv)
-    out, subnet = export(args.model, args.budget, args.out, DTYPES[args.dtype])
-    full = load_llama(args.model).config
+    out, subnet, full = export(args.model, args.budget, args.out, DTYPES[args.dtype])
     got, total = n_params(full, subnet), sum(f.stat().st_size for f in out.iterdir())
     print(f"{out}: dim {subnet.dim}, {subnet.n_heads[0]} heads of {full.head_dim}, ffn {subnet.ffn_dim[0]}, layers "
           f"{len(subnet.layers)} of {full.n_layers} ({' '.join(map(str, subnet.layers))})\n"

@@ -98,12 +98,13 @@ def layers_by_influence(model: Llama, windows: torch.Tensor, batch: int = 8) -> 
     return influence.argsort(descending=True, stable=True).tolist()
 
 
-def rank(model: Llama, windows: torch.Tensor, depth: str = "logits", depth_windows: int = 16) -> dict:
+def rank(model: Llama, windows: torch.Tensor, depth: str = "logits") -> dict:
     """The order of all units, best first, from calibration windows (S, T) that no evaluation sees.
 
     Returns {"dim": (dim,), "n_heads": [(n_heads,)] per layer, group-major and inside the groups,
     "ffn_dim": [(ffn_dim,)] per layer, "layers": list}. depth: "logits" or "influence"."""
-    batch = max(1, 4096 // windows.size(1))
+    T = windows.size(1)
+    batch, depth_windows = max(1, 4096 // T), max(2, 2048 // T)  # few for depth: it is n_layers^2 / 2 passes
     scores = activation_scores(model, windows, batch)
     best_first = lambda s: s.argsort(dim=-1, descending=True, stable=True).cpu()
     orders = {"dim": best_first(torch.stack(scores["dim"]).sum(0)),

@@ -9,10 +9,10 @@ the plain model; each is marked `# <-- n` below:
   3. elastic heads    the first query heads of every KV group (all KV heads stay)
   4. elastic depth    only the layers that are kept are called
   5. gates            multipliers in [0, 1] through which a router gets its gradient (soft, full width)
-  6. modulation       one factor per block and sub-block that knows which slice is running (Sec. "policy-aware")
+  6. modulation       a factor per block and sub-block that knows which slice is running (router.py: Modulation)
 
-1-4 are real slices: a `SubNet` of cost c runs at about c times the time. They are only good models after
-importance.py has sorted the units, so that the first k are the best k.
+1-4 are real slices: the blocks of a `SubNet` of cost c take about c times the time. They are only good models
+after importance.py has sorted the units, so that the first k are the best k.
 
   paper          here                 paper          here
   H              dim                  N_A            n_heads (query heads)
@@ -265,8 +265,9 @@ class Block(nn.Module):
 
     def scaled(self, y, which, gates, factors):
         """A sub-block's output times the layer's gate and its modulation factor."""
-        y = y if gates is None else y * gates.layers[self.layer].type_as(y)             # <-- 5. gates (depth)
-        return y if factors is None else y * factors[self.layer, which].type_as(y)      # <-- 6. modulation
+        # In fp32, as the residual stream: bf16 would round a factor of 1.002 to 1.
+        y = y if gates is None else y.float() * gates.layers[self.layer]             # <-- 5. gates (depth)
+        return y if factors is None else y.float() * factors[self.layer, which]      # <-- 6. modulation
 
 
 # -----------------------------------------------------------------------------
@@ -305,14 +306,15 @@ class Llama(nn.Module):
     def rope(self, start: int, end: int, device) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin of positions start..end-1, each (end - start, 1, head_dim/2), from a table that grows."""
         if self._rope is None or self._rope[0].size(0) < end or self._rope[0].device != device:
-            angle = torch.outer(torch.arange(max(end, self.config.context)).float(), rope_frequencies(self.config))
+            length = max(2 * end, self.config.context)  # twice: generation asks for one more each time
+            angle = torch.outer(torch.arange(length).float(), rope_frequencies(self.config))
             self._rope = tuple(t.to(device)[:, None] for t in (angle.cos(), angle.sin()))
         return self._rope[0][start:end], self._rope[1][start:end]
 
     def forward(self, tokens, targets=None, subnet=None, gates=None, factors=None, cache=None):
         """Runs the slice `subnet` (default: all of it) on tokens (B, T).
 
-        gates: Gates or None. factors: (n_layers, 2) modulation, from Modulation, or None. cache: KVCache.
+        gates: Gates or None. factors: (n_layers, 2) from router.py's Modulation, or None. cache: KVCache.
         Returns (logits (B, T, vocab) in fp32, mean cross-entropy in nats if targets (B, T) are given, else None).
         """
         B, T = tokens.shape

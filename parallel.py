@@ -18,16 +18,23 @@ from tokenizer import fail
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
+def device_of(kind: str) -> torch.device:
+    """This rank's device of a kind: cpu or cuda."""
+    if kind == "cpu":
+        return torch.device("cpu")
+    gpus, local = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", 0))
+    if local >= gpus:
+        fail(f"--device cuda asked for GPU {local}, but this torch sees {gpus}; use --device cpu, or fewer processes")
+    torch.cuda.set_device(local)
+    torch.set_float32_matmul_precision("high")
+    return torch.device("cuda", local)
+
+
 def setup(kind: str) -> torch.device:
-    """Joins the process group if torchrun started us, and returns this rank's device. kind: cpu or cuda."""
-    if kind == "cuda" and not torch.cuda.is_available():
-        fail("--device cuda asked, but this torch sees no CUDA device; use --device cpu")
-    device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0)) if kind == "cuda" else None)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")
+    """Joins the process group if torchrun started us, and returns this rank's device."""
+    device = device_of(kind)
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=1))
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timedelta(hours=1))
     return device
 
 
@@ -38,7 +45,7 @@ def autocast(device: torch.device):
 
 def mean_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
     """In place, the mean over ranks."""
-    if WORLD > 1:
+    if dist.is_initialized():
         dist.all_reduce(tensor)
         tensor /= WORLD
     return tensor
@@ -47,7 +54,7 @@ def mean_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
 def rank0_first(work):
     """Runs work() on rank 0 while the others wait, and gives its (plain) result to all."""
     result = [work() if RANK == 0 else None]
-    if WORLD > 1:
+    if dist.is_initialized():
         dist.broadcast_object_list(result)
     return result[0]
 

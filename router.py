@@ -1,5 +1,5 @@
 """
-From a budget to a slice: choices per axis, their cost, and a small router that learns which to take.
+From a budget to a slice: a small router that learns which member of a Space to take.
 
 LLaMaFlex Sec. 3: a scalar budget b goes through one embedding and one two-layer MLP per axis (width, heads, MLP,
 depth) to logits over that axis' choices. Gumbel noise makes the choice random, and its gradient smooth:

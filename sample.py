@@ -16,6 +16,7 @@ import torch
 
 from checkpoint import TOKENIZER, load_llama
 from model import KVCache, Llama
+from parallel import device_of
 from router import load_router
 from tokenizer import BOS, END, fail, load_tokenizer
 
@@ -56,7 +57,7 @@ def main(argv=None) -> None:
     if args.temperature < 0 or args.top_k < 0 or args.max_new_tokens < 1:
         fail(f"--temperature {args.temperature:g} --top-k {args.top_k} --max-new-tokens {args.max_new_tokens}: "
              "expected 0 or more, 0 or more, and 1 or more")
-    model = load_llama(args.model, args.device)
+    model = load_llama(args.model, device_of(args.device))
     router = load_router(args.model, model.config)
     if router is None and args.budget != 1:
         fail(f"{args.model} is a plain Llama: its only budget is 1.0; expected a folder made by train.py for others")

@@ -93,7 +93,9 @@ class Space:
         self.onehot = torch.cat([self.members[:, i, None] == torch.tensor(self.choices[axis])
                                  for i, axis in enumerate(AXES)], dim=1).float()
         self.order_layers(layer_order or list(range(config.n_layers)))
-        self.costs = torch.tensor([cost(config, self.subnet(sizes)) for sizes in self.members], dtype=torch.float64)
+        dim, heads, ffn, layers = self.members.double().T  # cost() of every row, at once
+        per_layer = dim * (2 * config.head_dim * (heads + heads.clamp(max=config.n_kv_heads)) + 3 * ffn + 2)
+        self.costs = (layers * per_layer + dim) / n_params(config, self.full)
 
     def order_layers(self, layer_order: list[int]) -> None:
         """Sets the order in which layers are kept, and the prefix masks: per axis (choices, units), 1 where a
@@ -145,7 +147,7 @@ class Space:
     def gates(self, marginals: torch.Tensor, hard: bool) -> Gates:
         """Marginals (sum of choices,) -> prefix gates g_i = sum of y_k over the choices k that keep unit i. hard:
         straight-through for a pass that runs the sampled slice: value exactly 1, gradient of the soft gate."""
-        g = [y @ mask.to(y.device, non_blocking=True) for y, mask in zip(self.split(marginals), self.masks)]
+        g = [y @ mask.to(y.device) for y, mask in zip(self.split(marginals), self.masks)]
         if hard:
             g = [x - x.detach() + 1 for x in g]
         L = self.config.n_layers

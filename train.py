@@ -18,6 +18,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -42,9 +43,12 @@ from tokenizer import fail, load_tokenizer
 
 # Llamas under SMALL non-embedding parameters get the demo's settings, others the paper's.
 SMALL = 100e6
-DEMO = dict(steps=300, batch_tokens=1024, seq_len=128, lr=1e-3, eval_windows=128, calibration_windows=64)
-PAPER = dict(steps=28800, batch_tokens=128 * 4096, seq_len=4096, lr=4e-5, eval_windows=64, calibration_windows=128)
+DEMO = dict(steps=300, batch_tokens=1024, seq_len=128, lr=1e-3, tau_end=0.3, eval_windows=128,
+            calibration_windows=64, eval_every=100, save_every=100)
+PAPER = dict(steps=28800, batch_tokens=128 * 4096, seq_len=4096, lr=4e-5, tau_end=0.0561, eval_windows=64,
+             calibration_windows=128, eval_every=1000, save_every=1000)
 TABLE_BUDGETS = [1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4]
+MAY_BE_ZERO = {"seed", "extra_budgets", "weight_decay", "soft_prob", "kd", "penalty", "warmup", "router_warmup"}
 MAY_DIFFER = {"resume", "out", "eval_every", "save_every", "log_every", "device", "micro_batch"}  # in a resumed run
 
 
@@ -67,26 +71,27 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--steps", type=int, default=-1, help="elastic steps (demo 300, paper 28800)")
     add("--base-steps", type=int, default=1200, help="steps of the demo's dense stage")
     add("--batch-tokens", type=int, default=-1, help="global batch in tokens, per budget and step")
-    add("--micro-batch", type=int, default=-1, help="sequences per forward and rank (default: all of them)")
+    add("--micro-batch", type=int, default=-1, help="sequences per forward and rank (default: 8192 tokens)")
     add("--seq-len", type=int, default=-1, help="tokens per sequence (demo 128, paper 4096)")
     add("--lr", type=float, default=-1, help="Llama's learning rate (demo 1e-3, paper 4e-5)")
     add("--base-lr", type=float, default=3e-3, help="learning rate of the demo's dense stage")
     add("--router-lr", type=float, default=-1, help="default: the paper's 4e-2 at its 28800 steps, "
         "4e-2 * (steps / 28800)^0.8 in shorter runs, 1e-3 in the demo")
     add("--modulation-lr", type=float, default=-1, help="default: the router's")
-    add("--warmup", type=float, default=0.1, help="share of the steps")
+    add("--warmup", type=float, default=0.1, help="of the Llama's learning rate, share of the steps")
+    add("--router-warmup", type=float, default=0.4, help="of the router's and modulation's: it decides late")
     add("--weight-decay", type=float, default=0.1, help="on the Llama's matrices")
     add("--clip", type=float, default=1.0, help="gradient norm, for Llama, router and modulation apart")
     add("--soft-prob", type=float, default=0.5, help="share of passes with soft gates at the first step; 0 at the last")
-    add("--tau-end", type=float, default=0.0561, help="temperature at the last step (starts at 1)")
+    add("--tau-end", type=float, default=-1, help="temperature at the last step, from 1 (demo 0.3, paper 0.0561)")
     add("--kappa-end", type=float, default=10.0, help="logit scale at the last step (starts at 1)")
     add("--kd", type=float, default=0.0, help="weight of the KL to the frozen base at budgets under 1")
     add("--no-modulation", action="store_true", help="train without policy-aware modulation")
     add("--freeze-backbone", action="store_true", help="train router and modulation only")
     add("--calibration-windows", type=int, default=-1, help="training windows that rank the units")
     add("--eval-windows", type=int, default=-1, help="validation windows")
-    add("--eval-every", type=int, default=100, help="steps between evaluations of the trained budgets")
-    add("--save-every", type=int, default=100, help="steps between checkpoints")
+    add("--eval-every", type=int, default=-1, help="steps between evaluations of the trained budgets")
+    add("--save-every", type=int, default=-1, help="steps between checkpoints")
     add("--log-every", type=int, default=10, help="steps between printed lines")
     add("--seed", type=int, default=0, help="of weights, data order and noise")
     add("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
@@ -100,12 +105,18 @@ def parse_args(argv=None) -> argparse.Namespace:
         derive(name, value)
     derive("router_lr", 4e-2 * min(1.0, max(1, args.steps) / PAPER["steps"]) ** 0.8)
     derive("modulation_lr", args.router_lr)
+    derive("micro_batch", max(1, 8192 // max(1, args.seq_len)))
+    for name, value in vars(args).items():  # what can be refused is refused before anything is trained
+        lowest = 0 if name in MAY_BE_ZERO else 1 if type(value) is int else 1e-12
+        if type(value) in (int, float) and value < lowest:
+            fail(f"--{name.replace('_', '-')} {value:g} found; expected {lowest:g} or more")
+    args.budgets = sorted(set(args.budgets), reverse=True)
     if any(not 0 < b <= 1 for b in args.budgets) or 1.0 not in args.budgets:
         fail(f"--budgets {' '.join(map(str, args.budgets))} found; expected fractions in (0, 1] and 1.0, the full "
              "model, among them; try --budgets 1.0 0.8 0.6 0.4")
-    if min(args.batch_tokens, args.seq_len, args.steps, args.base_steps) < 1 or args.batch_tokens % args.seq_len:
-        fail(f"--batch-tokens {args.batch_tokens}, --seq-len {args.seq_len}, --steps {args.steps}, --base-steps "
-             f"{args.base_steps}: expected whole sequences, at least one step; try --batch-tokens 1024 --seq-len 128")
+    if args.batch_tokens % (args.seq_len * WORLD):
+        fail(f"--batch-tokens {args.batch_tokens} found; expected whole sequences of --seq-len {args.seq_len}, equally "
+             f"many for each of {WORLD} processes; try --batch-tokens {args.seq_len * 8 * WORLD}")
     return args
 
 
@@ -114,18 +125,19 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 
 @torch.no_grad()
-def evaluate(model: Llama, windows, subnet: SubNet | None = None, factors=None, batch: int = -1) -> tuple[float, float]:
+def evaluate(model: Llama, windows, subnet: SubNet | None = None, factors=None, batch=None) -> tuple[float, float]:
     """Mean cross-entropy in nats over windows (x, y), each (n, T), and forward tokens/s; shared among the ranks."""
-    x, y = (w[RANK::WORLD] for w in windows)
-    batch = max(1, 4096 // x.size(1)) if batch == -1 else batch  # 4096 tokens: their logits are 2 GB at 128k tokens
+    x, y = (w[RANK::WORLD] for w in windows) if dist.is_initialized() else windows
+    batch = batch or max(1, 4096 // x.size(1))  # the logits of 4096 tokens take 2 GB with Llama 3's vocabulary
     device = model.tok_embeddings.weight.device
     factors = None if factors is None else factors.to(device)
     total, start = torch.zeros(1, dtype=torch.float64, device=device), time.perf_counter()
     for tokens, targets in zip(x.split(batch), y.split(batch)):
-        with autocast(device):
-            loss = model(tokens.to(device), targets.to(device), subnet=subnet, factors=factors)[1]
-        total += loss.double() * targets.numel()
-    if WORLD > 1:
+        if len(tokens):  # a rank may have no window at all
+            with autocast(device):
+                loss = model(tokens.to(device), targets.to(device), subnet=subnet, factors=factors)[1]
+            total += loss.double() * targets.numel()
+    if dist.is_initialized():
         dist.all_reduce(total)
     loss, seconds = total.item() / windows[1].numel(), time.perf_counter() - start
     return loss, windows[1].numel() / seconds
@@ -143,25 +155,37 @@ def lr_factor(step: int, steps: int, warmup: float) -> float:
     return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - up) / max(1, steps - up)))
 
 
-def schedule(step: int, steps: int, args) -> tuple[float, float, float]:
+def schedule(step: int, args) -> tuple[float, float, float]:
     """(tau, kappa, soft): tau falls geometrically 1 -> tau_end, kappa rises linearly 1 -> kappa_end, the share of soft
     passes falls linearly soft_prob -> 0: they teach the router, which decides early, and cost the full width."""
-    t = step / max(1, steps - 1)
+    t = step / max(1, args.steps - 1)
     return args.tau_end ** t, 1 + (args.kappa_end - 1) * t, args.soft_prob * (1 - t)
 
 
-def make_optimizer(model: Llama, router: Router | None, lr: float, args) -> torch.optim.AdamW:
-    """AdamW with a group each for matrices (decayed), norms, router and modulation. `peak` is a group's own rate."""
-    matrices = [p for p in model.parameters() if p.dim() == 2 and p.requires_grad]
-    norms = [p for p in model.parameters() if p.dim() == 1 and p.requires_grad]
-    groups = [dict(params=matrices, peak=lr, weight_decay=args.weight_decay), dict(params=norms, peak=lr)]
-    if router is not None:
-        modulation = list(router.modulation.parameters())
-        ids = {id(p) for p in modulation}
-        groups.append(dict(params=[p for p in router.parameters() if id(p) not in ids], peak=args.router_lr))
-        groups.append(dict(params=modulation, peak=args.modulation_lr))
-    groups = [g for g in groups if g["params"]]
-    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+def parts(model: Llama, router: Router | None) -> dict[str, list]:
+    """The parameters that train, in three parts, each with a learning rate and a gradient clip of its own."""
+    named = [] if router is None else list(router.named_parameters())
+    return dict(llama=[p for p in model.parameters() if p.requires_grad],
+                router=[p for name, p in named if not name.startswith("modulation")],
+                modulation=[p for name, p in named if name.startswith("modulation")])
+
+
+def make_optimizer(model: Llama, router: Router | None, args) -> torch.optim.AdamW:
+    """AdamW; the Llama's matrices are decayed, nothing else is. `peak` is a group's learning rate after its warm-up."""
+    groups, rates = [], dict(llama=args.lr, router=args.router_lr, modulation=args.modulation_lr)
+    for name, parameters in parts(model, router).items():
+        for decayed in (True, False):
+            chosen = [p for p in parameters if (name == "llama" and p.dim() == 2) == decayed]
+            decay = args.weight_decay if decayed else 0.0
+            warmup = args.warmup if name == "llama" else args.router_warmup
+            groups += [dict(params=chosen, peak=rates[name], warmup=warmup, weight_decay=decay)] if chosen else []
+    return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)
+
+
+def clip_gradients(model: Llama, router: Router | None, clip: float) -> dict[str, float]:
+    """Clips each part's gradient; returns their norms before."""
+    return {name: torch.nn.utils.clip_grad_norm_(parameters, clip).item()
+            for name, parameters in parts(model, router).items() if parameters}
 
 
 def pass_loss(wrapped, tokens, targets, teacher, kd, **slice_kwargs):
@@ -176,7 +200,7 @@ def pass_loss(wrapped, tokens, targets, teacher, kd, **slice_kwargs):
     return (1 - kd) * ce + kd * kl, ce
 
 
-def train_step(wrapped, model, router, shards, step, steps, args, device, teacher=None) -> dict:
+def train_step(wrapped, model, router, shards, step, args, device, teacher=None) -> dict:
     """Forward and backward of all budgets of a step; gradients are left in .grad, averaged over ranks.
 
     The router is not inside DDP. What it gives to the model, marginals and modulation factors, are leaves of the
@@ -185,11 +209,11 @@ def train_step(wrapped, model, router, shards, step, steps, args, device, teache
     during the last pass: b = 1, because it reaches every weight.
     """
     draw = lambda *what: torch.rand((), generator=random_generator(args.seed, step, *what)).item()
-    (tau, kappa, soft_prob), smallest = schedule(step, steps, args), min(args.budgets)
+    (tau, kappa, soft_prob), smallest = schedule(step, args), min(args.budgets)
     budgets = [smallest + (1 - smallest) * draw("extra", k) for k in range(args.extra_budgets)] + sorted(args.budgets)
     rows = args.batch_tokens // args.seq_len  # sequences per budget, of which this rank takes `local`
     local = rows // WORLD
-    micro = local if args.micro_batch == -1 else args.micro_batch
+    micro = min(local, args.micro_batch)
     passes, penalties, signals, leaves = [], [], [], []
 
     def leaf(signal):
@@ -227,57 +251,49 @@ def train_step(wrapped, model, router, shards, step, steps, args, device, teache
     return dict(passes=[p | dict(loss=loss) for p, loss in zip(passes, losses)], tau=tau, kappa=kappa)
 
 
-def clip_gradients(model, router, clip: float) -> dict[str, float]:
-    """Clips Llama, router and modulation apart; returns their norms before."""
-    parts = {"llama": [p for p in model.parameters() if p.grad is not None]}
-    if router is not None:
-        parts["router"] = [p for n, p in router.named_parameters() if p.grad is not None and "modulation" not in n]
-        parts["modulation"] = [p for p in router.modulation.parameters() if p.grad is not None]
-    return {name: torch.nn.utils.clip_grad_norm_(ps, clip).item() for name, ps in parts.items() if ps}
-
-
 # -----------------------------------------------------------------------------
 # the loop
 
 
-def save(out: Path, model, router, optimizer, step: int, steps: int, settings: dict, args) -> None:
+def save(model, router, optimizer, step: int, orders, settings: dict, args) -> None:
     """resume.pt first: it suffices alone. The raw folder and flex.pt follow from it."""
     if RANK == 0:
-        state = {name: t.detach().cpu() for name, t in model.state_dict().items()}
-        flex = None if router is None else router_state(router, budgets=args.budgets, seq_len=args.seq_len)
+        out, state = Path(args.out), {name: t.detach().cpu() for name, t in model.state_dict().items()}
+        flex = None if router is None else router_state(
+            router, budgets=args.budgets, seq_len=args.seq_len, data=settings["data"], eval_windows=args.eval_windows)
         save_tensors(out / RESUME, dict(model=state, flex=flex, optimizer=optimizer.state_dict(), step=step,
-                                        steps=steps, settings=settings))
+                                        orders=orders, settings=settings))
         save_llama(out, model.config, state, tokenizer=Path(settings["data"]) / TOKENIZER)
         if flex:
             save_tensors(out / FLEX, flex)
-    if WORLD > 1:
+    if dist.is_initialized():
         dist.barrier()
 
 
-def train(model, router, shards, val, out: Path, steps: int, lr: float, settings: dict, args, device, state=None,
-          teacher=None) -> None:
-    """Trains model (and router) for `steps` steps and leaves the result in `out`. state: what resume.pt held."""
-    optimizer, start = make_optimizer(model, router, lr, args), 0
+def train(model, router, shards, val, orders, settings: dict, args, device, state=None, teacher=None) -> None:
+    """Trains model (and router) for args.steps steps into args.out. state: what resume.pt held; orders: what sorted
+    the model, kept for a resumed run."""
+    steps, start, optimizer = args.steps, 0, make_optimizer(model, router, args)
     if state is not None:
         optimizer.load_state_dict(state["optimizer"])
         start = state["step"]
     wrapped = model
     if WORLD > 1 and any(p.requires_grad for p in model.parameters()):
-        wrapped = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
-    log = open(out / "log.jsonl" if RANK == 0 else os.devnull, "a", encoding="utf-8", buffering=1)
-    write = lambda **record: log.write(json.dumps(record) + "\n")
-    write(argv=sys.argv, settings=settings, start=start, commit=git_commit(), torch=torch.__version__, ranks=WORLD,
-          device=torch.cuda.get_device_name() if device.type == "cuda" else "cpu")
-    bar = tqdm(total=steps, initial=start, desc=out.name, unit="step", disable=RANK > 0 or not sys.stderr.isatty())
+        wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    log = open(Path(args.out) / "log.jsonl" if RANK == 0 else os.devnull, "a", encoding="utf-8", buffering=1)
+    record = lambda **entry: log.write(json.dumps(entry) + "\n")
+    record(argv=sys.argv, settings=settings, start=start, commit=git_commit(), torch=torch.__version__, ranks=WORLD,
+           device=torch.cuda.get_device_name() if device.type == "cuda" else "cpu")
+    bar = tqdm(total=steps, initial=start, desc=Path(args.out).name, disable=RANK > 0 or not sys.stderr.isatty())
     seconds, timed = 0.0, 0
     for step in range(start, steps + 1):
         last = step == steps
         if last or (step > start and step % args.save_every == 0):
-            save(out, model, router, optimizer, step, steps, settings, args)
+            save(model, router, optimizer, step, orders, settings, args)
         if router and step > start and (last or step % args.eval_every == 0):
-            deployed = {b: router.deploy(b) for b in sorted(args.budgets, reverse=True)}
+            deployed = {b: router.deploy(b) for b in args.budgets}
             losses = {b: evaluate(model, val, *d)[0] for b, d in deployed.items()}
-            write(step=step, val=losses, got={b: cost(model.config, d[0]) for b, d in deployed.items()})
+            record(step=step, val=losses, got={b: cost(model.config, d[0]) for b, d in deployed.items()})
             say(f"step {step:5d}/{steps} | val  |",
                 "  ".join(f"{b:.2f}->{cost(model.config, deployed[b][0]):.3f} {v:.3f}" for b, v in losses.items()))
         if last:
@@ -285,121 +301,134 @@ def train(model, router, shards, val, out: Path, steps: int, lr: float, settings
         # one training step
         clock = time.perf_counter()
         for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * lr_factor(step, steps, args.warmup)
+            group["lr"] = group["peak"] * lr_factor(step, steps, group["warmup"])
         optimizer.zero_grad(set_to_none=True)
-        result = train_step(wrapped, model, router, shards, step, steps, args, device, teacher)
+        result = train_step(wrapped, model, router, shards, step, args, device, teacher)
         norms = clip_gradients(model, router, args.clip)
         optimizer.step()
         if step - start >= 3:  # the first steps warm caches up
             seconds, timed = seconds + time.perf_counter() - clock, timed + 1
-        # one line
+        # one line of log
         passes = result["passes"]
         for p in passes:
             p["got"] = round(cost(model.config, p.pop("subnet")), 4)
         bar.update()
         bar.set_postfix(loss=f"{sum(p['loss'] for p in passes) / len(passes):.3f}")
-        write(step=step, lr=optimizer.param_groups[0]["lr"], norms=norms, tau=result["tau"], kappa=result["kappa"],
-              **{key: [p[key] for p in passes] for key in passes[0]})
+        record(step=step, lr=optimizer.param_groups[0]["lr"], norms=norms, tau=result["tau"], kappa=result["kappa"],
+               **{key: [p[key] for p in passes] for key in passes[0]})
         if step % args.log_every == 0 or step == steps - 1:
-            say(line(step, steps, result, norms, optimizer.param_groups[0]["lr"], seconds / max(1, timed), args))
+            say(step_line(step, result, norms, optimizer.param_groups[0]["lr"], seconds / max(1, timed), args))
     bar.close()
     log.close()
 
 
-def line(step: int, steps: int, result: dict, norms: dict, lr: float, seconds: float, args) -> str:
+def step_line(step: int, result: dict, norms: dict, lr: float, seconds: float, args) -> str:
     """The printed line of a step: budget asked -> got and loss of every pass (~: soft), noise, speed, time left."""
-    passes = result["passes"]
-    parts = ["  ".join(f"{p['budget']:.2f}->{p['got']:.3f}{'~' if p['soft'] else ' '}{p['loss']:.3f}"
-                       for p in passes[::-1])]
+    passes, cells = result["passes"], []
+    cells.append("  ".join(f"{p['budget']:.2f}->{p['got']:.3f}{'~' if p['soft'] else ' '}{p['loss']:.3f}"
+                           for p in passes[::-1]))
     if len(passes) > 1:
-        parts.append(f"tau {result['tau']:.2f} kappa {result['kappa']:4.1f} max p "
+        cells.append(f"tau {result['tau']:.2f} kappa {result['kappa']:4.1f} max p "
                      f"{max(p['max_p'] for p in passes if p['budget'] < 1):.2f}")
-    parts.append(f"lr {lr:.1e} | norm {norms.get('llama', 0):.2f}")
+    cells.append(f"lr {lr:.1e} | norm {norms.get('llama', 0):.2f}")
     if seconds:
-        left = timedelta(seconds=round((steps - step - 1) * seconds))
-        parts.append(f"{1000 * seconds:.0f} ms | {len(passes) * args.batch_tokens / seconds:,.0f} tok/s | eta {left}")
-    return f"step {step:5d}/{steps} | loss | " + " | ".join(parts)
+        left = timedelta(seconds=round((args.steps - step - 1) * seconds))
+        cells.append(f"{1000 * seconds:.0f} ms | {len(passes) * args.batch_tokens / seconds:,.0f} tok/s | eta {left}")
+    return f"step {step:5d}/{args.steps} | loss | " + " | ".join(cells)
 
 
 def git_commit() -> str:
     """The commit this code is at, for the log; "unknown" outside a git checkout."""
-    here = Path(__file__).resolve().parent
-    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True)
-    return found.stdout.strip() or "unknown"
+    with contextlib.suppress(OSError):  # no git on this machine
+        found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).resolve().parent,
+                               capture_output=True, text=True)
+        return found.stdout.strip() or "unknown"
+    return "unknown"
 
 
 # -----------------------------------------------------------------------------
 # the stages: data, base, elastic, table
 
 
-def open_data(args, llama: str | None) -> tuple[str, Shards, Shards]:
+def open_data(args) -> tuple[str, Shards, Shards]:
     """(folder, train, val). Without --data: the Python standard library, tokenised with the Llama's own tokenizer, or
     without a Llama with one trained on it."""
-    own = Path(llama) / TOKENIZER if llama and (Path(llama) / TOKENIZER).is_file() else None
-    fits = lambda folder: not own or not (Path(folder) / TOKENIZER).is_file() or \
-        (Path(folder) / TOKENIZER).read_bytes() == own.read_bytes()
-    folder = args.data or ("data/pystdlib" if fits("data/pystdlib") else f"data/pystdlib-{Path(llama).resolve().name}")
+    own = Path(args.llama) / TOKENIZER if args.llama and (Path(args.llama) / TOKENIZER).is_file() else None
+
+    def same_tokenizer(folder):
+        theirs = Path(folder) / TOKENIZER
+        return not own or not theirs.is_file() or theirs.read_bytes() == own.read_bytes()
+
+    folder = args.data or "data/pystdlib"
+    if args.data is None and not same_tokenizer(folder):
+        folder += "-" + Path(args.llama).resolve().name
     if args.data is None:  # all ranks ask, or one that looks late would not wait
         rank0_first(lambda: None if Path(folder).exists() else str(prepare((), folder, tokenizer=own)))
-    if not fits(folder):
-        fail(f"{folder} was made with another tokenizer than {own}; make it again: python data/prepare.py "
-             f"--tokenizer {own} --out {folder}")
-    vocab_size = read_config(llama).vocab_size if llama else load_tokenizer(Path(folder) / TOKENIZER).n_vocab
+    if not same_tokenizer(folder):
+        fail(f"{folder} was made with another tokenizer than {own}; make data for this Llama: python data/prepare.py "
+             f"--input TEXT --tokenizer {own} --out data/NAME")
+    vocab_size = read_config(args.llama).vocab_size if args.llama else load_tokenizer(Path(folder) / TOKENIZER).n_vocab
+    if (Path(folder) / TOKENIZER).is_file():
+        load_tokenizer(Path(folder) / TOKENIZER, vocab_size)
     return (folder, Shards(folder, "train", args.seq_len, vocab_size, args.seed),
             Shards(folder, "val", args.seq_len, vocab_size, args.seed))
 
 
+def make_folder(path) -> None:
+    """mkdir -p, or one line about why not."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"{path} cannot be made a folder ({error.strerror}); choose another --out")
+
+
 def dense_base(args, config: LlamaConfig, data, settings: dict, state: dict | None, device) -> None:
-    """The demo's starting point: a small dense Llama, trained once into the folder args.llama."""
-    out = Path(args.llama)
-    if state is not None and state["step"] == args.base_steps:
-        return say(f"base: {out} is there, {args.base_steps} steps; not trained again")
+    """The demo's starting point: a small dense Llama, trained once into args.out."""
+    if state is not None and state["step"] == args.steps:
+        return say(f"base: {args.out} is there, {args.steps} steps; not trained again")
     model = Llama(config).init_weights(args.seed)
     if state is not None:
         model.load_state_dict(state["model"])
-    model.to(device)
-    out.mkdir(parents=True, exist_ok=True)
-    say(f"base: a dense Llama of {n_params(config, model.full):,} non-embedding parameters into {out}")
-    dense = argparse.Namespace(**(vars(args) | dict(budgets=[1.0], extra_budgets=0)))
-    train(model, None, *data, out, args.base_steps, args.base_lr, settings, dense, device, state)
+    say(f"base: a dense Llama of {n_params(config, model.full):,} non-embedding parameters into {args.out}")
+    train(model.to(device), None, *data, None, settings, args, device, state)
 
 
 def elastic(args, router: Router, data, settings: dict, state: dict | None, device) -> None:
     """Ranks, sorts and trains the Llama in args.llama into args.out, then prints the table of budgets."""
-    out, model = Path(args.out), load_llama(args.llama, device)
-    windows = data[0].windows(args.calibration_windows)[0].to(device)
-    say(f"ranking {model.config.dim} channels, heads, neurons and layers on {len(windows)} windows of {args.seq_len}")
-    orders = rank0_first(lambda: rank(model, windows, args.depth_by))
-    sort_(model, orders)
-    router.space.order_layers(orders["layers"])
-    base = {name: t.detach().cpu().clone() for name, t in model.state_dict().items()}
-    if state is not None:
+    model = load_llama(args.llama, device)
+    model.config = replace(model.config, context=args.seq_len)
+    if state is None:
+        if args.resume:
+            say(f"{Path(args.out) / RESUME} does not exist: starting at step 0")
+        windows = data[0].windows(args.calibration_windows)[0].to(device)
+        say(f"ranking {model.config.dim} channels, heads, neurons and layers on {len(windows)} windows")
+        with autocast(device):
+            orders = rank0_first(lambda: rank(model, windows, args.depth_by))
+        sort_(model, orders)
+        router.space.order_layers(orders["layers"])
+    else:
+        say(f"{args.out} is there at step {state['step']} of {args.steps}: going on from it")
         model.load_state_dict(state["model"])
-        router = restore_router(model.config, state["flex"])
-        say(f"{out} is there at step {state['step']}: going on from it")
-    elif args.resume:
-        say(f"{out / RESUME} does not exist: starting at step 0")
+        router, orders = restore_router(model.config, state["flex"]), state["orders"]
     model.requires_grad_(not args.freeze_backbone)
     teacher = load_llama(args.llama, device).requires_grad_(False) if args.kd > 0 else None  # the frozen base
-    out.mkdir(parents=True, exist_ok=True)
     say(f"elastic: budgets {' '.join(f'{b:g}' for b in args.budgets)}, {len(router.space.members)} sub-networks of "
         f"cost {router.space.costs.min():.3f} to 1, router lr {args.router_lr:.1e}")
-    train(model, router, *data, out, args.steps, args.lr, settings, args, device, state, teacher)
-    table(model, router, base, data[1], args)
-    say(f"\nNext:  python export.py --model {out} --budget 0.5\n       python eval.py --model {out}\n"
-        f"       python sample.py --model {out} --budget 0.5")
+    train(model, router, *data, orders, settings, args, device, state, teacher)
+    table(model, router, orders, data[1], args)
+    say(f"\nNext:  python export.py --model {args.out} --budget 0.5\n       python eval.py --model {args.out}\n"
+        f"       python sample.py --model {args.out} --budget 0.5")
 
 
-def table(model, router, base: dict, val, args) -> None:
+def table(model, router, orders: dict, val, args) -> None:
     """The family: what each budget got, and its loss before (the same slice of the sorted base) and after training."""
-    config, rows = model.config, []
-    smallest = router.space.costs.min().item()
-    budgets = sorted({b for b in TABLE_BUDGETS if b >= smallest} | set(args.budgets), reverse=True)
+    config, rows, smallest = model.config, [], router.space.costs.min()
     evaluate(model, [w[:16] for w in val])  # warms up: the first row's speed counts too
-    for b in budgets:
+    for b in sorted({b for b in TABLE_BUDGETS if b >= smallest} | set(args.budgets), reverse=True):
         subnet, factors = router.deploy(b)
         rows.append([b, subnet, *evaluate(model, val, subnet, factors)])
-    model.load_state_dict(base)
+    model.load_state_dict(load_llama(args.llama).state_dict())
+    sort_(model, orders)
     say(f"\n{'budget':>7} {'got':>6} {'dim':>5} {'heads':>5} {'ffn':>6} {'layers':>6} {'parameters':>14} "
         f"{'before':>7} {'after':>7} {'tok/s':>9}   (* trained; loss in nats on {val[1].numel():,} held-out tokens)")
     for b, subnet, loss, speed in rows:
@@ -410,17 +439,13 @@ def table(model, router, base: dict, val, args) -> None:
 
 
 def main(argv=None) -> None:
-    """data -> base -> rank, sort -> train -> table. What can be refused is refused before anything is trained."""
+    """data -> base -> rank, sort -> train -> table."""
     args = parse_args(argv)
     device = setup(args.device)
-    if args.batch_tokens // args.seq_len % WORLD:
-        fail(f"a batch of {args.batch_tokens // args.seq_len} sequences does not divide among {WORLD} processes; "
-             "change --batch-tokens")
     say("settings: " + " ".join(f"{k}={v}" for k, v in vars(args).items() if v is not None))
-    folder, shards, val = open_data(args, args.llama)
-    data = shards, val.windows(args.eval_windows)
-    here = dict(data=folder, fingerprint=shards.fingerprint())
-    settings = {k: v for k, v in vars(args).items() if k not in MAY_DIFFER} | here
+    folder, shards, val = open_data(args)
+    data, data_id = (shards, val.windows(args.eval_windows)), dict(data=folder, fingerprint=shards.fingerprint())
+    settings = {k: v for k, v in vars(args).items() if k not in MAY_DIFFER} | data_id
     state = resume_state(args.out, settings, args.steps, args.resume)
     config = LlamaConfig(vocab_size=shards.vocab_size, context=args.seq_len) if args.demo else read_config(args.llama)
     asked = {axis: getattr(args, f"{axis}_choices") for axis in AXES}
@@ -428,15 +453,22 @@ def main(argv=None) -> None:
         space = Space(config, {axis: sizes for axis, sizes in asked.items() if sizes})
     except ValueError as error:
         fail(str(error))
-    router = Router(space, args.router, args.seed)
     for budget in args.budgets:
         space.feasible(budget)
+    args.llama = args.llama or str(Path(args.out).parent / "base")
+    if Path(args.llama).resolve() == Path(args.out).resolve():
+        fail(f"--out {args.out} is the Llama that training starts from; choose another --out")
     if args.demo:
-        args.llama = str(Path(args.out).parent / "base")
-        of_base = {k: getattr(args, k) for k in ("base_steps", "base_lr", "seed", "batch_tokens", "seq_len", "clip",
-                                                 "weight_decay", "warmup")} | here
-        dense_base(args, config, data, of_base, resume_state(args.llama, of_base, args.base_steps, args.resume), device)
-    elastic(args, router, data, settings, state, device)
+        dense = argparse.Namespace(**vars(args) | dict(out=args.llama, steps=args.base_steps, lr=args.base_lr,
+                                                       budgets=[1.0], extra_budgets=0))
+        base = {k: getattr(args, k) for k in ("base_steps", "base_lr", "seed", "batch_tokens", "seq_len", "clip",
+                                              "weight_decay", "warmup")} | data_id
+        mend = f"give --out in another parent folder, start from it as it is with --llama {args.llama}"
+        state_of_base = resume_state(args.llama, base, args.base_steps, args.resume, mend)
+        make_folder(args.out), make_folder(args.llama)
+        dense_base(dense, config, data, base, state_of_base, device)
+    make_folder(args.out)
+    elastic(args, Router(space, args.router, args.seed), data, settings, state, device)
     finish()
 
 

@@ -256,13 +256,14 @@ def test_a_sample_is_a_function_of_seed_step_and_budget(mode):
 def test_schedule_ends():
     """Catches a temperature that never arrives, or a kappa that falls: the last step is where the router must
     be sharp."""
-    args = argparse.Namespace(tau_end=0.0561, kappa_end=10.0, soft_prob=0.5)
-    taus, kappas, softs = zip(*(schedule(step, 50, args) for step in range(50)))
+    args = argparse.Namespace(steps=50, tau_end=0.0561, kappa_end=10.0, soft_prob=0.5)
+    taus, kappas, softs = zip(*(schedule(step, args) for step in range(50)))
     assert softs[0] == args.soft_prob and softs[-1] == 0 and all(a > b for a, b in zip(softs, softs[1:]))
     assert (taus[0], kappas[0]) == (1, 1) and math.isclose(taus[-1], 0.0561) and math.isclose(kappas[-1], 10)
     ratios, steps = [a / b for a, b in zip(taus, taus[1:])], [b - a for a, b in zip(kappas, kappas[1:])]
     assert max(ratios) - min(ratios) < 1e-9 and min(ratios) > 1 and max(steps) - min(steps) < 1e-9 and min(steps) > 0
-    assert schedule(0, 1, args) == (1, 1, args.soft_prob)
+    args.steps = 1
+    assert schedule(0, args) == (1, 1, args.soft_prob)
 
 
 # -----------------------------------------------------------------------------
