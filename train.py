@@ -234,10 +234,10 @@ def train_step(wrapped, model, router, shards, step, args, device, teacher=None)
         for m in range(0, local, micro):
             tokens, targets = x[m:m + micro].to(device), y[m:m + micro].to(device)
             last = i == len(budgets) - 1 and m + micro >= local
+            gates = router.space.gates(marginals, not soft, len(choice.subnet.layers)) if routed else None
             with contextlib.nullcontext() if last or wrapped is model else wrapped.no_sync():
                 loss, ce = pass_loss(wrapped, tokens, targets, teacher if budget < 1 else None, args.kd,
-                                     subnet=model.full if soft else choice.subnet, factors=factors,
-                                     gates=router.space.gates(marginals, hard=not soft) if routed else None)
+                                     subnet=model.full if soft else choice.subnet, gates=gates, factors=factors)
                 if loss.requires_grad:  # with frozen weights the full network has nothing to learn
                     (loss * len(tokens) / local / len(budgets)).backward()
             mean += ce.detach() * len(tokens) / local

@@ -83,7 +83,7 @@ def test_elastic_step_is_the_sum_of_its_budgets(demo):
             choice = other_router.sample(b, 0, tau, kappa)
             kwargs = {}
             if b < 1:
-                kwargs = dict(gates=other_router.space.gates(choice.marginals, hard=soft_prob == 0),
+                kwargs = dict(gates=other_router.space.gates(choice.marginals, soft_prob == 0, len(choice.subnet.layers)),
                               factors=other_router.modulation(choice.subnet),
                               subnet=None if soft_prob else choice.subnet)
             total = total + other_model(x, y, **kwargs)[1] / 3
@@ -205,7 +205,8 @@ def test_every_mode_runs_to_its_table(demo, tmp_path, extra, capsys):
     (["--budgets", "1.0", "1.2"], "--budgets"), (["--budgets", "0.5"], "1.0"),
     (["--budgets", "1.0", "0.01"], "smallest"), (["--batch-tokens", "250"], "--batch-tokens"),
     (["--data", "nowhere"], "nowhere"), (["--llama", "nowhere"], "nowhere"), (["--dim-choices", "4096"], "4096"),
-    (["--router", "magic"], "magic"), (["--seq-len", "10000000", "--batch-tokens", "10000000"], "tokens")])
+    (["--router", "magic"], "magic"), (["--log-every", "0"], "--log-every"), (["--micro-batch", "-5"], "--micro-batch"),
+    (["--calibration-windows", "0"], "--calibration-windows"), (["--tau-end", "0"], "--tau-end"), (["--seq-len", "10000000", "--batch-tokens", "10000000"], "tokens")])
 def test_bad_input_is_one_line(demo, tmp_path, extra, words, capsys):
     """Catches tracebacks, second lines, and folders left behind by a run that could not start."""
     root, flags = demo
@@ -214,6 +215,20 @@ def test_bad_input_is_one_line(demo, tmp_path, extra, words, capsys):
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
     assert stop.value.code == 2 and len(errors) == 1 and words in errors[0]
     assert not (tmp_path / "flex").exists()
+
+
+def test_the_llama_it_starts_from_is_safe(demo, capsys):
+    """Catches an elastic run that is told to write over its own starting point, and an --out that is a file."""
+    root, flags = demo
+    before = (root / "out/base/consolidated.00.pth").read_bytes()
+    (root / "file").write_text("mine")
+    for out, words in ((root / "out/base", "starts from"), (root / "file", "file")):
+        (root / "out/base/resume.pt").rename(root / "aside")
+        with pytest.raises(SystemExit) as stop:
+            train.main(flags + ["--llama", str(root / "out/base"), "--out", str(out)])
+        (root / "aside").rename(root / "out/base/resume.pt")
+        assert stop.value.code == 2 and words in capsys.readouterr().err.splitlines()[-1]
+    assert (root / "out/base/consolidated.00.pth").read_bytes() == before and (root / "file").read_text() == "mine"
 
 
 def test_other_settings_are_refused(demo, capsys):
