@@ -1,10 +1,10 @@
 """The tokenizer: `tokenizer.model` in Llama 3's format <-> text, and a small trainer for it.
 
 Byte-pair encoding: a regular expression (PATTERN) cuts text into pre-tokens, roughly words, whose
-borders no token crosses. A pre-token starts as its UTF-8 bytes; the adjacent pair whose
-concatenation has the lowest rank is merged, until no pair is in the table (`tiktoken` does it).
-Training, `python data/prepare.py`, fills the table: the most frequent pair gets the next rank.
-The file: a line "base64(token) rank" per token, ranks 0..n-1; 256 specials follow, ids n..n+255.
+borders no token crosses. A pre-token starts as its UTF-8 bytes; the adjacent pair whose joint
+rank is lowest is merged, until no pair is in the table (`tiktoken` does it). Training fills the
+table, `python data/prepare.py`: the most frequent pair gets the next rank. The file: a line
+"base64(token) rank" per token, ranks 0..n-1; 256 specials follow, ids n..n+255.
 """
 import base64
 import heapq

@@ -96,7 +96,11 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="of weights, data order and noise")
     add("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     add("--resume", action="store_true", help="go on from --out's resume.pt")
-    args = p.parse_args(argv)
+    return derive_and_check(p.parse_args(argv))
+
+
+def derive_and_check(args: argparse.Namespace) -> argparse.Namespace:
+    """Fills in what is -1; what can be refused is refused here, before anything is trained."""
     args.demo = args.llama is None
     config = LlamaConfig() if args.demo else read_config(args.llama)
     derived = DEMO if n_params(config, SubNet.full(config)) < SMALL else PAPER
@@ -106,7 +110,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     derive("router_lr", 4e-2 * min(1.0, max(1, args.steps) / PAPER["steps"]) ** 0.8)
     derive("modulation_lr", args.router_lr)
     derive("micro_batch", max(1, 8192 // max(1, args.seq_len)))
-    for name, value in vars(args).items():  # what can be refused is refused before anything is trained
+    for name, value in vars(args).items():
         lowest = 0 if name in MAY_BE_ZERO else 1 if type(value) is int else 1e-12
         if type(value) in (int, float) and value < lowest:
             fail(f"--{name.replace('_', '-')} {value:g} found; expected {lowest:g} or more")

@@ -83,7 +83,8 @@ def test_elastic_step_is_the_sum_of_its_budgets(demo):
             choice = other_router.sample(b, 0, tau, kappa)
             kwargs = {}
             if b < 1:
-                kwargs = dict(gates=other_router.space.gates(choice.marginals, soft_prob == 0, len(choice.subnet.layers)),
+                depth = len(choice.subnet.layers)
+                kwargs = dict(gates=other_router.space.gates(choice.marginals, soft_prob == 0, depth),
                               factors=other_router.modulation(choice.subnet),
                               subnet=None if soft_prob else choice.subnet)
             total = total + other_model(x, y, **kwargs)[1] / 3
@@ -205,8 +206,10 @@ def test_every_mode_runs_to_its_table(demo, tmp_path, extra, capsys):
     (["--budgets", "1.0", "1.2"], "--budgets"), (["--budgets", "0.5"], "1.0"),
     (["--budgets", "1.0", "0.01"], "smallest"), (["--batch-tokens", "250"], "--batch-tokens"),
     (["--data", "nowhere"], "nowhere"), (["--llama", "nowhere"], "nowhere"), (["--dim-choices", "4096"], "4096"),
-    (["--router", "magic"], "magic"), (["--log-every", "0"], "--log-every"), (["--micro-batch", "-5"], "--micro-batch"),
-    (["--calibration-windows", "0"], "--calibration-windows"), (["--tau-end", "0"], "--tau-end"), (["--seq-len", "10000000", "--batch-tokens", "10000000"], "tokens")])
+    (["--router", "magic"], "magic"), (["--log-every", "0"], "--log-every"),
+    (["--micro-batch", "-5"], "--micro-batch"),
+    (["--calibration-windows", "0"], "--calibration-windows"), (["--tau-end", "0"], "--tau-end"),
+    (["--seq-len", "10000000", "--batch-tokens", "10000000"], "tokens")])
 def test_bad_input_is_one_line(demo, tmp_path, extra, words, capsys):
     """Catches tracebacks, second lines, and folders left behind by a run that could not start."""
     root, flags = demo
