@@ -144,17 +144,10 @@ class Space:
         """A vector over the choices of all axes, (sum of choices,), axis by axis."""
         return list(vector.split([len(self.choices[axis]) for axis in AXES]))
 
-    def gates(self, marginals: torch.Tensor, hard: bool, n_layers: int | None = None) -> Gates:
+    def gates(self, marginals: torch.Tensor, hard: bool) -> Gates:
         """Marginals (sum of choices,) -> prefix gates g_i = sum of y_k over the choices k that keep unit i. hard:
-        straight-through for a pass that runs the sampled slice: value exactly 1, gradient of the soft gate.
-
-        n_layers, the depth sampled: layers are straight-through in a soft pass too, there or not. A residual network
-        hardly minds a layer at half strength, so soft depth would look cheaper than it is."""
-        y = self.split(marginals)
-        if n_layers is not None:
-            sampled = torch.tensor([float(n == n_layers) for n in self.choices["n_layers"]], device=marginals.device)
-            y[3] = sampled + y[3] - y[3].detach()
-        g = [x @ mask.to(x.device) for x, mask in zip(y, self.masks)]
+        straight-through for a pass that runs the sampled slice: value exactly 1, gradient of the soft gate."""
+        g = [y @ mask.to(y.device) for y, mask in zip(self.split(marginals), self.masks)]
         if hard:
             g = [x - x.detach() + 1 for x in g]
         L = self.config.n_layers

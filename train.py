@@ -43,9 +43,9 @@ from tokenizer import fail, load_tokenizer
 
 # Llamas under SMALL non-embedding parameters get the demo's settings, others the paper's.
 SMALL = 100e6
-DEMO = dict(steps=300, batch_tokens=1024, seq_len=128, lr=1e-3, tau_end=0.3, eval_windows=128,
+DEMO = dict(steps=300, batch_tokens=1024, seq_len=128, lr=1e-3, eval_windows=128,
             calibration_windows=64, eval_every=100, save_every=100)
-PAPER = dict(steps=28800, batch_tokens=128 * 4096, seq_len=4096, lr=4e-5, tau_end=0.0561, eval_windows=64,
+PAPER = dict(steps=28800, batch_tokens=128 * 4096, seq_len=4096, lr=4e-5, eval_windows=64,
              calibration_windows=128, eval_every=1000, save_every=1000)
 TABLE_BUDGETS = [1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4]
 MAY_BE_ZERO = {"seed", "extra_budgets", "weight_decay", "soft_prob", "kd", "penalty", "warmup", "router_warmup"}
@@ -79,11 +79,11 @@ def parse_args(argv=None) -> argparse.Namespace:
         "4e-2 * (steps / 28800)^0.8 in shorter runs, 1e-3 in the demo")
     add("--modulation-lr", type=float, default=-1, help="default: the router's")
     add("--warmup", type=float, default=0.1, help="of the Llama's learning rate, share of the steps")
-    add("--router-warmup", type=float, default=0.4, help="of the router's and modulation's: it decides late")
+    add("--router-warmup", type=float, default=0.1, help="of the router's and modulation's")
     add("--weight-decay", type=float, default=0.1, help="on the Llama's matrices")
     add("--clip", type=float, default=1.0, help="gradient norm, for Llama, router and modulation apart")
     add("--soft-prob", type=float, default=0.5, help="share of passes with soft gates at the first step; 0 at the last")
-    add("--tau-end", type=float, default=-1, help="temperature at the last step, from 1 (demo 0.3, paper 0.0561)")
+    add("--tau-end", type=float, default=0.0561, help="temperature at the last step (starts at 1)")
     add("--kappa-end", type=float, default=10.0, help="logit scale at the last step (starts at 1)")
     add("--kd", type=float, default=0.0, help="weight of the KL to the frozen base at budgets under 1")
     add("--no-modulation", action="store_true", help="train without policy-aware modulation")
@@ -238,7 +238,7 @@ def train_step(wrapped, model, router, shards, step, args, device, teacher=None)
         for m in range(0, local, micro):
             tokens, targets = x[m:m + micro].to(device), y[m:m + micro].to(device)
             last = i == len(budgets) - 1 and m + micro >= local
-            gates = router.space.gates(marginals, not soft, len(choice.subnet.layers)) if routed else None
+            gates = router.space.gates(marginals, hard=not soft) if routed else None
             with contextlib.nullcontext() if last or wrapped is model else wrapped.no_sync():
                 loss, ce = pass_loss(wrapped, tokens, targets, teacher if budget < 1 else None, args.kd,
                                      subnet=model.full if soft else choice.subnet, gates=gates, factors=factors)

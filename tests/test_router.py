@@ -298,19 +298,6 @@ def test_soft_gates_are_the_slow_sum(shape):
         assert torch.allclose(g, slow, atol=1e-6) and len(g.unique()) > 1
 
 
-def test_layers_are_there_or_not_in_a_soft_pass():
-    """Catches half-strength layers, which cost a residual network little and made shallow slices look good."""
-    router = random_router(GQA)
-    y = router.sample(0.6, 3, 0.8, 1.0).marginals.detach().requires_grad_()
-    for depth in router.space.choices["n_layers"]:
-        soft, gates = router.space.gates(y, hard=False), router.space.gates(y, hard=False, n_layers=depth)
-        assert gates.layers.tolist() == [float(i in router.space.layer_order[:depth]) for i in range(GQA.n_layers)]
-        assert all(torch.equal(a, b) for a, b in zip(soft[:3], gates[:3]))
-        weights = torch.arange(1.0, 1 + GQA.n_layers)
-        one, two = (torch.autograd.grad((g.layers * weights).sum(), y)[0] for g in (soft, gates))
-        assert torch.equal(one, two) and one.abs().sum() > 0
-
-
 def test_hard_gates_are_one_with_the_soft_gradient():
     """Catches a straight-through pass that changes the slice it runs, or whose gradient is not that of the soft
     gates."""

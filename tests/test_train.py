@@ -83,8 +83,7 @@ def test_elastic_step_is_the_sum_of_its_budgets(demo):
             choice = other_router.sample(b, 0, tau, kappa)
             kwargs = {}
             if b < 1:
-                depth = len(choice.subnet.layers)
-                kwargs = dict(gates=other_router.space.gates(choice.marginals, soft_prob == 0, depth),
+                kwargs = dict(gates=other_router.space.gates(choice.marginals, hard=soft_prob == 0),
                               factors=other_router.modulation(choice.subnet),
                               subnet=None if soft_prob else choice.subnet)
             total = total + other_model(x, y, **kwargs)[1] / 3
