@@ -28,7 +28,7 @@ def prefix_gates(space: Space, subnet: SubNet, device) -> Gates:
     """The slice as hard gates on the full network: what masking costs instead of slicing."""
     chosen = torch.cat([torch.tensor([float(c == size) for c in space.choices[axis]])
                         for axis, size in zip(AXES, space.sizes(subnet))])
-    return space.gates(chosen.to(device), hard=False)
+    return space.gates(chosen.to(device))
 
 
 def timed(run, device) -> float:

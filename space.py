@@ -144,11 +144,8 @@ class Space:
         """A vector over the choices of all axes, (sum of choices,), axis by axis."""
         return list(vector.split([len(self.choices[axis]) for axis in AXES]))
 
-    def gates(self, marginals: torch.Tensor, hard: bool) -> Gates:
-        """Marginals (sum of choices,) -> prefix gates g_i = sum of y_k over the choices k that keep unit i. hard:
-        straight-through for a pass that runs the sampled slice: value exactly 1, gradient of the soft gate."""
+    def gates(self, marginals: torch.Tensor) -> Gates:
+        """Marginals (sum of choices,) -> prefix gates g_i = sum of y_k over the choices k that keep unit i."""
         g = [y @ mask.to(y.device) for y, mask in zip(self.split(marginals), self.masks)]
-        if hard:
-            g = [x - x.detach() + 1 for x in g]
         L = self.config.n_layers
         return Gates(g[0], g[1].expand(L, -1), g[2].expand(L, -1), g[3])

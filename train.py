@@ -43,12 +43,12 @@ from tokenizer import fail, load_tokenizer
 
 # Llamas under SMALL non-embedding parameters get the demo's settings, others the paper's.
 SMALL = 100e6
-DEMO = dict(steps=300, batch_tokens=1024, seq_len=128, lr=1e-3, eval_windows=128,
-            calibration_windows=64, eval_every=100, save_every=100)
+DEMO = dict(steps=450, batch_tokens=1024, seq_len=128, lr=1e-3, eval_windows=128,
+            calibration_windows=64, eval_every=150, save_every=150)
 PAPER = dict(steps=28800, batch_tokens=128 * 4096, seq_len=4096, lr=4e-5, eval_windows=64,
              calibration_windows=128, eval_every=1000, save_every=1000)
 TABLE_BUDGETS = [1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4]
-MAY_BE_ZERO = {"seed", "extra_budgets", "weight_decay", "soft_prob", "kd", "penalty", "warmup", "router_warmup"}
+MAY_BE_ZERO = {"seed", "extra_budgets", "weight_decay", "soft_prob", "kd", "penalty", "warmup", "router_start"}
 MAY_DIFFER = {"resume", "out", "eval_every", "save_every", "log_every", "device", "micro_batch"}  # in a resumed run
 
 
@@ -68,7 +68,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     for axis in AXES:
         add(f"--{axis.replace('_', '-')}-choices", type=int, nargs="+", help=f"sizes of {axis} to choose from")
     add("--depth-by", choices=["logits", "influence"], default="logits", help="how layers are ranked")
-    add("--steps", type=int, default=-1, help="elastic steps (demo 300, paper 28800)")
+    add("--steps", type=int, default=-1, help="elastic steps (demo 450, paper 28800)")
     add("--base-steps", type=int, default=1200, help="steps of the demo's dense stage")
     add("--batch-tokens", type=int, default=-1, help="global batch in tokens, per budget and step")
     add("--micro-batch", type=int, default=-1, help="sequences per forward and rank (default: 8192 tokens)")
@@ -76,13 +76,15 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--lr", type=float, default=-1, help="Llama's learning rate (demo 1e-3, paper 4e-5)")
     add("--base-lr", type=float, default=3e-3, help="learning rate of the demo's dense stage")
     add("--router-lr", type=float, default=-1, help="default: the paper's 4e-2 at its 28800 steps, "
-        "4e-2 * (steps / 28800)^0.8 in shorter runs, 1e-3 in the demo")
+        "4e-2 * (steps / 28800)^0.8 in shorter runs, 1.4e-3 in the demo")
     add("--modulation-lr", type=float, default=-1, help="default: the router's")
-    add("--warmup", type=float, default=0.1, help="of the Llama's learning rate, share of the steps")
-    add("--router-warmup", type=float, default=0.1, help="of the router's and modulation's")
+    add("--warmup", type=float, default=0.1, help="of the learning rates, share of the steps")
+    add("--router-start", type=float, default=0.12, help="share of the steps before the router learns: until then slices "
+        "are drawn from all that fit")
     add("--weight-decay", type=float, default=0.1, help="on the Llama's matrices")
     add("--clip", type=float, default=1.0, help="gradient norm, for Llama, router and modulation apart")
-    add("--soft-prob", type=float, default=0.5, help="share of passes with soft gates at the first step; 0 at the last")
+    add("--soft-prob", type=float, default=0.5, help="share of soft passes when the router starts")
+    add("--soft-end", type=float, default=0.52, help="share of the steps at which the last soft passes run")
     add("--tau-end", type=float, default=0.0561, help="temperature at the last step (starts at 1)")
     add("--kappa-end", type=float, default=10.0, help="logit scale at the last step (starts at 1)")
     add("--kd", type=float, default=0.0, help="weight of the KL to the frozen base at budgets under 1")
@@ -151,19 +153,22 @@ def evaluate(model: Llama, windows, subnet: SubNet | None = None, factors=None, 
 # one step
 
 
-def lr_factor(step: int, steps: int, warmup: float) -> float:
-    """Linear warm-up, then a cosine to a tenth."""
-    up = max(1, round(warmup * steps))
-    if step < up:
-        return (step + 1) / up
-    return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - up) / max(1, steps - up)))
+def lr_factor(step: int, steps: int, warmup: float, start: float = 0.0) -> float:
+    """Nothing before `start`, a linear warm-up, then a cosine to a tenth; start and warmup are shares of the steps."""
+    begin, up = round(start * steps), max(1, round(warmup * steps))
+    if step < begin + up:
+        return max(0, step + 1 - begin) / up
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - begin - up) / max(1, steps - begin - up)))
 
 
 def schedule(step: int, args) -> tuple[float, float, float]:
-    """(tau, kappa, soft): tau falls geometrically 1 -> tau_end, kappa rises linearly 1 -> kappa_end, the share of soft
-    passes falls linearly soft_prob -> 0: they teach the router, which decides early, and cost the full width."""
+    """(tau, kappa, soft): tau falls geometrically 1 -> tau_end, kappa rises linearly 1 -> kappa_end. The share of soft
+    passes, which teach the router and cost the full width, falls linearly from soft_prob at router_start to 0 at
+    soft_end: before, the router does not learn; after, it has decided."""
     t = step / max(1, args.steps - 1)
-    return args.tau_end ** t, 1 + (args.kappa_end - 1) * t, args.soft_prob * (1 - t)
+    left = (args.soft_end - t) / max(1e-9, args.soft_end - args.router_start)
+    soft = args.soft_prob * max(0.0, left) if t >= args.router_start else 0.0
+    return args.tau_end ** t, 1 + (args.kappa_end - 1) * t, soft
 
 
 def parts(model: Llama, router: Router | None) -> dict[str, list]:
@@ -175,14 +180,15 @@ def parts(model: Llama, router: Router | None) -> dict[str, list]:
 
 
 def make_optimizer(model: Llama, router: Router | None, args) -> torch.optim.AdamW:
-    """AdamW; the Llama's matrices are decayed, nothing else is. `peak` is a group's learning rate after its warm-up."""
+    """AdamW; the Llama's matrices are decayed, nothing else is. `peak` is a group's learning rate after its warm-up, which
+    begins at `start`."""
     groups, rates = [], dict(llama=args.lr, router=args.router_lr, modulation=args.modulation_lr)
     for name, parameters in parts(model, router).items():
         for decayed in (True, False):
             chosen = [p for p in parameters if (name == "llama" and p.dim() == 2) == decayed]
             decay = args.weight_decay if decayed else 0.0
-            warmup = args.warmup if name == "llama" else args.router_warmup
-            groups += [dict(params=chosen, peak=rates[name], warmup=warmup, weight_decay=decay)] if chosen else []
+            start = args.router_start if name == "router" else 0.0
+            groups += [dict(params=chosen, peak=rates[name], start=start, weight_decay=decay)] if chosen else []
     return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)
 
 
@@ -207,6 +213,10 @@ def pass_loss(wrapped, tokens, targets, teacher, kd, **slice_kwargs):
 def train_step(wrapped, model, router, shards, step, args, device, teacher=None) -> dict:
     """Forward and backward of all budgets of a step; gradients are left in .grad, averaged over ranks.
 
+    A pass runs the slice that was drawn, or, if it is soft, the full width under the gates of the router's marginals. Only
+    soft passes teach the router: a gate of exactly 1 is a scale that the weights beside it are trained to make
+    optimal, so its gradient says next to nothing about what leaving the unit out would cost.
+
     The router is not inside DDP. What it gives to the model, marginals and modulation factors, are leaves of the
     model's graph; when all budgets are done their gradients (a few hundred numbers) are averaged over the ranks and
     sent back through the router, once. The model's gradients accumulate over the budgets and are averaged once too,
@@ -227,9 +237,9 @@ def train_step(wrapped, model, router, shards, step, args, device, teacher=None)
 
     for i, budget in enumerate(budgets):
         choice = router.sample(budget, step, tau, kappa, args.penalty) if router else Choice(model.full)
-        routed, modulated = choice.marginals is not None, choice.subnet != model.full and not args.no_modulation
-        soft = routed and draw("soft", budget) < soft_prob
-        marginals = leaf(choice.marginals) if routed else None
+        soft = choice.marginals is not None and draw("soft", budget) < soft_prob
+        marginals = leaf(choice.marginals) if soft else None
+        modulated = choice.subnet != model.full and not args.no_modulation
         factors = leaf(router.modulation(choice.subnet)) if modulated else None
         penalties += [] if choice.penalty is None else [choice.penalty / len(budgets)]
         first = i * rows + RANK * local
@@ -238,7 +248,7 @@ def train_step(wrapped, model, router, shards, step, args, device, teacher=None)
         for m in range(0, local, micro):
             tokens, targets = x[m:m + micro].to(device), y[m:m + micro].to(device)
             last = i == len(budgets) - 1 and m + micro >= local
-            gates = router.space.gates(marginals, hard=not soft) if routed else None
+            gates = router.space.gates(marginals) if soft else None
             with contextlib.nullcontext() if last or wrapped is model else wrapped.no_sync():
                 loss, ce = pass_loss(wrapped, tokens, targets, teacher if budget < 1 else None, args.kd,
                                      subnet=model.full if soft else choice.subnet, gates=gates, factors=factors)
@@ -246,11 +256,12 @@ def train_step(wrapped, model, router, shards, step, args, device, teacher=None)
                     (loss * len(tokens) / local / len(budgets)).backward()
             mean += ce.detach() * len(tokens) / local
         passes.append(dict(budget=budget, subnet=choice.subnet, soft=soft, max_p=choice.max_p, loss=mean))
-    if signals:
+    gradients = [None] * len(penalties)
+    if leaves:
         flat = mean_over_ranks(torch.cat([t.grad.flatten() for t in leaves])).cpu()
-        flat = flat.split([s.numel() for s in signals])
-        gradients = [g.view_as(s) for g, s in zip(flat, signals)] + [None] * len(penalties)
-        torch.autograd.backward(signals + penalties, gradients)
+        gradients += [g.view_as(s) for g, s in zip(flat.split([s.numel() for s in signals]), signals)]
+    if gradients:
+        torch.autograd.backward(penalties + signals, gradients)
     losses = mean_over_ranks(torch.stack([p["loss"] for p in passes])).tolist()
     return dict(passes=[p | dict(loss=loss) for p, loss in zip(passes, losses)], tau=tau, kappa=kappa)
 
@@ -305,7 +316,7 @@ def train(model, router, shards, val, orders, settings: dict, args, device, stat
         # one training step
         clock = time.perf_counter()
         for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * lr_factor(step, steps, group["warmup"])
+            group["lr"] = group["peak"] * lr_factor(step, steps, args.warmup, group["start"])
         optimizer.zero_grad(set_to_none=True)
         result = train_step(wrapped, model, router, shards, step, args, device, teacher)
         norms = clip_gradients(model, router, args.clip)

@@ -25,7 +25,7 @@ def test_export_computes_what_the_supernet_does(tmp_path, shape, budget):
     across groups, and traces of the supernet: the export is read by a Llama that knows nothing of slices."""
     model, router = make_supernet(tmp_path / "flex", EXPORTED[shape])
     before = files_of(tmp_path / "flex")
-    out, subnet = export(tmp_path / "flex", budget)
+    out, subnet, _ = export(tmp_path / "flex", budget)
     assert out == tmp_path / f"flex-{budget:.2f}"
     assert subnet == router.route(budget) and cost(model.config, subnet) <= budget
     slim, tokens = load_llama(out), tokens_for(model.config)
@@ -44,7 +44,7 @@ def test_export_computes_what_the_supernet_does(tmp_path, shape, budget):
 def test_no_trace_of_router_or_modulation(tmp_path):
     """Catches flex.pt copied along, or tensors that only the supernet has: other readers would refuse the export."""
     make_supernet(tmp_path / "flex", GQA)
-    out, _ = export(tmp_path / "flex", 0.6)
+    out, *_ = export(tmp_path / "flex", 0.6)
     files = files_of(out)
     assert set(files) == {"params.json", "consolidated.00.pth", "tokenizer.model"}
     assert set(load_tensors(out / "consolidated.00.pth")) == set(load_llama(out).state_dict())
@@ -81,7 +81,7 @@ def test_fold_leaves_the_model_alone():
 def test_bfloat16_rounds_once(tmp_path):
     """Catches weights rounded to bf16 before the factors are folded in, and again after."""
     model, router = make_supernet(tmp_path / "flex", GQA)
-    out, subnet = export(tmp_path / "flex", 0.6, dtype=torch.bfloat16)
+    out, subnet, _ = export(tmp_path / "flex", 0.6, dtype=torch.bfloat16)
     factors, twice, got = router.deploy(0.6)[1], 0, load_tensors(out / "consolidated.00.pth")
     for name, w in model.slices(subnet).items():
         w = w.detach()
@@ -100,7 +100,7 @@ def test_bfloat16_rounds_once(tmp_path):
 def test_export_again_gives_the_same_bytes(tmp_path):
     """Catches an export that depends on what is there already, on the folder's name or on the hour."""
     make_supernet(tmp_path / "flex", MHA)
-    out, _ = export(tmp_path / "flex", 0.6)
+    out, *_ = export(tmp_path / "flex", 0.6)
     first = files_of(out)
     export(tmp_path / "flex", 0.8, out)
     assert files_of(out) != first
