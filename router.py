@@ -6,6 +6,9 @@ depth) to logits over that axis' choices. Gumbel noise makes the choice random, 
 
     y = softmax((kappa * logits + g) / tau)       kappa 1 -> 10: signal to noise;   tau 1 -> 0.056: softness
 
+A pass either runs the slice drawn, which trains the Llama, or runs softly, the full width under gates made of y, which
+trains the router (space.py: Space.gates; train.py: train_step says why).
+
 Two ways to meet the budget:
     penalty      (the paper) axes independent, loss + lambda * |E[cost] / b - 1|; may end over or under b
     constrained  (ours, default) one softmax over F(b), the combinations that fit (space.py); the logit of a member is

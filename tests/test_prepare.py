@@ -1,6 +1,7 @@
 """data/prepare.py on small text: what is read, how it is split, and what an accident leaves."""
 import gzip
 import json
+import re
 import subprocess
 import sys
 import sysconfig
@@ -81,7 +82,7 @@ def test_every_kind_of_input(tmp_path, tokenizer):
                        "j.txt": b"\xff\xfe not UTF-8"}.items():
         (folder / name).write_bytes(data)
     skipped = set()
-    docs = list(documents(find_files(folder, module.HIDDEN), skipped))
+    docs = list(documents(find_files(folder, re.compile(r"\..*")), skipped))
     assert docs == [("a.txt", "plain"), ("b.md", "# mark\r\n"), ("c.py", "x = 1\n"),
                     ("d.jsonl:1", "line 0 é"), ("d.jsonl:2", "line 1 é"), ("d.jsonl:3", "line 2 é"),
                     ("e.jsonl.gz:1", "zipped"), ("f.txt.gz", "packed")]
