@@ -1,95 +1,35 @@
 """
-Raw Llama folders, as Meta publishes them: params.json, consolidated.00.pth, tokenizer.model.
+Raw Llama folders, as Meta publishes them: params.json, consolidated.00.pth ..., tokenizer.model.
 
 Every checkpoint of this project is one: the dense base, the trained supernet (the full model) and every
-export. So whatever reads a raw Llama reads them, and whatever we can read we can make elastic.
+export. So whatever reads a raw Llama reads them, and whatever we can read we can make elastic: Llama 1, 2, 3,
+3.1, 3.2 (text) and 3.3, in one file or in the shards of a model-parallel run.
 
 Nothing here is ever half-written: a file goes to a temporary name, is fsynced and renamed; a new folder
 is filled beside its place and then renamed into it. Nothing here runs code from a file: every load is
 weights_only.
 
-Look at one:  python checkpoint.py out/base
+Look at one, or at a params.json alone:  python checkpoint.py out/base [--verify]
 """
+import argparse
 import contextlib
+import hashlib
 import json
 import os
 import pickle
 import shutil
-import sys
+from dataclasses import replace
+from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
 
-from model import Llama, LlamaConfig
+from model import Llama, LlamaConfig, SubNet
+from params import PARAMS, family, params_json, read_config
+from space import Space, n_params
 from tokenizer import atomic_write, fail
 
-WEIGHTS, PARAMS, TOKENIZER, RESUME = "consolidated.00.pth", "params.json", "tokenizer.model", "resume.pt"
-
-# -----------------------------------------------------------------------------
-# params.json
-
-
-def meta_ffn_dim(dim: int, multiplier: float | None, multiple_of: int) -> int:
-    """Meta's formula for the MLP width: 2/3 of 4 dim, times the multiplier, rounded up to multiple_of."""
-    hidden = int(2 * 4 * dim / 3)
-    if multiplier is not None:
-        hidden = int(multiplier * hidden)
-    return multiple_of * ((hidden + multiple_of - 1) // multiple_of)
-
-
-def read_config(folder) -> LlamaConfig:
-    """params.json -> LlamaConfig. Keys that Meta leaves out get Meta's defaults; vocab_size -1 (Llama 1, 2) is 32000.
-    head_dim, ffn_dim, rope_factor and context are keys of our own files and need no formula."""
-    path = Path(folder) / PARAMS
-    if not path.is_file():
-        fail(f"{folder} is no Llama folder: it has no {PARAMS}; expected a raw Llama folder (params.json, "
-             f"consolidated.00.pth, tokenizer.model); python train.py makes one in out/base")
-    try:
-        p = json.loads(path.read_text(encoding="utf-8"))
-        p = p.get("model", p)
-        listed = lambda v: tuple(v) if isinstance(v, list) else v
-        dim, n_layers, n_heads = p["dim"], p["n_layers"], listed(p["n_heads"])
-        scaled = 32.0 if (dim, n_layers) in {(2048, 16), (3072, 28)} else 8.0  # Llama 3.2 text, else 3.1 and 3.3
-        config = LlamaConfig(
-            dim=dim, n_layers=n_layers, n_heads=n_heads, n_kv_heads=listed(p.get("n_kv_heads")) or n_heads,
-            head_dim=p.get("head_dim") or dim // n_heads,
-            ffn_dim=listed(p.get("ffn_dim")) or
-            meta_ffn_dim(dim, p.get("ffn_dim_multiplier"), p.get("multiple_of", 256)),
-            vocab_size=p["vocab_size"] if p.get("vocab_size", -1) > 0 else 32000,
-            norm_eps=p.get("norm_eps", 1e-5), rope_theta=float(p.get("rope_theta", 10000.0)),
-            rope_factor=float(p.get("rope_factor", scaled)) if p.get("use_scaled_rope") else 1.0,
-            context=p.get("context", 2048))
-        sizes = [config.dim, config.n_layers, config.head_dim, config.vocab_size, config.context]
-        for name in ("n_heads", "n_kv_heads", "ffn_dim"):
-            sizes += config.per_layer(name)
-            if len(config.per_layer(name)) != n_layers:
-                raise ValueError(f"{name} has {len(config.per_layer(name))} values for {n_layers} layers")
-        if not all(isinstance(size, int) and size > 0 for size in sizes):
-            raise ValueError("a size is not a positive integer")
-        if any(h % kv for h, kv in zip(config.per_layer("n_heads"), config.per_layer("n_kv_heads"))):
-            raise ValueError(f"{n_heads} query heads do not divide among {config.n_kv_heads} KV heads")
-        return config
-    except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
-        fail(f"{path} is not the params.json of a Llama ({type(error).__name__}: {error}); expected JSON with dim, "
-             "n_layers, n_heads, vocab_size; copy it again from its source")
-
-
-def params_json(config: LlamaConfig) -> dict:
-    """LlamaConfig -> the dictionary of params.json. head_dim and ffn_dim are always there; multiple_of and
-    ffn_dim_multiplier are chosen so that Meta's formula gives the same ffn_dim."""
-    p = dict(dim=config.dim, n_layers=config.n_layers, n_heads=config.n_heads, n_kv_heads=config.n_kv_heads,
-             vocab_size=config.vocab_size, norm_eps=config.norm_eps, rope_theta=config.rope_theta,
-             use_scaled_rope=config.rope_factor != 1.0, head_dim=config.head_dim, ffn_dim=config.ffn_dim,
-             context=config.context)
-    if config.rope_factor != 1.0:
-        p["rope_factor"] = config.rope_factor
-    if isinstance(config.ffn_dim, int):
-        multiple = next(m for m in (256, 128, 64, 32, 16, 8, 4, 2, 1) if config.ffn_dim % m == 0)
-        # Aim at the middle of the interval that rounds up to ffn_dim.
-        multiplier = (config.ffn_dim - (multiple - 1) / 2 + (0.5 if multiple == 1 else 0)) / int(8 * config.dim / 3)
-        p |= dict(multiple_of=multiple, ffn_dim_multiplier=round(multiplier, 6))
-    return p
-
+WEIGHTS, TOKENIZER, RESUME = "consolidated.00.pth", "tokenizer.model", "resume.pt"
 
 # -----------------------------------------------------------------------------
 # weights
@@ -109,45 +49,114 @@ def load_tensors(path) -> dict:
              f"{path.stat().st_size:,} bytes found; copy it again from its source")
 
 
-def load_llama(folder, device="cpu", dtype: torch.dtype = torch.float32) -> Llama:
-    """A raw Llama folder as a model. Built on the meta device and given the file's tensors, so memory holds the
-    weights once. Output and embeddings that are equal (or an output that is missing) make the model tied."""
-    config, path = read_config(folder), Path(folder) / WEIGHTS
-    if (Path(folder) / "consolidated.01.pth").exists():
-        fail(f"{folder} has its weights in several shards; expected {WEIGHTS} alone: Llamas up to 8B come so")
-    state = load_tensors(path)
-    if not isinstance(state, dict) or not all(torch.is_tensor(t) for t in state.values()):
-        fail(f"{path} holds something else than tensors by name; expected a Llama's state dict in Meta's names")
-    state.pop("rope.freqs", None)  # Llama 1 and 2 carry it; it is a function of the shape
-    embeddings, output = state.get("tok_embeddings.weight"), state.get("output.weight")
-    if embeddings is not None and (output is None or output.data_ptr() == embeddings.data_ptr()
-                                   or (output.shape == embeddings.shape and torch.equal(output, embeddings))):
-        config = LlamaConfig(**(vars(config) | {"tied": True}))
-        state["output.weight"] = embeddings
+def shard_paths(folder) -> list[Path]:
+    """consolidated.00.pth, consolidated.01.pth ... of a folder, none of them missing in between."""
+    paths = sorted(Path(folder).glob("consolidated.[0-9][0-9].pth"))
+    for i, path in enumerate(paths or [Path(folder) / WEIGHTS]):
+        if path.name != f"consolidated.{i:02d}.pth" or not path.is_file():
+            fail(f"{folder} has no consolidated.{i:02d}.pth; expected all shards of one Llama from {WEIGHTS} on; copy "
+                 "it from its source")
+    return paths
+
+
+def merge_axis(name: str, shard_rows: int, vocab_size: int) -> int | None:
+    """The axis along which a tensor was cut into shards; None: every shard has all of it.
+
+    A linear layer is cut along its outputs, or, if its outputs are summed over the shards (wo, w2), its inputs. Llama 3
+    cuts the embeddings by token, Llama 1 and 2, whose shards have a row for every token, by channel."""
+    if "norm" in name:
+        return None
+    if name.startswith("tok_embeddings"):
+        return 1 if shard_rows == vocab_size else 0
+    return 1 if name.endswith(("wo.weight", "w2.weight")) else 0
+
+
+def open_shards(folder, config: LlamaConfig) -> tuple[list[dict], dict[str, int | None], LlamaConfig]:
+    """The shards of a folder, memory-mapped, checked against its shape and against each other; the axis by which each
+    tensor is to be merged; and the config, which now knows whether embeddings and output are tied."""
+    paths = shard_paths(folder)
+    shards = [load_tensors(path) for path in paths]
+    for path, shard in zip(paths, shards):
+        if not isinstance(shard, dict) or not all(torch.is_tensor(t) for t in shard.values()):
+            fail(f"{path} holds something else than tensors by name; expected a Llama's state dict in Meta's names")
+        shard.pop("rope.freqs", None)  # Llama 1 and 2 carry it; it is a function of the shape
+        for name, t in shard.items():
+            if t.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+                fail(f"{path}: {name} is {t.dtype}, a quantised model?; expected float32, bfloat16 or float16; take "
+                     "the original weights")
+    if all("tok_embeddings.weight" in shard for shard in shards) and all(
+            same(shard.get("output.weight"), shard["tok_embeddings.weight"]) for shard in shards):
+        config = replace(config, tied=True)
+        for shard in shards:
+            shard["output.weight"] = shard["tok_embeddings.weight"]
+    with torch.device("meta"):
+        expected = {name: tuple(p.shape) for name, p in Llama(config).state_dict().items()}
+    axes = {}
+    for name in sorted(expected.keys() | {name for shard in shards for name in shard}):
+        parts, want, n = [shard.get(name) for shard in shards], expected.get(name), len(shards)
+        first = None if parts[0] is None else tuple(parts[0].shape)
+        axis = axes[name] = None if n == 1 or first is None else merge_axis(
+            "tok_embeddings" if config.tied and name == "output.weight" else name, first[0], config.vocab_size)
+        for path, t in zip(paths[1:], parts[1:]):
+            kind = lambda t: None if t is None else (t.dtype, *(d for i, d in enumerate(t.shape) if i != axis))
+            if kind(t) != kind(parts[0]) or (axis is None and t is not None and not same(t, parts[0])):
+                fail(f"{path} and {paths[0].name} are of two models: their {name} differ; expected shards of one; copy "
+                     "them again from one source")
+        found = first if axis is None else (*first[:axis], sum(t.size(axis) for t in parts), *first[axis + 1:])
+        if found != want:
+            missing = (f"; {want[axis] // first[axis]} shards make one model, {n} are here"
+                       if axis is not None and want and want[axis] % first[axis] == 0 else "")
+            fail(f"{paths[0]} does not fit {PARAMS}: {name} is {found or 'missing'}"
+                 f"{f' in {n} shards' if n > 1 else ''}, expected {want or 'no such tensor'}{missing}; the files must come from one model")
+    return shards, axes, config
+
+
+def same(a: torch.Tensor | None, b: torch.Tensor) -> bool:
+    """Equal, without reading what is one storage anyway. A tensor that is missing is no other."""
+    return a is None or a.data_ptr() == b.data_ptr() or (
+        a.shape == b.shape and torch.equal(a[:1], b[:1]) and torch.equal(a, b))
+
+
+def load_llama(folder, device="cpu", dtype: torch.dtype | None = torch.float32) -> Llama:
+    """A raw Llama folder as a model; dtype None: as in the file. Built on the meta device and given tensors that are
+    read, merged and converted one by one: memory holds the weights once. Output and embeddings that are equal (or an
+    output that is missing) make the model tied."""
+    axes, config = open_shards(folder, read_config(folder))[1:]
     with torch.device("meta"):
         model = Llama(config)
-    expected = {name: tuple(p.shape) for name, p in model.state_dict().items()}
-    found = {name: tuple(t.shape) for name, t in state.items()}
-    for name in sorted(expected.keys() | found.keys()):
-        if expected.get(name) != found.get(name):
-            fail(f"{path} does not fit {PARAMS}: {name} is {found.get(name, 'missing')}, expected "
-                 f"{expected.get(name, 'no such tensor')}; the two files must come from one model")
-    model.load_state_dict({name: t.to(device, dtype) for name, t in state.items()}, strict=True, assign=True)
+    state, layer_of = {}, lambda name: ".".join(name.split(".")[:2])
+    for layer in dict.fromkeys(map(layer_of, axes)):
+        shards = [load_tensors(path) for path in shard_paths(folder)]  # anew: what was read of them is let go
+        for name in (name for name in axes if layer_of(name) == layer):
+            if config.tied and name == "output.weight":
+                continue
+            parts = [shard[name] for shard in shards]
+            whole = parts[0] if axes[name] is None else torch.cat(parts, dim=axes[name])
+            state[name] = whole.to(device, dtype or whole.dtype)
+    if config.tied:
+        state["output.weight"] = state["tok_embeddings.weight"]
+    model.load_state_dict(state, strict=True, assign=True)
     model.tie()
     return model.requires_grad_(True)
 
 
 def save_tensors(path, state: dict) -> None:
-    """torch.save, atomically. Through a file object: given a path it would write the file's name inside."""
+    """torch.save, atomically. Through a file object: given a path it would write the file's name inside. OSError if the
+    disk is full."""
     with atomic_write(path) as f:
-        torch.save(state, f)
+        try:
+            torch.save(state, f)
+        except RuntimeError as error:  # torch's writer covers what stopped it with a complaint of its own
+            raise (error.__context__ if isinstance(error.__context__, OSError) else error)
 
 
 def save_llama(folder, config: LlamaConfig, state: dict, tokenizer=None) -> None:
-    """Writes params.json, consolidated.00.pth and, if given, a copy of the tokenizer.model. Tensors are cloned: a
-    view would drag the whole tensor it was cut from into the file."""
+    """Writes params.json, consolidated.00.pth and, if given, a copy of the tokenizer.model. Views are cloned: they
+    would drag the whole tensor they were cut from into the file."""
     folder = Path(folder)
-    tensors = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in state.items()}
+    alone = lambda t: t if t.untyped_storage().nbytes() == t.nbytes and t.is_contiguous() else t.clone(
+        memory_format=torch.contiguous_format)
+    tensors = {name: alone(t.detach().cpu()) for name, t in state.items()}
     if config.tied:
         tensors["output.weight"] = tensors["tok_embeddings.weight"]  # stored once
     save_tensors(folder / WEIGHTS, tensors)
@@ -179,9 +188,10 @@ def resume_state(folder, settings: dict, steps: int, resume: bool, mend="choose 
 @contextlib.contextmanager
 def new_folder(path, may_replace: set[str]):
     """A folder that appears all at once: yields a temporary sibling to fill, then renames it to `path`. A folder
-    that is there already is replaced only if it holds nothing but files named in may_replace."""
+    that is there already is replaced only if it holds nothing but files named in may_replace (names or globs)."""
     path = Path(path).resolve()
-    if path.exists() and (not path.is_dir() or not {p.name for p in path.iterdir()} <= may_replace):
+    if path.exists() and (not path.is_dir() or not all(
+            any(fnmatch(p.name, name) for name in may_replace) for p in path.iterdir())):
         fail(f"{path} exists and holds other things; expected a new folder or an earlier one of the same kind; "
              "choose another --out")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -202,7 +212,69 @@ def new_folder(path, may_replace: set[str]):
         shutil.rmtree(old, ignore_errors=True)
 
 
+# -----------------------------------------------------------------------------
+# a look at one
+
+
+def verify(folder) -> None:
+    """Compares the md5 of every file with checklist.chk, lines of "md5  name"."""
+    path = Path(folder) / "checklist.chk"
+    if not path.is_file():
+        fail(f"{path} is missing; expected the list of md5 sums that comes with a download; leave --verify out")
+    for line in path.read_text().splitlines():
+        want, name = line.split(maxsplit=1)
+        file = Path(folder) / name.strip().lstrip("*")
+        if not file.is_file():
+            fail(f"{file} is missing, {path.name} names it; copy it again from its source")
+        found = hashlib.md5()
+        with open(file, "rb") as f:
+            while block := f.read(1 << 22):
+                found.update(block)
+        if found.hexdigest() != want:
+            fail(f"{file} has md5 {found.hexdigest()}, {path.name} says {want}; it is damaged: copy it again")
+
+
+def describe(folder) -> dict[str, str]:
+    """What a folder, or a params.json alone, holds: a line per fact."""
+    folder = Path(folder).parent if Path(folder).name == PARAMS else Path(folder)
+    c, dtype, paths = read_config(folder), "no weights here", sorted(folder.glob("consolidated.*.pth"))
+    if paths:
+        shards, _, c = open_shards(folder, c)
+        dtype = ", ".join(sorted({str(t.dtype).removeprefix("torch.") for t in shards[0].values()}))
+    elif c.vocab_size == 128256 and c.rope_factor == 32:
+        c = replace(c, tied=True)  # Llama 3.2's small ones
+    try:
+        costs = Space(c).costs
+        slices = f"{len(costs):,} of cost {costs.min():.3f} to {costs.max():.3f}"
+    except ValueError as error:
+        slices = f"none: {error}"
+    spread = lambda v: v if isinstance(v, int) else f"{min(v)} to {max(v)}"
+    heads, kv, ffn = spread(c.n_heads), spread(c.n_kv_heads), spread(c.ffn_dim)
+    tokenizer = folder / TOKENIZER
+    kind = "none" if not tokenizer.is_file() else "SentencePiece" if tokenizer.read_bytes()[:1] == b"\n" else "tiktoken"
+    return {"family": family(c), "shape": f"dim {c.dim}, {c.n_layers} layers, {heads} heads of {c.head_dim}, {kv} KV "
+            f"heads, ffn {ffn}, vocabulary {c.vocab_size:,}",
+            "parameters": f"{n_params(c, SubNet.full(c)):,} without embeddings, "
+            f"{n_params(c, SubNet.full(c), embeddings=True):,} in all",
+            "dtype": dtype, "shards": str(len(paths)), "tied": "yes" if c.tied else "no", "RoPE": f"theta "
+            f"{c.rope_theta:g}, " + ("not scaled" if c.rope_factor == 1 else f"scaled by {c.rope_factor:g}"),
+            "tokenizer": kind, "sub-networks": slices}
+
+
+def main(argv=None) -> None:
+    """Prints what a folder holds."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.error = lambda message: fail(f"{message}; python checkpoint.py --help lists the flags")
+    p.add_argument("folder", nargs="?", default="out/base", help="raw Llama folder, or a params.json")
+    p.add_argument("--verify", action="store_true", help="compare all files with the md5 sums of checklist.chk")
+    args = p.parse_args(argv)
+    if args.verify:
+        verify(args.folder)
+    for key, value in describe(args.folder).items():
+        print(f"{key:12} {value}")
+    if args.verify:
+        print(f"{'md5':12} all as in checklist.chk")
+
+
 if __name__ == "__main__":
-    llama = load_llama(sys.argv[1] if len(sys.argv) > 1 else "out/base")
-    total = sum(p.numel() for p in llama.parameters())
-    print(json.dumps(params_json(llama.config), indent=2), f"\n{total:,} parameters, tied {llama.config.tied}")
+    main()

@@ -28,11 +28,12 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from checkpoint import RESUME, TOKENIZER, load_llama, read_config, resume_state, save_llama, save_tensors
+from checkpoint import RESUME, TOKENIZER, load_llama, resume_state, save_llama, save_tensors
 from data.prepare import prepare
 from data.shards import Shards
 from importance import rank, sort_
 from model import Llama, LlamaConfig, SubNet
+from params import read_config
 from parallel import RANK, WORLD, autocast, finish, mean_over_ranks, rank0_first, say, setup
 from router import FLEX, Choice, Router, restore_router, router_state
 from space import AXES, Space, cost, n_params, random_generator
@@ -79,8 +80,8 @@ def parse_args(argv=None) -> argparse.Namespace:
         "4e-2 * (steps / 28800)^0.8 in shorter runs, 1.4e-3 in the demo")
     add("--modulation-lr", type=float, default=-1, help="default: the router's")
     add("--warmup", type=float, default=0.1, help="of the learning rates, share of the steps")
-    add("--router-start", type=float, default=0.12, help="share of the steps before the router learns: until then slices "
-        "are drawn from all that fit")
+    add("--router-start", type=float, default=0.12, help="share of the steps before the router learns: until then "
+        "slices are drawn from all that fit")
     add("--weight-decay", type=float, default=0.1, help="on the Llama's matrices")
     add("--clip", type=float, default=1.0, help="gradient norm, for Llama, router and modulation apart")
     add("--soft-prob", type=float, default=1.0, help="share of soft passes when the router starts")
@@ -180,8 +181,8 @@ def parts(model: Llama, router: Router | None) -> dict[str, list]:
 
 
 def make_optimizer(model: Llama, router: Router | None, args) -> torch.optim.AdamW:
-    """AdamW; the Llama's matrices are decayed, nothing else is. `peak` is a group's learning rate after its warm-up, which
-    begins at `start`."""
+    """AdamW; the Llama's matrices are decayed, nothing else is. `peak` is a group's learning rate after its warm-up,
+    which begins at `start`."""
     groups, rates = [], dict(llama=args.lr, router=args.router_lr, modulation=args.modulation_lr)
     for name, parameters in parts(model, router).items():
         for decayed in (True, False):
@@ -213,8 +214,8 @@ def pass_loss(wrapped, tokens, targets, teacher, kd, **slice_kwargs):
 def train_step(wrapped, model, router, shards, step, args, device, teacher=None) -> dict:
     """Forward and backward of all budgets of a step; gradients are left in .grad, averaged over ranks.
 
-    A pass runs the slice that was drawn, or, if it is soft, the full width under the gates of the router's marginals. Only
-    soft passes teach the router: a gate of exactly 1 is a scale that the weights beside it are trained to make
+    A pass runs the slice that was drawn, or, if it is soft, the full width under the gates of the router's marginals.
+    Only soft passes teach the router: a gate of exactly 1 is a scale that the weights beside it are trained to make
     optimal, so its gradient says next to nothing about what leaving the unit out would cost.
 
     The router is not inside DDP. What it gives to the model, marginals and modulation factors, are leaves of the

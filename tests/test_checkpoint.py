@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import checkpoint
-from checkpoint import load_llama, load_tensors, new_folder, params_json, read_config, save_llama, save_tensors
+from checkpoint import load_llama, load_tensors, new_folder, save_llama, save_tensors
 from model import LlamaConfig
+from params import params_json, read_config
 from tests.helpers import GQA, MHA, SHAPES, close, files_of, one_line_error, random_llama, tokens_for
 from tokenizer import atomic_write
 
@@ -307,3 +308,142 @@ def test_writes_are_the_same_bytes(tmp_path):
     assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
     tensors = load_tensors(tmp_path / "one" / "consolidated.00.pth")
     assert isinstance(tensors, dict) and all(torch.is_tensor(t) for t in tensors.values())
+
+
+# -----------------------------------------------------------------------------
+# shards
+
+
+WHOLE = dataclasses.replace(GQA, n_heads=8, n_kv_heads=4, vocab_size=96)
+
+
+def cut_into(folder, n: int, llama2: bool, config: LlamaConfig = WHOLE, seed: int = 0, dtype=torch.float32):
+    """A random Llama in n shards, cut as Meta's model-parallel code does. Returns the whole one."""
+    model = random_llama(config, seed)
+    folder.mkdir(exist_ok=True)
+    (folder / "params.json").write_text(json.dumps(params_json(config)))
+    for i in range(n):
+        part = {}
+        for name, w in model.state_dict().items():
+            axis = 1 if name.endswith(("wo.weight", "w2.weight")) or (llama2 and "tok_emb" in name) else 0
+            part[name] = (w if "norm" in name else w.chunk(n, axis)[i].clone()).to(dtype)
+        save_tensors(folder / f"consolidated.{i:02d}.pth", part | ({"rope.freqs": torch.ones(4)} if llama2 else {}))
+    return model
+
+
+@pytest.mark.parametrize("n", [1, 2, 4])
+@pytest.mark.parametrize("llama2", [False, True])
+@pytest.mark.parametrize("tied", [False, True])
+def test_shards_are_merged(tmp_path, n, llama2, tied):
+    """Catches a tensor merged along the wrong axis, in the wrong order, or taken from the first shard alone."""
+    if tied and llama2:
+        return  # no such model: its embeddings and its output would be cut along different axes
+    model = cut_into(tmp_path / "llama", n, llama2, dataclasses.replace(WHOLE, tied=tied))
+    again = load_llama(tmp_path / "llama")
+    assert again.config == model.config and again.config.tied == tied
+    assert all(torch.equal(w, again.state_dict()[name]) for name, w in model.state_dict().items())
+
+
+def test_dtype_of_the_file(tmp_path):
+    """Catches bf16 weights that are blown up to fp32 where they are only to be copied, and a rounded fp32."""
+    model = cut_into(tmp_path / "llama", 2, False, dtype=torch.bfloat16)
+    for dtype, want in ((None, torch.bfloat16), (torch.float32, torch.float32)):
+        state = load_llama(tmp_path / "llama", dtype=dtype).state_dict()
+        assert all(w.dtype == want and torch.equal(w, model.state_dict()[k].bfloat16().to(want))
+                   for k, w in state.items())
+
+
+def shard_state(folder, i: int, change):
+    path = folder / f"consolidated.{i:02d}.pth"
+    state = dict(torch.load(path, weights_only=True))
+    save_tensors(path, change(state) or state)
+
+
+SHARD_MISTAKES = {
+    "first missing": (lambda f: (f / "consolidated.00.pth").unlink(), "consolidated.00.pth"),
+    "middle missing": (lambda f: (f / "consolidated.01.pth").unlink(), "consolidated.01.pth"),
+    "last missing": (lambda f: (f / "consolidated.03.pth").unlink(), "4 shards"),
+    "two models": (lambda f: cut_into(f.parent / "b", 4, False, seed=1) and (
+        f.parent / "b/consolidated.02.pth").replace(f / "consolidated.02.pth"), "two models"),
+    "two shapes": (lambda f: cut_into(f.parent / "b", 4, False, dataclasses.replace(WHOLE, ffn_dim=40)) and (
+        f.parent / "b/consolidated.02.pth").replace(f / "consolidated.02.pth"), "two models"),
+    "cut short": (lambda f: (f / "consolidated.02.pth").write_bytes(
+        (f / "consolidated.02.pth").read_bytes()[:5000]), "consolidated.02.pth"),
+    "two dtypes": (lambda f: shard_state(f, 3, lambda s: {k: v.bfloat16() for k, v in s.items()}), "two models"),
+    "int8": (lambda f: shard_state(f, 1, lambda s: {k: v.char() for k, v in s.items()}), "int8"),
+    "a tensor less": (lambda f: shard_state(f, 2, lambda s: {k: v for k, v in s.items() if "1.ffn_norm" not in k}),
+                      "layers.1.ffn_norm"),
+    "a tensor more": (lambda f: shard_state(f, 2, lambda s: s | {"lora_a": torch.ones(3)}), "lora_a")}
+
+
+@pytest.mark.parametrize("mistake", SHARD_MISTAKES)
+def test_mistakes_in_shards(tmp_path, capsys, mistake):
+    """Catches shards of two models that make one silent wrong model, and a traceback where one is missing."""
+    cut_into(tmp_path / "llama", 4, False)
+    change, word = SHARD_MISTAKES[mistake]
+    change(tmp_path / "llama")
+    with one_line_error(capsys, word, str(tmp_path)):
+        load_llama(tmp_path / "llama")
+
+
+@pytest.mark.parametrize("key", ["vision_chunk_size", "quantization_args", "lora_args"])
+def test_other_kinds_of_llama_are_named(tmp_path, capsys, key):
+    """Catches a vision, quantised or LoRA model whose text half is loaded as if it were all."""
+    saved(tmp_path)
+    rewrite(tmp_path, lambda p: p | {key: {"scheme": 8}})
+    with one_line_error(capsys, key):
+        load_llama(tmp_path)
+
+
+# -----------------------------------------------------------------------------
+# a look at one
+
+
+@pytest.mark.parametrize("name", META)
+def test_every_published_shape_is_known(tmp_path, capsys, name):
+    """Catches a size table that names the wrong model, or counts wrong; from params.json alone."""
+    values, ffn_dim, vocab_size, rope_factor = META[name]
+    keys = ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "ffn_dim_multiplier", "multiple_of",
+            "rope_theta", "use_scaled_rope")
+    p = {k: v for k, v in zip(keys, values) if v is not None} | dict(norm_eps=1e-6 if "Llama1" in name else 1e-5)
+    (tmp_path / "params.json").write_text(json.dumps(p))
+    checkpoint.main([str(tmp_path / "params.json")])
+    said = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    family = {"Llama1": "Llama 1 ", "Llama2": "Llama 2 "}.get(name.split("-")[0], f"Llama {name.split('-')[0]} ")
+    assert said["family"].startswith(family.replace("3.1 ", "3.1 ")) and said["family"].endswith(name.split("-")[1])
+    totals = {"3.2-1B": "1,235,814,400", "3.2-3B": "3,212,749,824", "3.1-8B": "8,030,261,248", "3-8B": "8,030,261,248",
+              "3.1-70B": "70,553,706,496", "Llama2-7B": "6,738,415,616"}
+    assert totals.get(name, "") in said["parameters"]
+    assert said["shards"] == "0" and f"ffn {ffn_dim}" in said["shape"] and "cost" in said["sub-networks"]
+    assert ("not scaled" if rope_factor == 1 else f"scaled by {rope_factor}") in said["RoPE"]
+
+
+def test_a_folder_is_described_as_it_is(tmp_path, capsys):
+    """Catches a dtype, a number of shards or a tie that is guessed from params.json."""
+    cut_into(tmp_path / "llama", 2, False, dataclasses.replace(WHOLE, tied=True), dtype=torch.bfloat16)
+    (tmp_path / "llama/tokenizer.model").write_bytes(b"\x0a\x0b")
+    checkpoint.main([str(tmp_path / "llama")])
+    said = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert (said["dtype"], said["shards"], said["tied"], said["tokenizer"]) == ("bfloat16", "2", "yes", "SentencePiece")
+    assert said["family"] == "none of Meta's"
+
+
+def test_md5_sums_are_checked(tmp_path, capsys):
+    """Catches --verify that passes over a damaged file, or one that the list names and nobody downloaded."""
+    import hashlib
+    cut_into(tmp_path / "llama", 2, False)
+    names = ("consolidated.00.pth", "consolidated.01.pth", "params.json")
+    sums = "".join(f"{hashlib.md5((tmp_path / 'llama' / n).read_bytes()).hexdigest()}  {n}\n" for n in names)
+    with one_line_error(capsys, "checklist.chk"):
+        checkpoint.main([str(tmp_path / "llama"), "--verify"])
+    (tmp_path / "llama/checklist.chk").write_text(sums)
+    checkpoint.main([str(tmp_path / "llama"), "--verify"])
+    assert "as in checklist.chk" in capsys.readouterr().out
+    content = bytearray((tmp_path / "llama/consolidated.01.pth").read_bytes())
+    content[-40000 % len(content)] ^= 1
+    (tmp_path / "llama/consolidated.01.pth").write_bytes(content)
+    with one_line_error(capsys, "consolidated.01.pth", "md5"):
+        checkpoint.main([str(tmp_path / "llama"), "--verify"])
+    (tmp_path / "llama/consolidated.01.pth").unlink()
+    with one_line_error(capsys, "consolidated.01.pth", "missing"):
+        checkpoint.main([str(tmp_path / "llama"), "--verify"])
