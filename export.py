@@ -1,74 +1,188 @@
 """
 Writes the slice a budget buys as a plain Llama folder: no router, no modulation, no trace of the supernet.
 
-    python export.py --budget 0.5                    out/flex -> out/flex-0.50
-    python export.py --budget 0.5 --model out/flex-8b --out Llama-3.1-half --dtype bfloat16
+    python export.py --budget 0.5                        out/flex -> out/flex-0.50, in Meta's layout
+    python export.py --budget 0.5 --format hf            out/flex -> out/flex-0.50-hf, for transformers, vLLM, lm-eval
+    python export.py --memory 6GB --context 8192         the best slice whose weights and KV cache fit
+    python export.py --budget 0.8 0.6 0.4 --dry-run      the sizes, and nothing written
 
 What there is to do after training: ask the router for the SubNet, cut its prefix out of every tensor, and multiply the
 modulation's factors into the rows of wo and w2 (a factor on a linear layer's output is a factor on its weight).
-The result is what the supernet computes at that budget, and a raw Llama folder like the one training started from.
+The result is what the supernet computes at that budget, and a Llama folder like the one training started from.
 """
 import argparse
+import re
+import signal
 from pathlib import Path
 
 import torch
 
-from checkpoint import PARAMS, RESUME, TOKENIZER, WEIGHTS, load_llama, new_folder, save_llama
+import hf
+from checkpoint import RESUME, TOKENIZER, WEIGHTS, load_llama, new_folder, save_llama
 from model import Llama, LlamaConfig, SubNet
-from router import load_router
+from params import PARAMS
+from router import Router, load_router
 from space import cost, n_params
-from tokenizer import fail
+from tokenizer import fail, load_tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+OURS = {"llama": {PARAMS, WEIGHTS, TOKENIZER},
+        "hf": {"config.json", "generation_config.json", "model*.safetensors*", "tokenizer*.json"}}
+
+# -----------------------------------------------------------------------------
+# what a slice weighs
+
+
+def weight_bytes(config: LlamaConfig, subnet: SubNet, dtype: torch.dtype) -> int:
+    """Bytes of all weights of a slice, embeddings included."""
+    return n_params(config, subnet, embeddings=True) * dtype.itemsize
+
+
+def cache_bytes(config: LlamaConfig, subnet: SubNet, dtype: torch.dtype, context: int) -> int:
+    """Bytes of the keys and values of `context` tokens, batch 1."""
+    return 2 * sum(subnet.config(config).per_layer("n_kv_heads")) * config.head_dim * context * dtype.itemsize
+
+
+def amount(text: str) -> float:
+    """4.0B -> 4e9; 6GB -> 6e9, 6GiB -> 6 * 2^30."""
+    found = re.fullmatch(r"([\d.]+)([KMGBT]?)(iB|B)?", text.strip(), re.I)
+    try:
+        power = " KMGT".replace("G", "B").index((found[2].upper() or " ").replace("G", "B"))
+        return float(found[1]) * (1024 if (found[3] or "").lower() == "ib" else 1000) ** power
+    except (TypeError, ValueError):
+        fail(f"{text} found; expected a number with a unit, such as --params 4.0B, or --memory 6GB or 6GiB")
+
+
+def largest(router: Router, size, limit: float, what: str) -> float:
+    """The budget whose slice is the largest with size(slice) <= limit; the router is asked at every thousandth."""
+    smallest = router.space.subnet(router.space.members[router.space.costs.argmin()])
+    budgets = [b for b in (i / 1000 for i in range(1000, 0, -1)) if b >= router.space.costs.min()]
+    slices = {b: router.route(b) for b in budgets}
+    fitting = [b for b in budgets if size(slices[b]) <= limit]
+    if not fitting:
+        fail(f"no sub-network fits into {limit:,.0f} {what}; the smallest takes {size(smallest):,}; ask for more")
+    return max(fitting, key=lambda b: cost(router.space.config, slices[b]))
+
+
+# -----------------------------------------------------------------------------
+# cutting it out
 
 
 def fold(model: Llama, subnet: SubNet, factors: torch.Tensor | None, dtype: torch.dtype = torch.float32) -> dict:
     """State dict of the slice as a Llama of its own, factors (n_layers, 2) multiplied into wo and w2 in fp32 and
     rounded to dtype once."""
-    state = {name: w.detach().float() for name, w in model.slices(subnet).items()}
+    scale = {}
     if factors is not None:
         for new, old in enumerate(subnet.layers):
-            for which, name in enumerate(("attention.wo", "feed_forward.w2")):
-                key = f"layers.{new}.{name}.weight"
-                state[key] = state[key] * factors[old, which]
-    return {name: w.to(dtype) for name, w in state.items()}
+            scale[f"layers.{new}.attention.wo.weight"] = factors[old, 0]
+            scale[f"layers.{new}.feed_forward.w2.weight"] = factors[old, 1]
+    state = {}
+    for name, w in model.slices(subnet).items():
+        if not (model.config.tied and name == "output.weight"):
+            w = w.detach().float() * scale[name] if name in scale else w.detach()
+            state[name] = w.to(dtype).clone(memory_format=torch.contiguous_format)  # views leave their source behind
+    if model.config.tied:
+        state["output.weight"] = state["tok_embeddings.weight"]
+    return state
 
 
-def export(folder, budget: float, out=None, dtype: torch.dtype = torch.float32) -> tuple[Path, SubNet, LlamaConfig]:
-    """Writes the slice of the supernet in `folder` at `budget` into `out` (default: folder-0.50). Returns where, the
-    slice, and the shape it was cut from."""
-    model = load_llama(folder)
-    router = load_router(folder, model.config)
-    if router is None:
-        fail(f"{folder} is a plain Llama, it has no flex.pt; expected a folder made by train.py; "
+def load(folder, dtype: torch.dtype | None) -> tuple[Llama, Router | None, torch.dtype]:
+    """(model, router, dtype to write): weights stay in the file's dtype until they are folded."""
+    model = load_llama(folder, dtype=None)
+    return model, load_router(folder, model.config), dtype or model.norm.weight.dtype
+
+
+def export(folder, budget: float = 1.0, out=None, dtype: torch.dtype | None = None, kind: str = "llama",
+           loaded=None) -> tuple[Path, SubNet, LlamaConfig]:
+    """Writes the slice of the supernet in `folder` at `budget` into `out` (default: folder-0.50, folder-0.50-hf), in
+    dtype (default: the supernet's). A plain Llama is its own only slice. Returns where, the slice, and the shape it was
+    cut from."""
+    model, router, dtype = loaded or load(folder, dtype)
+    if router is None and budget != 1:
+        fail(f"{folder} is a plain Llama, it has no flex.pt; expected a folder made by train.py, or --budget 1.0; "
              f"python train.py --llama {folder} makes one")
-    subnet, factors = router.deploy(budget)
-    out = Path(out or f"{Path(folder)}-{f'{budget:.2f}' if budget == round(budget, 2) else f'{budget:g}'}")
-    if (out / RESUME).exists() or ((out / PARAMS).exists() and '"ffn_dim"' not in (out / PARAMS).read_text()):
+    subnet, factors = router.deploy(budget) if router else (model.full, None)
+    name = f"{budget:.2f}" if budget == round(budget, 2) else f"{budget:g}"
+    out = Path(out or f"{Path(folder)}-{name}{'-hf' if kind == 'hf' else ''}")
+    ours = not (out / PARAMS).exists() or '"ffn_dim"' in (out / PARAMS).read_text()
+    if (out / RESUME).exists() or not ours or out.resolve() == Path(folder).resolve():
         fail(f"{out} is a training run or a Llama from elsewhere; expected a new folder or an earlier export; choose "
              "another --out")
-    with new_folder(out, may_replace={PARAMS, WEIGHTS, TOKENIZER}) as temporary:
+    config, tokenizer = subnet.config(model.config), Path(folder) / TOKENIZER
+    if kind == "hf":
+        hf.model_config(config, dtype, 0, 0)  # what cannot be written is refused before anything is
+        enc = load_tokenizer(tokenizer, config.vocab_size) if tokenizer.is_file() else None
+    with new_folder(out, may_replace=OURS[kind]) as temporary:
         state = fold(model, subnet, factors, dtype)
-        save_llama(temporary, subnet.config(model.config), state, Path(folder) / TOKENIZER)
+        if kind == "hf":
+            hf.save_hf(temporary, config, state, enc)
+        else:
+            save_llama(temporary, config, state, tokenizer)
     return out, subnet, model.config
 
 
+def sizes_table(full: LlamaConfig, rows: list[tuple[float, SubNet]], dtype: torch.dtype, context: int) -> str:
+    """What slices would be: a line per budget."""
+    lines = [f"{'budget':>7} {'got':>6} {'dim':>6} {'heads':>5} {'ffn':>6} {'layers':>6} {'parameters':>15} "
+             f"{'with embeddings':>16} {'weights, GB':>12} {f'KV of {context:,} tokens, GB':>27}"]
+    for b, s in rows:
+        lines.append(f"{b:7.3f} {cost(full, s):6.3f} {s.dim:6d} {s.n_heads[0]:5d} {s.ffn_dim[0]:6d} {len(s.layers):6d} "
+                     f"{n_params(full, s):15,} {n_params(full, s, embeddings=True):16,} "
+                     f"{weight_bytes(full, s, dtype) / 1e9:12.3f} {cache_bytes(full, s, dtype, context) / 1e9:27.3f}")
+    return "\n".join(lines)
+
+
 def main(argv=None) -> None:
-    """Exports one budget and says what it got."""
+    """Exports the budgets asked for and says what they got."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.error = lambda message: fail(f"{message}; python export.py --help lists the flags")
-    p.add_argument("--budget", type=float, required=True, help="fraction of the full model's non-embedding parameters")
-    p.add_argument("--model", default="out/flex", help="folder of a supernet")
+    ask = p.add_mutually_exclusive_group()
+    ask.add_argument("--budget", type=float, nargs="+", help="fractions of the full model's non-embedding parameters")
+    ask.add_argument("--params", help="instead: at most so many parameters, embeddings included, such as 4.0B")
+    ask.add_argument("--memory", help="instead: at most so much for weights and KV cache, such as 6GB")
+    p.add_argument("--context", type=int, help="tokens in the KV cache, batch 1 (default: the model's window)")
+    p.add_argument("--model", default="out/flex", help="folder of a supernet (or a plain Llama, to convert it)")
     p.add_argument("--out", help="folder to write (default: the model's name and the budget)")
-    p.add_argument("--format", choices=["llama"], default="llama", help="raw Llama folder, Meta's layout")
-    p.add_argument("--dtype", choices=list(DTYPES), default="float32")
+    p.add_argument("--format", choices=list(OURS), default="llama", help="Meta's layout, or Hugging Face's")
+    p.add_argument("--dtype", choices=list(DTYPES), help="default: the supernet's")
+    p.add_argument("--dry-run", action="store_true", help="print the sizes, write nothing")
     args = p.parse_args(argv)
-    out, subnet, full = export(args.model, args.budget, args.out, DTYPES[args.dtype])
-    got, total = n_params(full, subnet), sum(f.stat().st_size for f in out.iterdir())
-    print(f"{out}: dim {subnet.dim}, {subnet.n_heads[0]} heads of {full.head_dim}, ffn {subnet.ffn_dim[0]}, layers "
-          f"{len(subnet.layers)} of {full.n_layers} ({' '.join(map(str, subnet.layers))})\n"
-          f"asked {args.budget:.3f}, got {cost(full, subnet):.3f} of the non-embedding parameters: {got:,}\n"
-          f"{n_params(full, subnet, embeddings=True):,} parameters with embeddings, {total:,} bytes")
+    model, router, dtype = loaded = load(args.model, DTYPES.get(args.dtype))
+    full, context = model.config, model.config.context if args.context is None else args.context
+    if context < 1:
+        fail(f"--context {context} found; expected 1 or more tokens")
+    budgets = args.budget or ([1.0] if router is None else None)
+    if router and (args.params or args.memory):
+        size, what = (lambda s: n_params(full, s, embeddings=True)), "parameters"
+        if args.memory:
+            size = lambda s: weight_bytes(full, s, dtype) + cache_bytes(full, s, dtype, context)
+            what = f"bytes of weights ({str(dtype)[6:]}) and KV cache ({context:,} tokens)"
+        budgets = [largest(router, size, amount(args.params or args.memory), what)]
+    elif args.params or args.memory:
+        fail(f"{args.model} is a plain Llama of one size; expected a supernet's folder, made by train.py")
+    if not budgets and not args.dry_run:
+        fail("no size asked for; expected --budget 0.5, --params 4.0B or --memory 6GB; --dry-run lists some")
+    if len(budgets or ()) > 1 and args.out:
+        fail(f"--out {args.out} is one folder for {len(budgets)} budgets; leave --out out: each gets one of its own")
+    if args.dry_run:
+        if not budgets:
+            budgets = [b for b in (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3) if b >= router.space.costs.min()]
+        rows = [(b, router.route(b) if router else model.full) for b in budgets]
+        return print(sizes_table(full, rows, dtype, context))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for budget in budgets:
+        try:
+            out, subnet, _ = export(args.model, budget, args.out, dtype, args.format, loaded)
+        except OSError as error:
+            fail(f"the export at budget {budget:g} could not be written ({error.strerror or error}); nothing of it was "
+                 "kept; make room, or choose another --out")
+        except KeyboardInterrupt:
+            fail(f"interrupted at budget {budget:g}; nothing of it was kept; run the same command again")
+        got, total = n_params(full, subnet), sum(f.stat().st_size for f in out.iterdir())
+        print(f"{out}: dim {subnet.dim}, {subnet.n_heads[0]} heads of {full.head_dim}, ffn {subnet.ffn_dim[0]}, layers "
+              f"{len(subnet.layers)} of {full.n_layers} ({' '.join(map(str, subnet.layers))})\n"
+              f"asked {budget:.3f}, got {cost(full, subnet):.3f} of the non-embedding parameters: {got:,}\n"
+              f"{n_params(full, subnet, embeddings=True):,} parameters with embeddings, {total:,} bytes")
 
 
 if __name__ == "__main__":

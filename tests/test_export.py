@@ -1,17 +1,21 @@
 """export.py: an export computes what the supernet computes at that budget, and holds nothing else."""
 import dataclasses
+import json
+import os
 import re
+import signal
 
 import pytest
 import torch
 
+import eval as evaluation
 import export as exporting
 from checkpoint import load_llama, load_tensors, save_llama
 from export import export, fold
 from model import SubNet
 from space import cost
-from tests.helpers import GQA, MHA, SHAPES, close, files_of, make_supernet, one_line_error, random_llama, subnets, \
-    tokens_for
+from tests.helpers import ROOT, GQA, MHA, SHAPES, close, files_of, make_supernet, one_line_error, random_llama, run, \
+    subnets, tokens_for
 from tests.test_model import reference_logits
 
 EXPORTED = {"gqa": GQA, "mha": MHA, "tied": SHAPES["tied"], "tied mha": dataclasses.replace(MHA, tied=True),
@@ -155,3 +159,134 @@ def test_what_it_prints_is_true(tmp_path, capsys, shape):
     rows = load_tensors(tmp_path / "slim" / "consolidated.00.pth")
     for new, old in enumerate(kept):  # the layers it names are the layers it took
         assert torch.equal(rows[f"layers.{new}.ffn_norm.weight"], full.layers[old].ffn_norm.weight[:c.dim])
+
+
+# -----------------------------------------------------------------------------
+# other ways to say a size
+
+
+def sizes_of(text: str) -> list[list[float]]:
+    """The rows of the table that --dry-run prints."""
+    return [[float(x.replace(",", "")) for x in line.split()] for line in text.splitlines()[1:]]
+
+
+def test_amounts():
+    """Catches thousands taken for 1024s, and units that are dropped."""
+    for text, want in [("4.0B", 4e9), ("350M", 3.5e8), ("6GB", 6e9), ("6GiB", 6 * 2**30), ("1.5T", 1.5e12), ("12", 12),
+                       ("800k", 8e5), ("2 GB".replace(" ", ""), 2e9), ("3MiB", 3 * 2**20)]:
+        assert exporting.amount(text) == pytest.approx(want), text
+
+
+@pytest.mark.parametrize("shape", ["gqa", "mha", "tied"])
+def test_params_and_memory_are_never_exceeded(tmp_path, capsys, shape):
+    """Catches a limit that leaves out the embeddings or the cache, counts the wrong dtype, or takes less than fits."""
+    model, router = make_supernet(tmp_path / "flex", SHAPES[shape])
+    every = [router.route(i / 1000) for i in range(1000, 0, -1) if i / 1000 >= router.space.costs.min()]
+    for k, (limit, dtype) in enumerate([(70_000, "float32"), (120_000, "bfloat16"), (10**9, "float32")]):
+        for flag, extra in (("--params", []), ("--memory", ["--context", "500"])):
+            def size(subnet):
+                slim = subnet.config(model.config)
+                n = sum(w.numel() for name, w in model.slices(subnet).items()
+                        if not (slim.tied and name == "output.weight"))
+                kv = sum(2 * 500 * h * slim.head_dim for h in slim.per_layer("n_kv_heads"))
+                return n if flag == "--params" else (n + kv) * (4 if dtype == "float32" else 2)
+
+            bound = limit if flag == "--params" else 4 * limit
+            best = max((s for s in every if size(s) <= bound), key=lambda s: cost(model.config, s))
+            out = tmp_path / f"slim{k}{flag}"
+            exporting.main(["--model", str(tmp_path / "flex"), flag, f"{bound / 1000}K", *extra, "--dtype", dtype,
+                            "--out", str(out)])
+            got = load_llama(out).config
+            assert cost(model.config, best) == pytest.approx(cost_of_config(model.config, got))
+    with one_line_error(capsys, "parameters", "smallest"):
+        exporting.main(["--model", str(tmp_path / "flex"), "--params", "1K"])
+
+
+def cost_of_config(full, slim) -> float:
+    """cost() of an export, from its shape."""
+    return cost(full, SubNet.uniform(slim.dim, range(slim.n_layers), slim.n_heads, slim.ffn_dim))
+
+
+def test_dry_run_writes_nothing_and_tells_the_truth(tmp_path, capsys):
+    """Catches a dry run that writes, and sizes other than those that an export then has."""
+    make_supernet(tmp_path / "flex", GQA)
+    before = files_of(tmp_path)
+    asked = ["--model", str(tmp_path / "flex"), "--context", "100", "--dry-run"]
+    exporting.main(asked)
+    assert len(sizes_of(capsys.readouterr().out)) >= 4
+    exporting.main(asked + ["--budget", "0.8", "0.5"])
+    rows = sizes_of(capsys.readouterr().out)
+    assert files_of(tmp_path) == before and [row[0] for row in rows] == [0.8, 0.5]
+    exporting.main(["--model", str(tmp_path / "flex"), "--budget", "0.8", "0.5"])
+    for row, name in zip(rows, ("flex-0.80", "flex-0.50")):
+        slim = load_llama(tmp_path / name)
+        total, c = sum(p.numel() for p in slim.parameters()), slim.config
+        assert row[2:6] == [c.dim, c.n_heads, c.ffn_dim, c.n_layers] and row[7] == total
+        assert row[8] == pytest.approx(4 * total / 1e9, abs=5e-4)
+        assert row[9] == pytest.approx(2 * 4 * 100 * c.n_layers * c.n_kv_heads * c.head_dim / 1e9, abs=5e-4)
+
+
+def test_other_mistakes(tmp_path, capsys):
+    """Catches two ways to say a size at once, none at all, nonsense, and one folder for two slices."""
+    make_supernet(tmp_path / "flex", GQA)
+    make_supernet(tmp_path / "plain", GQA)
+    (tmp_path / "plain/flex.pt").unlink()
+    before = files_of(tmp_path)
+    for argv, word in [([], "--budget"), (["--budget", "0.5", "--params", "1M"], "--params"),
+                       (["--params", "many"], "many"),
+                       (["--memory", "6 bananas"], "bananas"), (["--budget", "0.5", "0.6", "--out", "x"], "--out"),
+                       (["--memory", "6GB", "--context", "0"], "--context"), (["--params", "..B"], "..B"),
+                       (["--budget", "0.5", "--out", str(tmp_path / "flex")], "--out"),
+                       (["--model", str(tmp_path / "plain"), "--params", "1M"], "supernet"),
+                       (["--model", str(tmp_path / "plain"), "--out", str(tmp_path / "plain")], "--out")]:
+        with one_line_error(capsys, word):
+            exporting.main(["--model", str(tmp_path / "flex"), *argv])
+        assert files_of(tmp_path) == before, argv
+
+
+# -----------------------------------------------------------------------------
+# what can go wrong while it writes
+
+
+@pytest.mark.parametrize("kind", ["llama", "hf"])
+def test_a_full_disk(tmp_path, kind):
+    """Catches a traceback and half a folder when there is no room (here: a limit on a file's size)."""
+    make_supernet(tmp_path / "flex", GQA)
+    before = files_of(tmp_path)
+    limited = ("import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (60000, 60000)); "
+               "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')")
+    done = run("-c", limited, ROOT / "export.py", "--model", tmp_path / "flex", "--budget", "0.9", "--format", kind)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "too large" in done.stderr, done.stderr
+    assert files_of(tmp_path) == before and {p.name for p in tmp_path.iterdir()} == {"flex"}
+
+
+@pytest.mark.parametrize("kind", ["llama", "hf"])
+def test_an_interruption(tmp_path, kind, capsys, monkeypatch):
+    """Catches half a folder, or the earlier export lost, when Ctrl-C or SIGTERM comes while files are being written."""
+    make_supernet(tmp_path / "flex", GQA)
+    argv = ["--model", str(tmp_path / "flex"), "--format", kind, "--out", str(tmp_path / "slim")]
+    exporting.main([*argv, "--budget", "0.8"])
+    before = files_of(tmp_path)
+
+    def stop(*_, **__):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    where, what = (exporting.hf, "write_json") if kind == "hf" else (exporting, "save_llama")
+    monkeypatch.setattr(where, what, stop)
+    with one_line_error(capsys, "interrupted"):
+        exporting.main([*argv, "--budget", "0.5"])
+    assert files_of(tmp_path) == before and {p.name for p in tmp_path.iterdir()} == {"flex", "slim"}
+
+
+def test_an_export_is_evaluated_as_its_supernet(tmp_path, capsys):
+    """Catches an export that eval.py and sample.py read as something else: the loss to 1e-4, the same text."""
+    make_supernet(tmp_path / "flex", GQA)
+    exporting.main(["--model", str(tmp_path / "flex"), "--budget", "0.6"])
+    (tmp_path / "text.txt").write_text("the cat sat on the mat; def main(argv): return argv\n" * 20)
+    losses = []
+    for model, budget in (("flex", "0.6"), ("flex-0.60", "1.0")):
+        capsys.readouterr()
+        evaluation.main(["--model", str(tmp_path / model), "--budgets", budget, "--seq-len", "16", "--json",
+                         "--text", str(tmp_path / "text.txt")])
+        losses.append(json.loads(capsys.readouterr().out.splitlines()[-1])["rows"][0]["loss"])
+    assert abs(losses[0] - losses[1]) < 1e-4

@@ -1,0 +1,229 @@
+"""hf.py: what we write, transformers reads, and computes the same; and a Hugging Face Llama becomes one of ours."""
+import dataclasses
+import json
+import os
+
+import pytest
+import torch
+
+import export as exporting
+import hf
+from checkpoint import load_llama, save_llama, save_tensors
+from export import export
+from model import LlamaConfig
+from params import params_json
+from sample import generate
+from tests.helpers import GQA, SHAPES, close, files_of, make_supernet, one_line_error, random_llama, tokens_for
+from tokenizer import BOS, END, encode_document, load_tokenizer, save_tokenizer, train_bpe
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+needs_transformers = pytest.mark.skipif(
+    __import__("importlib.util").util.find_spec("transformers") is None,
+    reason="transformers is not installed: pip install -r requirements-interop.txt")
+
+# llama where the heads divide the width, mistral where they do not
+READ = {"gqa": GQA, "mha": SHAPES["mha"], "tied": SHAPES["tied"], "rope 8": SHAPES["scaled rope"],
+        "rope 32": dataclasses.replace(GQA, rope_factor=32.0), "wide heads": SHAPES["wide heads"],
+        "mistral": dataclasses.replace(GQA, dim=50), "mistral tied rope 8": dataclasses.replace(
+            GQA, dim=50, tied=True, rope_factor=8.0)}
+HARD_TEXT = ["", "def main(argv):\n    return [x for x in argv if x != '']\n", "naïve café 漢字かな交じり文 한국어 🤷🏽‍♀️👩‍👩‍👧 ∑∫√",
+             "1 12 123 1234 12345 3.14159 0x1F", "a" + " " * 50 + "b\t\t\n\n\n  c   \n", "I'm you'Re they'LL it's 'sup",
+             "<|begin_of_text|>x<|eot_id|>", "\r\n\r\n  mixed\r line ends\n", "\x00\x7f\u200b\ufeff", "aaaa" * 40]
+
+
+def written(folder, config: LlamaConfig, dtype=torch.float32):
+    """A random Llama as a Hugging Face folder, with a tokenizer of its vocabulary (560)."""
+    model = random_llama(dataclasses.replace(config, vocab_size=560))
+    text = "".join(HARD_TEXT) + "the cat sat on the mat and the dog ate the cake" * 3
+    save_tokenizer(folder.parent / "tokenizer.model", train_bpe([text], 560))
+    enc = load_tokenizer(folder.parent / "tokenizer.model")
+    hf.save_hf(folder, model.config, {k: v.detach().to(dtype) for k, v in model.state_dict().items()}, enc)
+    return model, enc
+
+
+@needs_transformers
+@pytest.mark.parametrize("shape", READ)
+def test_transformers_computes_the_same(tmp_path, shape):
+    """Catches rows of wq and wk in Meta's order, a RoPE factor that only some readers see, a tied head left random, a
+    width that heads do not divide and is refused: logits to 1e-4, and the greedy text."""
+    from transformers import AutoModelForCausalLM
+    model, _ = written(tmp_path / "hf", READ[shape])
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32).eval()
+    assert type(theirs).__name__ == ("MistralForCausalLM" if "mistral" in shape else "LlamaForCausalLM")
+    tokens = tokens_for(model.config, 3, 31)
+    with torch.no_grad():
+        assert close(theirs(tokens).logits, model(tokens)[0], 1e-4)
+    prompt = tokens[:1, :5]
+    said = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=20, do_sample=False,
+                           eos_token_id=None, pad_token_id=0)
+    assert said[0, 5:].tolist() == list(generate(model, prompt[0].tolist(), 20, temperature=0))
+
+
+@needs_transformers
+def test_long_positions(tmp_path):
+    """Catches scaled RoPE that agrees on the first positions only: one head, positions up to 9,000."""
+    from transformers import AutoModelForCausalLM
+    config = dataclasses.replace(GQA, n_layers=1, n_heads=1, n_kv_heads=1, head_dim=16, rope_factor=8.0)
+    model, _ = written(tmp_path / "hf", config)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32).eval()
+    tokens = tokens_for(model.config, 1, 9000)
+    with torch.no_grad():
+        assert close(theirs(tokens).logits[:, -50:], model(tokens)[0][:, -50:], 1e-3)
+
+
+@needs_transformers
+def test_token_ids_are_tiktokens(tmp_path):
+    """Catches merges in another order, another pattern, special tokens read out of a text, a BOS that is not added."""
+    from transformers import AutoTokenizer
+    _, enc = written(tmp_path / "hf", GQA)
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    for text in HARD_TEXT:
+        if "<|" in text:  # they read special tokens in a text, on purpose: chat templates need it
+            want = enc.encode(text, allowed_special="all")
+        else:
+            want = enc.encode(text, disallowed_special=())
+            assert [enc._special_tokens[BOS], *want] == encode_document(enc, text).tolist()
+        assert theirs.encode(text) == [enc._special_tokens[BOS], *want], text
+        assert theirs.decode(theirs.encode(text, add_special_tokens=False)) == text
+    assert (theirs.bos_token, theirs.eos_token) == (BOS, END) and len(theirs) == enc.n_vocab == 560
+
+
+@needs_transformers
+@pytest.mark.parametrize("shape", ["gqa", "tied", "mha"])
+def test_an_export_is_the_supernet(tmp_path, shape):
+    """Invariant 2, the independent reader. Catches modulation that is not folded into what others read."""
+    from transformers import AutoModelForCausalLM
+    model, router = make_supernet(tmp_path / "flex", SHAPES[shape])
+    for budget in (1.0, 0.6):
+        out, subnet, _ = export(tmp_path / "flex", budget, kind="hf")
+        assert out == tmp_path / f"flex-{budget:.2f}-hf"
+        theirs, tokens = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32), tokens_for(model.config)
+        with torch.no_grad():
+            want = model(tokens, subnet=subnet, factors=router.deploy(budget)[1])[0]
+            assert close(theirs(tokens).logits, want, 1e-4)
+
+
+@needs_transformers
+def test_shards_and_dtypes(tmp_path, monkeypatch):
+    """Catches an index that names the wrong file, and bf16 written as something else."""
+    from transformers import AutoModelForCausalLM
+    monkeypatch.setattr(hf.write_weights, "__defaults__", (20_000,))
+    model, _ = written(tmp_path / "hf", SHAPES["tied"], torch.bfloat16)
+    index = json.loads((tmp_path / "hf/model.safetensors.index.json").read_text())
+    files = {p.name for p in (tmp_path / "hf").glob("*.safetensors")}
+    assert set(index["weight_map"].values()) == files and len(files) > 3 and "lm_head.weight" not in index["weight_map"]
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype="auto")
+    state = theirs.state_dict()
+    assert state["lm_head.weight"].dtype == torch.bfloat16
+    for name, w in model.state_dict().items():
+        name, w = hf.hf_tensor(name, w.detach().bfloat16(), 8)
+        assert torch.equal(state[name], w), name
+
+
+# -----------------------------------------------------------------------------
+# without transformers
+
+
+def read_safetensors(path) -> dict:
+    """The format, read from its description."""
+    data = path.read_bytes()
+    n = int.from_bytes(data[:8], "little")
+    header, body = json.loads(data[8:8 + n]), data[8 + n:]
+    assert n % 8 == 0 and header.pop("__metadata__") == {"format": "pt"}
+    ends = sorted(tuple(h["data_offsets"]) for h in header.values())
+    assert ends[0][0] == 0 and ends[-1][1] == len(body) and all(a[1] == b[0] for a, b in zip(ends, ends[1:])), "holes"
+    kinds = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+    return {name: torch.frombuffer(bytearray(body[slice(*h["data_offsets"])]), dtype=kinds[h["dtype"]]).view(h["shape"])
+            for name, h in header.items()}
+
+
+@pytest.mark.parametrize("dtype", hf.DTYPES)
+def test_safetensors_as_described(tmp_path, dtype):
+    """Catches holes, offsets that overlap, a header of odd length, bytes of another dtype."""
+    model, _ = written(tmp_path / "hf", SHAPES["tied"], dtype)
+    found = read_safetensors(tmp_path / "hf/model.safetensors")
+    want = dict(hf.hf_tensor(k, v.detach().to(dtype), 8) for k, v in model.state_dict().items())
+    assert found.keys() == want.keys() - {"lm_head.weight"}
+    assert all(torch.equal(w, want[name]) and w.dtype == dtype for name, w in found.items())
+
+
+def test_names_no_folder_of_metas(tmp_path):
+    """Catches params.json or tokenizer.model in a Hugging Face folder: vLLM and llama.cpp would misread it."""
+    make_supernet(tmp_path / "flex", GQA)
+    exporting.main(["--model", str(tmp_path / "flex"), "--budget", "0.6", "--format", "hf"])
+    names = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    before = files_of(tmp_path / "flex-0.60-hf")
+    assert set(before) == names
+    exporting.main(["--model", str(tmp_path / "flex"), "--budget", "0.6", "--format", "hf"])  # over its own kind
+    assert files_of(tmp_path / "flex-0.60-hf") == before
+
+
+def test_another_shape_in_every_layer_is_refused(tmp_path, capsys):
+    """Catches a heterogeneous slice written with the first layer's sizes for all; our own format takes it."""
+    config = dataclasses.replace(GQA, n_heads=(8, 2, 6, 4), n_kv_heads=(2, 2, 1, 2), ffn_dim=(80, 13, 41, 7))
+    save_llama(tmp_path / "uneven", config, random_llama(config).state_dict())
+    with one_line_error(capsys, "every layer", "--format llama"):
+        export(tmp_path / "uneven", kind="hf", out=tmp_path / "hf")
+    out, *_ = export(tmp_path / "uneven", out=tmp_path / "raw")
+    assert {p.name for p in tmp_path.iterdir()} == {"uneven", "raw"} and load_llama(out).config == config
+
+
+# -----------------------------------------------------------------------------
+# the other way: a Hugging Face Llama, cut into Meta's shards
+
+
+def meta_state(state: dict, config: LlamaConfig) -> dict:
+    """Hugging Face names and halves -> Meta's names and pairs, row by row, the slow and obvious way."""
+    theirs = {v: k for k, v in hf.NAMES.items()}
+    outside = {v: k for k, v in hf.OUTSIDE.items()}
+    out = {}
+    for name, w in state.items():
+        if name in outside:
+            out[outside[name]] = w
+            continue
+        layer, rest = name.removeprefix("model.layers.").split(".", 1)
+        rest = theirs[rest.removesuffix(".weight")]
+        if rest in ("attention.wq", "attention.wk"):
+            half, rows = config.head_dim // 2, torch.empty_like(w)
+            for i in range(len(w)):
+                head, j = divmod(i, config.head_dim)
+                rows[head * config.head_dim + (2 * j if j < half else 2 * (j - half) + 1)] = w[i]
+            w = rows
+        out[f"layers.{layer}.{rest}.weight"] = w
+    return out
+
+
+def write_shards(folder, config: LlamaConfig, state: dict, n: int, llama2: bool) -> None:
+    """Cuts a state dict as Meta's model-parallel code does: outputs, or inputs for wo and w2; Llama 3's embeddings by
+    token, Llama 2's by channel."""
+    folder.mkdir()
+    (folder / "params.json").write_text(json.dumps(params_json(config)))
+    for i in range(n):
+        part = {}
+        for name, w in state.items():
+            axis = 1 if name.endswith(("wo.weight", "w2.weight")) or (llama2 and "tok_emb" in name) else 0
+            part[name] = w if "norm" in name else w.chunk(n, axis)[i].clone()
+        if llama2:
+            part["rope.freqs"] = torch.ones(4)
+        save_tensors(folder / f"consolidated.{i:02d}.pth", part)
+
+
+@needs_transformers
+@pytest.mark.parametrize("n,llama2", [(1, False), (2, True), (2, False), (8, True), (8, False)])
+def test_a_hugging_face_llama_becomes_ours(tmp_path, n, llama2):
+    """Catches shards merged along the wrong axis, and RoPE rows permuted twice or not at all."""
+    from transformers import LlamaConfig as TheirConfig, LlamaForCausalLM
+    config = LlamaConfig(dim=64, n_layers=2, n_heads=8, n_kv_heads=8, head_dim=8, ffn_dim=96, vocab_size=104,
+                         rope_theta=10000.0)
+    torch.manual_seed(0)
+    theirs = LlamaForCausalLM(TheirConfig(
+        hidden_size=64, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=8, intermediate_size=96,
+        vocab_size=104, rms_norm_eps=1e-5, tie_word_embeddings=False)).eval()
+    with torch.no_grad():
+        for p in theirs.parameters():
+            p.copy_(torch.randn(p.shape) / p.size(-1) ** 0.5 + (0.7 if p.dim() == 1 else 0))
+    state = {k: v for k, v in theirs.state_dict().items() if "rotary" not in k}
+    write_shards(tmp_path / "raw", config, meta_state(state, config), n, llama2)
+    model, tokens = load_llama(tmp_path / "raw"), tokens_for(config, 2, 40)
+    with torch.no_grad():
+        assert close(model(tokens)[0], theirs(tokens).logits, 1e-4)
