@@ -91,7 +91,7 @@ def open_shards(folder, config: LlamaConfig) -> tuple[list[dict], dict[str, int 
             shard["output.weight"] = shard["tok_embeddings.weight"]
     with torch.device("meta"):
         expected = {name: tuple(p.shape) for name, p in Llama(config).state_dict().items()}
-    axes = {}
+    axes: dict[str, int | None] = {}
     for name in sorted(expected.keys() | {name for shard in shards for name in shard}):
         parts, want, n = [shard.get(name) for shard in shards], expected.get(name), len(shards)
         first = None if parts[0] is None else tuple(parts[0].shape)
@@ -107,7 +107,8 @@ def open_shards(folder, config: LlamaConfig) -> tuple[list[dict], dict[str, int 
             missing = (f"; {want[axis] // first[axis]} shards make one model, {n} are here"
                        if axis is not None and want and want[axis] % first[axis] == 0 else "")
             fail(f"{paths[0]} does not fit {PARAMS}: {name} is {found or 'missing'}"
-                 f"{f' in {n} shards' if n > 1 else ''}, expected {want or 'no such tensor'}{missing}; the files must come from one model")
+                 f"{f' in {n} shards' if n > 1 else ''}, expected {want or 'no such tensor'}{missing}; the files must "
+                 "come from one model")
     return shards, axes, config
 
 

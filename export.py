@@ -13,6 +13,7 @@ The result is what the supernet computes at that budget, and a Llama folder like
 import argparse
 import re
 import signal
+import sys
 from pathlib import Path
 
 import torch
@@ -111,7 +112,11 @@ def export(folder, budget: float = 1.0, out=None, dtype: torch.dtype | None = No
     config, tokenizer = subnet.config(model.config), Path(folder) / TOKENIZER
     if kind == "hf":
         hf.model_config(config, dtype, 0, 0)  # what cannot be written is refused before anything is
-        enc = load_tokenizer(tokenizer, config.vocab_size) if tokenizer.is_file() else None
+        foreign = not tokenizer.is_file() or tokenizer.read_bytes()[:1] == b"\n"
+        enc = None if foreign else load_tokenizer(tokenizer, config.vocab_size)
+        if foreign:
+            print(f"note: {tokenizer} is missing or a SentencePiece model; {out} gets no tokenizer: copy the one of the "
+                  "original Hugging Face model into it", file=sys.stderr)
     with new_folder(out, may_replace=OURS[kind]) as temporary:
         state = fold(model, subnet, factors, dtype)
         if kind == "hf":

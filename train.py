@@ -279,7 +279,8 @@ def save(model, router, optimizer, step: int, orders, settings: dict, args) -> N
             router, budgets=args.budgets, seq_len=args.seq_len, data=settings["data"], eval_windows=args.eval_windows)
         save_tensors(out / RESUME, dict(model=state, flex=flex, optimizer=optimizer.state_dict(), step=step,
                                         orders=orders, settings=settings))
-        save_llama(out, model.config, state, tokenizer=Path(settings["data"]) / TOKENIZER)
+        homes = [Path(folder) / TOKENIZER for folder in (args.llama, settings["data"]) if folder]
+        save_llama(out, model.config, state, next((path for path in homes if path.is_file()), None))
         if flex:
             save_tensors(out / FLEX, flex)
     if dist.is_initialized():

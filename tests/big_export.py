@@ -61,7 +61,8 @@ def main() -> None:
         flex = Path(scratch) / "flex"
         measure(__file__, "--folder", flex)
         size = sum(f.stat().st_size for f in flex.iterdir()) / 1e9
-        seconds, peak, said = measure(root / "export.py", "--model", flex, "--budget", args.budget, "--format", args.format)
+        seconds, peak, said = measure(root / "export.py", "--model", flex, "--budget", args.budget,
+                                      "--format", args.format)
         print(said)
         print(json.dumps(dict(source_gb=round(size, 2), seconds=round(seconds, 1), peak_gb=round(peak, 2))))
 

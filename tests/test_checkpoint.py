@@ -11,7 +11,7 @@ import checkpoint
 from checkpoint import load_llama, load_tensors, new_folder, save_llama, save_tensors
 from model import LlamaConfig
 from params import params_json, read_config
-from tests.helpers import GQA, MHA, SHAPES, close, files_of, one_line_error, random_llama, tokens_for
+from tests.helpers import GQA, MHA, SHAPES, close, files_of, one_line_error, random_llama, run, tokens_for
 from tokenizer import atomic_write
 
 UNEVEN = dataclasses.replace(GQA, n_heads=(8, 2, 6, 4), n_kv_heads=(2, 2, 1, 4), ffn_dim=(80, 13, 41, 7))
@@ -447,3 +447,17 @@ def test_md5_sums_are_checked(tmp_path, capsys):
     (tmp_path / "llama/consolidated.01.pth").unlink()
     with one_line_error(capsys, "consolidated.01.pth", "missing"):
         checkpoint.main([str(tmp_path / "llama"), "--verify"])
+
+
+def test_memory_while_merging(tmp_path):
+    """Catches shards that are all read before they are merged, or weights that are there twice: the peak stays well
+    under two copies."""
+    config = LlamaConfig(dim=768, n_layers=8, n_heads=12, n_kv_heads=4, head_dim=64, ffn_dim=2048, vocab_size=8000)
+    cut_into(tmp_path / "llama", 4, False, config)
+    size = sum(f.stat().st_size for f in (tmp_path / "llama").glob("*.pth"))
+    code = ("import resource, sys; from checkpoint import load_llama; "
+            "peak = lambda: 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; before = peak(); "
+            "model = load_llama(sys.argv[1]); print(peak() - before)")
+    done = run("-c", code, tmp_path / "llama")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert size > 2.5e8 and int(done.stdout) < 1.4 * size, int(done.stdout) / size

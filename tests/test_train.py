@@ -300,3 +300,23 @@ def test_demo_shape_is_what_the_readme_says():
     """Catches a demo that grows past two cores: 1.6M non-embedding parameters in 8 layers."""
     c = LlamaConfig()
     assert (c.dim, c.n_layers, c.n_heads, c.n_kv_heads, c.ffn_dim) == (128, 8, 8, 4, 384)
+
+
+def test_a_llama_2_trains_on_shards_made_elsewhere(demo, tmp_path, capsys, monkeypatch):
+    """Catches a SentencePiece tokenizer that stops a run which needs no text, or is lost on the way; where text has to
+    be tokenised, one line."""
+    root, flags = demo
+    for name in ("base", "data"):
+        shutil.copytree(root / ("out/base" if name == "base" else "data"), tmp_path / name)
+    (tmp_path / "data/tokenizer.model").unlink()
+    (tmp_path / "base/tokenizer.model").write_bytes(b"\x0a\x0e\x0a\x05<unk>")
+    flags = TINY + ["--llama", str(tmp_path / "base"), "--out", str(tmp_path / "flex")]
+    train.main(flags + ["--data", str(tmp_path / "data")])
+    assert (tmp_path / "flex/tokenizer.model").read_bytes() == (tmp_path / "base/tokenizer.model").read_bytes()
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        train.main(TINY + ["--llama", str(tmp_path / "base"), "--out", str(tmp_path / "other")])
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    assert stop.value.code == 2 and len(errors) == 1 and "SentencePiece" in errors[0]
+    assert not (tmp_path / "other").exists() and not any(tmp_path.glob("data/pystdlib*"))
