@@ -169,17 +169,19 @@ def save_llama(folder, config: LlamaConfig, state: dict, tokenizer=None) -> None
             f.write(source.read_bytes())
 
 
-def resume_state(folder, settings: dict, steps: int, resume: bool, mend="choose another --out") -> dict | None:
-    """What resume.pt in `folder` holds, None without one. A run with other settings, or one that has not come to its
-    last step and is not to be resumed, is left alone: fail()."""
+def resume_state(folder, settings: dict, steps: int, resume: bool, override=(), mend="choose another --out"):
+    """What resume.pt in `folder` holds, None without one. A run with other settings (but those in `override`), or one
+    that has not come to its last step and is not to be resumed, is left alone: fail()."""
     path = Path(folder) / RESUME
+    for half in Path(folder).glob(".*.tmp") if resume else ():  # of a process that was killed while it wrote
+        half.unlink(missing_ok=True)
     if not path.exists():
         return None
     state = load_tensors(path)
     then, now = state["settings"], json.loads(json.dumps(settings))
     keys = sorted(then.keys() | now.keys())
     differ = [f"{k} {then.get(k)} -> {now.get(k)}" for k in keys if then.get(k) != now.get(k)]
-    if differ:
+    if differ and not {k for k in keys if then.get(k) != now.get(k)} <= set(override):
         fail(f"{folder} holds a run with other settings: {', '.join(differ)}; {mend}, or delete it")
     if state["step"] < steps and not resume:
         fail(f"{folder} holds a run that stopped at step {state['step']} of {steps}; go on with --resume, or delete it")

@@ -115,7 +115,7 @@ def export(folder, budget: float = 1.0, out=None, dtype: torch.dtype | None = No
         foreign = not tokenizer.is_file() or tokenizer.read_bytes()[:1] == b"\n"
         enc = None if foreign else load_tokenizer(tokenizer, config.vocab_size)
         if foreign:
-            print(f"note: {tokenizer} is missing or a SentencePiece model; {out} gets no tokenizer: copy the one of the "
+            print(f"note: {tokenizer} is missing or a SentencePiece model; {out} gets no tokenizer: copy that of the "
                   "original Hugging Face model into it", file=sys.stderr)
     with new_folder(out, may_replace=OURS[kind]) as temporary:
         state = fold(model, subnet, factors, dtype)

@@ -6,6 +6,7 @@ One process, or as many as torchrun started: who we are, which device is ours, a
 """
 import contextlib
 import os
+import signal
 import sys
 from datetime import timedelta
 
@@ -70,3 +71,22 @@ def finish() -> None:
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
+
+
+class Stop:
+    """SIGTERM and SIGINT as a wish: the step is finished and saved first. A second one ends the process at once."""
+
+    def __init__(self):
+        self.wished = False
+
+    def __enter__(self):
+        self.before = {number: signal.signal(number, self.wish) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def wish(self, number, frame):
+        self.wished = True
+        self.__exit__()
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)

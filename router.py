@@ -94,12 +94,12 @@ class Choice(NamedTuple):
 
 
 class Router(nn.Module):
-    """Budget -> SubNet of a Space. mode: constrained, penalty, uniform or random."""
+    """Budget -> SubNet of a Space. mode: constrained, penalty, uniform or random. budgets: the ones that are trained."""
     WIDTH = 128  # embedding and hidden size (the paper's)
 
-    def __init__(self, space: Space, mode: str = "constrained", seed: int = 0):
+    def __init__(self, space: Space, mode: str = "constrained", seed: int = 0, budgets=()):
         super().__init__()
-        self.space, self.mode, self.seed = space, mode, seed
+        self.space, self.mode, self.seed, self.budgets = space, mode, seed, sorted(budgets)  # budgets: those that train
         self.embed = nn.Linear(1, self.WIDTH)
         self.axes = nn.ModuleDict({axis: nn.Sequential(
             nn.Linear(self.WIDTH, self.WIDTH), nn.SiLU(), nn.Linear(self.WIDTH, len(space.choices[axis])))
@@ -159,7 +159,20 @@ class Router(nn.Module):
             return self.space.random(budget, self.seed)
         if self.mode == "penalty":
             return self.argmax(self.logits(budget))
+        rows = self.between(budget, rows)
         return self.space.subnet(self.space.members[rows[(self.space.onehot[rows] @ self.logits(budget)).argmax()]])
+
+    def between(self, budget: float, rows: torch.Tensor) -> torch.Tensor:
+        """At a budget that was not trained, the members whose sizes lie between those of its trained neighbours, if there
+        are any. Elsewhere the interpolated logits may combine sizes that never ran together, and were seen to: a
+        larger model, 0.1 worse than a smaller one."""
+        smaller, larger = [b for b in self.budgets if b < budget], [b for b in self.budgets if b > budget]
+        if budget in self.budgets or not smaller or not larger:
+            return rows
+        ends = torch.tensor([self.space.sizes(self.route(b)) for b in (smaller[-1], larger[0])])
+        members = self.space.members[rows]
+        inside = ((members >= ends.amin(0)) & (members <= ends.amax(0))).all(1)
+        return rows[inside] if inside.any() else rows
 
     @torch.no_grad()
     def deploy(self, budget: float) -> tuple[SubNet, torch.Tensor | None]:
@@ -179,14 +192,14 @@ def router_state(router: Router, **more) -> dict:
     pickle also remembers which equal objects are one object, so two equal runs would give two files."""
     space = router.space
     plain = dict(choices=space.choices, layer_order=space.layer_order, delta=space.delta, mode=router.mode,
-                 seed=router.seed, seen=sorted(router.seen), **more)
+                 seed=router.seed, budgets=router.budgets, seen=sorted(router.seen), **more)
     return dict(router=dict(router.state_dict()), **json.loads(json.dumps(plain)))
 
 
 def restore_router(config: LlamaConfig, state: dict) -> Router:
     """Inverse of router_state()."""
     space = Space(config, state["choices"], state["layer_order"], state["delta"])
-    router = Router(space, state["mode"], state["seed"])
+    router = Router(space, state["mode"], state["seed"], state["budgets"])
     router.load_state_dict(state["router"], strict=True)
     router.seen = {(axis, size) for axis, size in state["seen"]}
     return router

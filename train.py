@@ -34,98 +34,13 @@ from data.shards import Shards
 from importance import rank, sort_
 from model import Llama, LlamaConfig, SubNet
 from params import read_config
-from parallel import RANK, WORLD, autocast, finish, mean_over_ranks, rank0_first, say, setup
+from parallel import RANK, WORLD, Stop, autocast, finish, mean_over_ranks, rank0_first, say, setup
 from router import FLEX, Choice, Router, restore_router, router_state
+from settings import MAY_DIFFER, OVERRIDES, parse_args
 from space import AXES, Space, cost, n_params, random_generator
 from tokenizer import fail, load_tokenizer
 
-# -----------------------------------------------------------------------------
-# settings
-
-# Llamas under SMALL non-embedding parameters get the demo's settings, others the paper's.
-SMALL = 100e6
-DEMO = dict(steps=450, batch_tokens=1024, seq_len=128, lr=1e-3, eval_windows=128,
-            calibration_windows=64, eval_every=150, save_every=150)
-PAPER = dict(steps=28800, batch_tokens=128 * 4096, seq_len=4096, lr=4e-5, eval_windows=64,
-             calibration_windows=128, eval_every=1000, save_every=1000)
 TABLE_BUDGETS = [1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4]
-MAY_BE_ZERO = {"seed", "extra_budgets", "weight_decay", "soft_prob", "kd", "penalty", "warmup", "router_start"}
-MAY_DIFFER = {"resume", "out", "eval_every", "save_every", "log_every", "device", "micro_batch"}  # in a resumed run
-
-
-def parse_args(argv=None) -> argparse.Namespace:
-    """The command line. A default of -1 means: derived, and printed at the start."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.error = lambda message: fail(f"{message}; python train.py --help lists the flags")
-    add = p.add_argument
-    add("--llama", help="raw Llama folder to start from (default: train the demo's base)")
-    add("--data", help="folder of shards from data/prepare.py (default: the Python standard library)")
-    add("--out", default="out/flex", help="folder of the supernet; the demo's base goes beside it, in base/")
-    add("--budgets", type=float, nargs="+", default=[1.0, 0.8, 0.6, 0.4], help="trained in every step")
-    add("--extra-budgets", type=int, default=0, help="more of them per step, drawn between the smallest and 1")
-    add("--router", choices=["constrained", "penalty", "uniform", "random"], default="constrained",
-        help="how a budget becomes a slice; uniform and random are baselines without a router")
-    add("--penalty", type=float, default=1.0, help="lambda of --router penalty")
-    for axis in AXES:
-        add(f"--{axis.replace('_', '-')}-choices", type=int, nargs="+", help=f"sizes of {axis} to choose from")
-    add("--depth-by", choices=["logits", "influence"], default="logits", help="how layers are ranked")
-    add("--steps", type=int, default=-1, help="elastic steps (demo 450, paper 28800)")
-    add("--base-steps", type=int, default=1200, help="steps of the demo's dense stage")
-    add("--batch-tokens", type=int, default=-1, help="global batch in tokens, per budget and step")
-    add("--micro-batch", type=int, default=-1, help="sequences per forward and rank (default: 8192 tokens)")
-    add("--seq-len", type=int, default=-1, help="tokens per sequence (demo 128, paper 4096)")
-    add("--lr", type=float, default=-1, help="Llama's learning rate (demo 1e-3, paper 4e-5)")
-    add("--base-lr", type=float, default=3e-3, help="learning rate of the demo's dense stage")
-    add("--router-lr", type=float, default=-1, help="default: the paper's 4e-2 at its 28800 steps, "
-        "4e-2 * (steps / 28800)^0.8 in shorter runs, 1.4e-3 in the demo")
-    add("--modulation-lr", type=float, default=-1, help="default: the router's")
-    add("--warmup", type=float, default=0.1, help="of the learning rates, share of the steps")
-    add("--router-start", type=float, default=0.12, help="share of the steps before the router learns: until then "
-        "slices are drawn from all that fit")
-    add("--weight-decay", type=float, default=0.1, help="on the Llama's matrices")
-    add("--clip", type=float, default=1.0, help="gradient norm, for Llama, router and modulation apart")
-    add("--soft-prob", type=float, default=1.0, help="share of soft passes when the router starts")
-    add("--soft-end", type=float, default=0.45, help="share of the steps at which the last soft passes run")
-    add("--tau-end", type=float, default=0.0561, help="temperature at the last step (starts at 1)")
-    add("--kappa-end", type=float, default=10.0, help="logit scale at the last step (starts at 1)")
-    add("--kd", type=float, default=0.0, help="weight of the KL to the frozen base at budgets under 1")
-    add("--no-modulation", action="store_true", help="train without policy-aware modulation")
-    add("--freeze-backbone", action="store_true", help="train router and modulation only")
-    add("--calibration-windows", type=int, default=-1, help="training windows that rank the units")
-    add("--eval-windows", type=int, default=-1, help="validation windows")
-    add("--eval-every", type=int, default=-1, help="steps between evaluations of the trained budgets")
-    add("--save-every", type=int, default=-1, help="steps between checkpoints")
-    add("--log-every", type=int, default=10, help="steps between printed lines")
-    add("--seed", type=int, default=0, help="of weights, data order and noise")
-    add("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--resume", action="store_true", help="go on from --out's resume.pt")
-    return derive_and_check(p.parse_args(argv))
-
-
-def derive_and_check(args: argparse.Namespace) -> argparse.Namespace:
-    """Fills in what is -1; what can be refused is refused here, before anything is trained."""
-    args.demo = args.llama is None
-    config = LlamaConfig() if args.demo else read_config(args.llama)
-    derived = DEMO if n_params(config, SubNet.full(config)) < SMALL else PAPER
-    derive = lambda name, value: setattr(args, name, value) if getattr(args, name) == -1 else None
-    for name, value in derived.items():
-        derive(name, value)
-    derive("router_lr", 4e-2 * min(1.0, max(1, args.steps) / PAPER["steps"]) ** 0.8)
-    derive("modulation_lr", args.router_lr)
-    derive("micro_batch", max(1, 8192 // max(1, args.seq_len)))
-    for name, value in vars(args).items():
-        lowest = 0 if name in MAY_BE_ZERO else 1 if type(value) is int else 1e-12
-        if type(value) in (int, float) and value < lowest:
-            fail(f"--{name.replace('_', '-')} {value:g} found; expected {lowest:g} or more")
-    args.budgets = sorted(set(args.budgets), reverse=True)
-    if any(not 0 < b <= 1 for b in args.budgets) or 1.0 not in args.budgets:
-        fail(f"--budgets {' '.join(map(str, args.budgets))} found; expected fractions in (0, 1] and 1.0, the full "
-             "model, among them; try --budgets 1.0 0.8 0.6 0.4")
-    if args.batch_tokens % (args.seq_len * WORLD):
-        fail(f"--batch-tokens {args.batch_tokens} found; expected whole sequences of --seq-len {args.seq_len}, equally "
-             f"many for each of {WORLD} processes; try --batch-tokens {args.seq_len * 8 * WORLD}")
-    return args
-
 
 # -----------------------------------------------------------------------------
 # evaluation
@@ -271,29 +186,43 @@ def train_step(wrapped, model, router, shards, step, args, device, teacher=None)
 # the loop
 
 
-def save(model, router, optimizer, step: int, orders, settings: dict, args) -> None:
-    """resume.pt first: it suffices alone. The raw folder and flex.pt follow from it."""
+def save(model, router, optimizer, step: int, bad: int, orders, settings: dict, args) -> None:
+    """resume.pt first: it suffices alone. The raw folder and flex.pt follow from it. On a full disk the last good
+    checkpoint stays."""
     if RANK == 0:
         out, state = Path(args.out), {name: t.detach().cpu() for name, t in model.state_dict().items()}
         flex = None if router is None else router_state(
-            router, budgets=args.budgets, seq_len=args.seq_len, data=settings["data"], eval_windows=args.eval_windows)
-        save_tensors(out / RESUME, dict(model=state, flex=flex, optimizer=optimizer.state_dict(), step=step,
-                                        orders=orders, settings=settings))
+            router, seq_len=args.seq_len, data=settings["data"], eval_windows=args.eval_windows)
         homes = [Path(folder) / TOKENIZER for folder in (args.llama, settings["data"]) if folder]
-        save_llama(out, model.config, state, next((path for path in homes if path.is_file()), None))
-        if flex:
-            save_tensors(out / FLEX, flex)
+        try:
+            save_tensors(out / RESUME, dict(model=state, flex=flex, optimizer=optimizer.state_dict(), step=step,
+                                            bad=bad, orders=orders, settings=settings))
+            save_llama(out, model.config, state, next((path for path in homes if path.is_file()), None))
+            if flex:
+                save_tensors(out / FLEX, flex)
+        except OSError as error:
+            fail(f"{out} at step {step} cannot be written ({error.strerror or error}); the last checkpoint there is "
+                 f"whole; make room, then:  {resume_command()}")
     if dist.is_initialized():
         dist.barrier()
 
 
+def resume_command() -> str:
+    """The command line that goes on with this run."""
+    start = ["python"] if WORLD == 1 else ["torchrun", f"--nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', WORLD)}"]
+    return " ".join([*start, *sys.argv, *([] if "--resume" in sys.argv else ["--resume"])])
+
+
 def train(model, router, shards, val, orders, settings: dict, args, device, state=None, teacher=None) -> None:
     """Trains model (and router) for args.steps steps into args.out. state: what resume.pt held; orders: what sorted
-    the model, kept for a resumed run."""
-    steps, start, optimizer = args.steps, 0, make_optimizer(model, router, args)
+    the model, kept for a resumed run. Asked to stop by a signal, it saves and leaves with status 0."""
+    steps, start, bad, optimizer = args.steps, 0, 0, make_optimizer(model, router, args)
     if state is not None:
+        fresh = [{k: group[k] for k in ("peak", "start", "weight_decay")} for group in optimizer.param_groups]
         optimizer.load_state_dict(state["optimizer"])
-        start = state["step"]
+        for group, these in zip(optimizer.param_groups, fresh):  # --override may have changed them
+            group.update(these)
+        start, bad = state["step"], state["bad"]
     wrapped = model
     if WORLD > 1 and any(p.requires_grad for p in model.parameters()):
         wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
@@ -303,38 +232,52 @@ def train(model, router, shards, val, orders, settings: dict, args, device, stat
            device=torch.cuda.get_device_name() if device.type == "cuda" else "cpu")
     bar = tqdm(total=steps, initial=start, desc=Path(args.out).name, disable=RANK > 0 or not sys.stderr.isatty())
     seconds, timed = 0.0, 0
-    for step in range(start, steps + 1):
-        last = step == steps
-        if last or (step > start and step % args.save_every == 0):
-            save(model, router, optimizer, step, orders, settings, args)
-        if router and step > start and (last or step % args.eval_every == 0):
-            deployed = {b: router.deploy(b) for b in args.budgets}
-            losses = {b: evaluate(model, val, *d)[0] for b, d in deployed.items()}
-            record(step=step, val=losses, got={b: cost(model.config, d[0]) for b, d in deployed.items()})
-            say(f"step {step:5d}/{steps} | val  |",
-                "  ".join(f"{b:.2f}->{cost(model.config, deployed[b][0]):.3f} {v:.3f}" for b, v in losses.items()))
-        if last:
-            break
-        # one training step
-        clock = time.perf_counter()
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * lr_factor(step, steps, args.warmup, group["start"])
-        optimizer.zero_grad(set_to_none=True)
-        result = train_step(wrapped, model, router, shards, step, args, device, teacher)
-        norms = clip_gradients(model, router, args.clip)
-        optimizer.step()
-        if step - start >= 3:  # the first steps warm caches up
-            seconds, timed = seconds + time.perf_counter() - clock, timed + 1
-        # one line of log
-        passes = result["passes"]
-        for p in passes:
-            p["got"] = round(cost(model.config, p.pop("subnet")), 4)
-        bar.update()
-        bar.set_postfix(loss=f"{sum(p['loss'] for p in passes) / len(passes):.3f}")
-        record(step=step, lr=optimizer.param_groups[0]["lr"], norms=norms, tau=result["tau"], kappa=result["kappa"],
-               **{key: [p[key] for p in passes] for key in passes[0]})
-        if step % args.log_every == 0 or step == steps - 1:
-            say(step_line(step, result, norms, optimizer.param_groups[0]["lr"], seconds / max(1, timed), args))
+    with Stop() as stop:
+        for step in range(start, steps + 1):
+            last, stopped = step == steps, mean_over_ranks(torch.tensor(float(stop.wished), device=device)).item() > 0
+            if last or stopped or (step > start and step % args.save_every == 0):
+                save(model, router, optimizer, step, bad, orders, settings, args)
+            if stopped and not last:
+                say(f"stopped at step {step} of {steps}, saved in {args.out}; go on with:  {resume_command()}")
+                finish()
+                raise SystemExit(0)
+            if router and step > start and (last or step % args.eval_every == 0):
+                deployed = {b: router.deploy(b) for b in args.budgets}
+                losses = {b: evaluate(model, val, *d)[0] for b, d in deployed.items()}
+                record(step=step, val=losses, got={b: cost(model.config, d[0]) for b, d in deployed.items()})
+                say(f"step {step:5d}/{steps} | val  |",
+                    "  ".join(f"{b:.2f}->{cost(model.config, deployed[b][0]):.3f} {v:.3f}" for b, v in losses.items()))
+            if last:
+                break
+            # one training step
+            clock = time.perf_counter()
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * lr_factor(step, steps, args.warmup, group["start"])
+            optimizer.zero_grad(set_to_none=True)
+            result = train_step(wrapped, model, router, shards, step, args, device, teacher)
+            norms = clip_gradients(model, router, args.clip)
+            if all(map(math.isfinite, [*norms.values(), *(p["loss"] for p in result["passes"])])):
+                optimizer.step()
+                bad = 0
+            else:  # the same on every rank: losses and gradients are means over them
+                bad += 1
+                say(f"step {step:5d}/{steps} | skipped: a loss or gradient is not finite ({bad} in a row)")
+                if bad >= args.max_bad_steps:
+                    fail(f"{bad} steps in a row, up to step {step}, had a loss or gradient that is not finite; "
+                         f"{args.out} holds the last checkpoint; lower the rate:  {resume_command()} --override "
+                         f"--lr {args.lr / 2:g}")
+            if step - start >= 3:  # the first steps warm caches up
+                seconds, timed = seconds + time.perf_counter() - clock, timed + 1
+            # one line of log
+            passes = result["passes"]
+            for p in passes:
+                p["got"] = round(cost(model.config, p.pop("subnet")), 4)
+            bar.update()
+            bar.set_postfix(loss=f"{sum(p['loss'] for p in passes) / len(passes):.3f}")
+            record(step=step, lr=optimizer.param_groups[0]["lr"], norms=norms, tau=result["tau"], kappa=result["kappa"],
+                   bad=bad, **{key: [p[key] for p in passes] for key in passes[0]})
+            if step % args.log_every == 0 or step == steps - 1:
+                say(step_line(step, result, norms, optimizer.param_groups[0]["lr"], seconds / max(1, timed), args))
     bar.close()
     log.close()
 
@@ -457,13 +400,14 @@ def table(model, router, orders: dict, val, args) -> None:
 
 def main(argv=None) -> None:
     """data -> base -> rank, sort -> train -> table."""
-    args = parse_args(argv)
+    args = parse_args(argv, __doc__)
     device = setup(args.device)
     say("settings: " + " ".join(f"{k}={v}" for k, v in vars(args).items() if v is not None))
     folder, shards, val = open_data(args)
     data, data_id = (shards, val.windows(args.eval_windows)), dict(data=folder, fingerprint=shards.fingerprint())
     settings = {k: v for k, v in vars(args).items() if k not in MAY_DIFFER} | data_id
-    state = resume_state(args.out, settings, args.steps, args.resume)
+    override = OVERRIDES if args.override else ()
+    state = resume_state(args.out, settings, args.steps, args.resume, override)
     config = LlamaConfig(vocab_size=shards.vocab_size, context=args.seq_len) if args.demo else read_config(args.llama)
     asked = {axis: getattr(args, f"{axis}_choices") for axis in AXES}
     try:
@@ -481,11 +425,11 @@ def main(argv=None) -> None:
         base = {k: getattr(args, k) for k in ("base_steps", "base_lr", "seed", "batch_tokens", "seq_len", "clip",
                                               "weight_decay", "warmup")} | data_id
         mend = f"give --out in another parent folder, start from it as it is with --llama {args.llama}"
-        state_of_base = resume_state(args.llama, base, args.base_steps, args.resume, mend)
+        state_of_base = resume_state(args.llama, base, args.base_steps, args.resume, override, mend)
         make_folder(args.out), make_folder(args.llama)
         dense_base(dense, config, data, base, state_of_base, device)
     make_folder(args.out)
-    elastic(args, Router(space, args.router, args.seed), data, settings, state, device)
+    elastic(args, Router(space, args.router, args.seed, args.budgets), data, settings, state, device)
     finish()
 
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -33,7 +34,7 @@ def make(folder: Path, config: LlamaConfig = SHAPE) -> None:
     state = {name: torch.randn(shape, dtype=torch.bfloat16) * 0.02 if len(shape) > 1 else torch.rand(
         shape, dtype=torch.bfloat16) + 0.5 for name, shape in names.items() if not config.tied or "output" not in name}
     save_llama(folder, config, state)
-    save_tensors(folder / FLEX, router_state(Router(Space(config)), budgets=[1.0, 0.5], seq_len=16))
+    save_tensors(folder / FLEX, router_state(Router(Space(config), budgets=[1.0, 0.5]), seq_len=16))
 
 
 def measure(*command) -> tuple[float, float, str]:
@@ -47,19 +48,22 @@ def measure(*command) -> tuple[float, float, str]:
     return time.perf_counter() - start, int(peak) * 1024 / 1e9, "\n".join(said)
 
 
-def main() -> None:
+def main(argv=None) -> None:
     """Makes, exports, prints."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--format", choices=["llama", "hf"], default="llama")
     p.add_argument("--budget", type=float, default=0.5)
+    p.add_argument("--scale", type=int, default=1, help="divide width, MLP and vocabulary by this")
     p.add_argument("--folder", help=argparse.SUPPRESS)
-    args = p.parse_args()
+    args = p.parse_args(argv)
     if args.folder:
-        return make(Path(args.folder))
+        n = args.scale
+        return make(Path(args.folder), replace(SHAPE, dim=2048 // n, n_heads=32 // n, n_kv_heads=max(1, 8 // n),
+                                               ffn_dim=8192 // n, vocab_size=128256 // n))
     root = Path(__file__).resolve().parent.parent
     with tempfile.TemporaryDirectory() as scratch:
         flex = Path(scratch) / "flex"
-        measure(__file__, "--folder", flex)
+        measure(__file__, "--folder", flex, "--scale", args.scale)
         size = sum(f.stat().st_size for f in flex.iterdir()) / 1e9
         seconds, peak, said = measure(root / "export.py", "--model", flex, "--budget", args.budget,
                                       "--format", args.format)

@@ -91,8 +91,9 @@ def make_supernet(folder, config: LlamaConfig, seed: int = 0) -> tuple[Llama, Ro
     text = "the cat sat on the mat and the dog ate the cake; def main(argv): return [line for line in argv]\n" * 3
     save_tokenizer(Path(folder) / "tokenizer.model", train_bpe([text], config.vocab_size))
     model, router = random_llama(config, seed), random_router(config, seed=seed)
+    router.budgets = [0.5, 1.0]
     save_llama(folder, config, model.state_dict())
-    save_tensors(Path(folder) / FLEX, router_state(router, budgets=[1.0, 0.5], seq_len=16))
+    save_tensors(Path(folder) / FLEX, router_state(router, seq_len=16))
     return model, router
 
 

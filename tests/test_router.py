@@ -96,11 +96,12 @@ def test_choices_are_slices_of_the_shape():
 
 
 @pytest.mark.parametrize("shape", BOTH)
-@pytest.mark.parametrize("seed", range(3))
-def test_constrained_never_exceeds_the_budget(shape, seed):
+@pytest.mark.parametrize("seed,trained", [(0, []), (1, []), (2, []), (3, [0.4, 0.6, 0.8, 1.0]), (4, [0.3, 0.7, 1.0])])
+def test_constrained_never_exceeds_the_budget(shape, seed, trained):
     """Invariant 4. Catches a route over budget at budgets never trained, an unstable one, or one that shrinks as the
     budget grows by delta."""
     router = random_router(BOTH[shape], seed=seed)
+    router.budgets = trained
     smallest = router.space.costs.min().item()
     grid = [smallest, *(smallest + (1 - smallest) * i / 120 for i in range(121)), *router.space.costs[::9].tolist()]
     grid = sorted(min(b, 1.0) for b in grid)
@@ -114,6 +115,28 @@ def test_constrained_never_exceeds_the_budget(shape, seed):
     full = SubNet.full(router.space.config)
     assert router.route(1.0) == full and router.route(1 - 1e-9) != full
     assert len(set(router.route(b) for b in grid)) > 10, "the budget does not matter"
+
+
+def test_between_trained_budgets():
+    """Catches an interpolated budget that combines sizes which never ran together, though others between its trained
+    neighbours fit; a trained budget that is bent; an empty set that is argmaxed."""
+    bent = 0
+    for seed in range(6):
+        router = random_router(GQA, seed=seed)
+        free = {b / 100: router.route(b / 100) for b in range(15, 100)}
+        router.budgets = [0.4, 0.6, 0.8, 1.0]
+        for b, without in free.items():
+            got = router.route(b)
+            smaller, larger = [t for t in router.budgets if t < b], [t for t in router.budgets if t > b]
+            if b in router.budgets or not smaller:
+                assert got == without
+                continue
+            ends = [router.space.sizes(router.route(t)) for t in (smaller[-1], larger[0])]
+            inside = lambda s: all(min(e) <= x <= max(e) for x, *e in zip(router.space.sizes(s), *ends))
+            among = [s for _, s in feasible(router, b) if inside(s)]
+            assert got in among if among else got == without
+            bent += got != without
+    assert bent > 10
 
 
 @pytest.mark.parametrize("mode", ["constrained", "uniform", "random"])
@@ -388,10 +411,11 @@ def test_state_round_trip(tmp_path, mode):
     """Catches state that flex.pt loses: another route, another sample or another modulation after a resume."""
     router = random_router(MHA, mode, seed=3)
     router.seen -= {("dim", 40), ("n_layers", 2)}
+    router.budgets = [0.4, 0.8, 1.0]
     save_tensors(tmp_path / "flex.pt", router_state(router))
     again = restore_router(MHA, load_tensors(tmp_path / "flex.pt"))
     one, two = again.space, router.space
-    assert (again.seen, one.layer_order, one.choices) == (router.seen, two.layer_order, two.choices)
+    assert again.budgets == router.budgets and (again.seen, one.layer_order, one.choices) == (router.seen, two.layer_order, two.choices)
     for step, b in enumerate([*BUDGETS, 1.0]):
         (subnet, factors), (subnet2, factors2) = router.deploy(b), again.deploy(b)
         assert subnet == subnet2 == router.route(b)
