@@ -34,7 +34,8 @@ def oracle(folder, data, windows: int = 128) -> list[dict]:
         rows.append(dict(budget=budget, members=len(members), rank=ranking.index(choice) + 1, choice=losses[choice],
                          best=losses[ranking[0]], uniform=losses[router.space.uniform(budget)],
                          mean=sum(losses.values()) / len(losses), worst=losses[ranking[-1]],
-                         sizes=router.space.sizes(choice), best_sizes=router.space.sizes(ranking[0])))
+                         sizes=router.space.sizes(choice), best_sizes=router.space.sizes(ranking[0]),
+                         ranking=[(router.space.sizes(s), round(losses[s], 3)) for s in ranking]))
     return rows
 
 
@@ -44,9 +45,13 @@ def main(argv=None) -> None:
     p.add_argument("--model", default="out/frozen")
     p.add_argument("--data", default="data/pystdlib")
     p.add_argument("--windows", type=int, default=128)
+    p.add_argument("--all", action="store_true", help="print every member, best first")
     args = p.parse_args(argv)
     for row in oracle(args.model, args.data, args.windows):
+        ranking = row.pop("ranking")
         print(json.dumps(row))
+        for i, (sizes, loss) in enumerate(ranking if args.all else ()):
+            print(f"{row['budget']:.2f} {i + 1:3d} {loss:.3f} dim {sizes[0]} heads {sizes[1]} ffn {sizes[2]} layers {sizes[3]}")
 
 
 if __name__ == "__main__":
