@@ -94,7 +94,7 @@ class Choice(NamedTuple):
 
 
 class Router(nn.Module):
-    """Budget -> SubNet of a Space. mode: constrained, penalty, uniform or random. budgets: the ones that are trained."""
+    """Budget -> SubNet of a Space. mode: constrained, penalty, uniform or random. budgets: those that are trained."""
     WIDTH = 128  # embedding and hidden size (the paper's)
 
     def __init__(self, space: Space, mode: str = "constrained", seed: int = 0, budgets=()):
@@ -163,9 +163,9 @@ class Router(nn.Module):
         return self.space.subnet(self.space.members[rows[(self.space.onehot[rows] @ self.logits(budget)).argmax()]])
 
     def between(self, budget: float, rows: torch.Tensor) -> torch.Tensor:
-        """At a budget that was not trained, the members whose sizes lie between those of its trained neighbours, if there
-        are any. Elsewhere the interpolated logits may combine sizes that never ran together, and were seen to: a
-        larger model, 0.1 worse than a smaller one."""
+        """At a budget that was not trained, the members whose sizes lie between those of its trained neighbours, if
+        there are any. Elsewhere the interpolated logits may combine sizes that never ran together, and were seen to:
+        a larger model, 0.1 worse than a smaller one."""
         smaller, larger = [b for b in self.budgets if b < budget], [b for b in self.budgets if b > budget]
         if budget in self.budgets or not smaller or not larger:
             return rows
