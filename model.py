@@ -28,6 +28,7 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 # -----------------------------------------------------------------------------
 # shapes
@@ -286,6 +287,7 @@ class Llama(nn.Module):
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
         self.tie()
         self._rope = None
+        self.activation_checkpointing = False  # True: backward recomputes a block instead of keeping what it made
 
     def tie(self) -> None:
         """Tied embeddings are one tensor under two names; assigning a state dict separates them."""
@@ -323,7 +325,11 @@ class Llama(nn.Module):
         cos, sin = self.rope(start, start + T, tokens.device)
         x = self.tok_embeddings(tokens)[..., :subnet.dim]  # B, T, dim  # <-- 1. elastic width
         for i, n_heads, ffn_dim in zip(subnet.layers, subnet.n_heads, subnet.ffn_dim):  # <-- 4. elastic depth
-            x = self.layers[i](x, cos, sin, n_heads, ffn_dim, gates, factors, cache)
+            args = (x, cos, sin, n_heads, ffn_dim, gates, factors, cache)
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(self.layers[i], *args, use_reentrant=False)
+            else:
+                x = self.layers[i](*args)
         if cache is not None:
             cache.length += T
         x = self.norm(x, None if gates is None else gates.dim)

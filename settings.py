@@ -20,8 +20,8 @@ DEMO = dict(steps=450, batch_tokens=1024, seq_len=128, lr=1e-3, eval_windows=128
 PAPER = dict(steps=28800, batch_tokens=128 * 4096, seq_len=4096, lr=4e-5, eval_windows=64,
              calibration_windows=128, eval_every=1000, save_every=1000)
 MAY_BE_ZERO = {"seed", "extra_budgets", "weight_decay", "soft_prob", "kd", "penalty", "warmup", "router_start"}
-MAY_DIFFER = {"resume", "override", "out", "eval_every", "save_every", "log_every", "device", "micro_batch",
-              "max_bad_steps"}  # in a resumed run
+MAY_DIFFER = {"resume", "override", "out", "shard", "activation_checkpointing", "device", "micro_batch", "eval_every",
+              "save_every", "log_every", "max_bad_steps"}  # in a resumed run
 OVERRIDES = {"steps", "base_steps", "lr", "base_lr", "router_lr", "modulation_lr", "clip", "weight_decay"}
 
 
@@ -70,6 +70,8 @@ def parse_args(argv=None, description=__doc__) -> argparse.Namespace:
     add("--log-every", type=int, default=10, help="steps between printed lines")
     add("--seed", type=int, default=0, help="of weights, data order and noise")
     add("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--shard", choices=["ddp", "zero1", "fsdp"], default="ddp", help="what torchrun's processes share (shard.py)")
+    add("--activation-checkpointing", action="store_true", help="recompute blocks in backward: less memory, more time")
     add("--resume", action="store_true", help="go on from --out's resume.pt")
     add("--override", action="store_true", help=f"and let these differ: {', '.join(sorted(OVERRIDES))}")
     add("--max-bad-steps", type=int, default=10, help="steps in a row whose loss or gradient is not finite (they are "

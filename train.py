@@ -25,7 +25,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from checkpoint import RESUME, TOKENIZER, load_llama, resume_state, save_llama, save_tensors
@@ -37,6 +36,7 @@ from params import read_config
 from parallel import RANK, WORLD, Stop, autocast, finish, mean_over_ranks, rank0_first, say, setup
 from router import FLEX, Choice, Router, restore_router, router_state
 from settings import MAY_DIFFER, OVERRIDES, parse_args
+from shard import adamw, load_optimizer_state, model_state, optimizer_state, shard, whole
 from space import AXES, Space, cost, n_params, random_generator
 from tokenizer import fail, load_tokenizer
 
@@ -50,15 +50,19 @@ TABLE_BUDGETS = [1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4]
 def evaluate(model: Llama, windows, subnet: SubNet | None = None, factors=None, batch=None) -> tuple[float, float]:
     """Mean cross-entropy in nats over windows (x, y), each (n, T), and forward tokens/s; shared among the ranks."""
     x, y = (w[RANK::WORLD] for w in windows) if dist.is_initialized() else windows
-    batch = batch or max(1, 4096 // x.size(1))  # the logits of 4096 tokens take 2 GB with Llama 3's vocabulary
+    batch = batch or max(1, 4096 // windows[0].size(1))  # the logits of 4096 tokens take 2 GB with Llama 3's vocabulary
+    rounds = -(-len(windows[0]) // (batch * WORLD))  # the same on all ranks: a sharded model gathers in every forward
     device = model.tok_embeddings.weight.device
     factors = None if factors is None else factors.to(device)
     total, start = torch.zeros(1, dtype=torch.float64, device=device), time.perf_counter()
-    for tokens, targets in zip(x.split(batch), y.split(batch)):
-        if len(tokens):  # a rank may have no window at all
-            with autocast(device):
-                loss = model(tokens.to(device), targets.to(device), subnet=subnet, factors=factors)[1]
-            total += loss.double() * targets.numel()
+    for i in range(rounds):
+        tokens, targets = (w[i * batch:(i + 1) * batch] for w in (x, y))
+        n = targets.numel()
+        if n == 0:  # nothing left for this rank, but the others need it
+            tokens, targets = (w[:1] for w in windows)
+        with autocast(device):
+            loss = model(tokens.to(device), targets.to(device), subnet=subnet, factors=factors)[1]
+        total += loss.double() * n
     if dist.is_initialized():
         dist.all_reduce(total)
     loss, seconds = total.item() / windows[1].numel(), time.perf_counter() - start
@@ -95,22 +99,23 @@ def parts(model: Llama, router: Router | None) -> dict[str, list]:
                 modulation=[p for name, p in named if name.startswith("modulation")])
 
 
-def make_optimizer(model: Llama, router: Router | None, args) -> torch.optim.AdamW:
-    """AdamW; the Llama's matrices are decayed, nothing else is. `peak` is a group's learning rate after its warm-up,
-    which begins at `start`."""
-    groups, rates = [], dict(llama=args.lr, router=args.router_lr, modulation=args.modulation_lr)
+def make_optimizers(model: Llama, router: Router | None, args) -> list:
+    """AdamW for the Llama, whose matrices are decayed and whose state may be sharded, and one for router and
+    modulation. `peak` is a group's learning rate after its warm-up, which begins at `start`."""
+    groups, rates = {}, dict(llama=args.lr, router=args.router_lr, modulation=args.modulation_lr)
     for name, parameters in parts(model, router).items():
         for decayed in (True, False):
             chosen = [p for p in parameters if (name == "llama" and p.dim() == 2) == decayed]
-            decay = args.weight_decay if decayed else 0.0
-            start = args.router_start if name == "router" else 0.0
-            groups += [dict(params=chosen, peak=rates[name], start=start, weight_decay=decay)] if chosen else []
-    return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)
+            group = dict(params=chosen, peak=rates[name], start=args.router_start if name == "router" else 0.0,
+                         weight_decay=args.weight_decay if decayed else 0.0)
+            groups.setdefault(name == "llama", []).extend([group] if chosen else [])
+    return [adamw(of, args.shard if llama else "ddp", lr=args.lr, betas=(0.9, 0.95), fused=True)
+            for llama, of in groups.items() if of]
 
 
 def clip_gradients(model: Llama, router: Router | None, clip: float) -> dict[str, float]:
     """Clips each part's gradient; returns their norms before."""
-    return {name: torch.nn.utils.clip_grad_norm_(parameters, clip).item()
+    return {name: whole(torch.nn.utils.clip_grad_norm_(parameters, clip)).item()
             for name, parameters in parts(model, router).items() if parameters}
 
 
@@ -186,17 +191,18 @@ def train_step(wrapped, model, router, shards, step, args, device, teacher=None)
 # the loop
 
 
-def save(model, router, optimizer, step: int, bad: int, orders, settings: dict, args) -> None:
+def save(model, router, optimizers, step: int, bad: int, orders, settings: dict, args) -> None:
     """resume.pt first: it suffices alone. The raw folder and flex.pt follow from it. On a full disk the last good
     checkpoint stays."""
+    state, moments = model_state(model), [optimizer_state(optimizer) for optimizer in optimizers]
     if RANK == 0:
-        out, state = Path(args.out), {name: t.detach().cpu() for name, t in model.state_dict().items()}
+        out = Path(args.out)
         flex = None if router is None else router_state(
             router, seq_len=args.seq_len, data=settings["data"], eval_windows=args.eval_windows)
         homes = [Path(folder) / TOKENIZER for folder in (args.llama, settings["data"]) if folder]
         try:
-            save_tensors(out / RESUME, dict(model=state, flex=flex, optimizer=optimizer.state_dict(), step=step,
-                                            bad=bad, orders=orders, settings=settings))
+            save_tensors(out / RESUME, dict(model=state, flex=flex, optimizers=moments, step=step, bad=bad,
+                                             orders=orders, settings=settings))
             save_llama(out, model.config, state, next((path for path in homes if path.is_file()), None))
             if flex:
                 save_tensors(out / FLEX, flex)
@@ -216,16 +222,19 @@ def resume_command() -> str:
 def train(model, router, shards, val, orders, settings: dict, args, device, state=None, teacher=None) -> None:
     """Trains model (and router) for args.steps steps into args.out. state: what resume.pt held; orders: what sorted
     the model, kept for a resumed run. Asked to stop by a signal, it saves and leaves with status 0."""
-    steps, start, bad, optimizer = args.steps, 0, 0, make_optimizer(model, router, args)
+    steps, start, bad = args.steps, 0, 0
+    model.activation_checkpointing = args.activation_checkpointing
+    wrapped = shard(model, args.shard, device)
+    optimizers = make_optimizers(model, router, args)
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     if state is not None:
-        fresh = [{k: group[k] for k in ("peak", "start", "weight_decay")} for group in optimizer.param_groups]
-        optimizer.load_state_dict(state["optimizer"])
-        for group, these in zip(optimizer.param_groups, fresh):  # --override may have changed them
+        fresh = [{k: group[k] for k in ("peak", "start", "weight_decay")} for group in groups]
+        for optimizer, moments in zip(optimizers, state["optimizers"]):
+            load_optimizer_state(optimizer, moments)
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        for group, these in zip(groups, fresh):  # --override may have changed them
             group.update(these)
         start, bad = state["step"], state["bad"]
-    wrapped = model
-    if WORLD > 1 and any(p.requires_grad for p in model.parameters()):
-        wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
     log = open(Path(args.out) / "log.jsonl" if RANK == 0 else os.devnull, "a", encoding="utf-8", buffering=1)
     record = lambda **entry: log.write(json.dumps(entry) + "\n")
     record(argv=sys.argv, settings=settings, start=start, commit=git_commit(), torch=torch.__version__, ranks=WORLD,
@@ -236,7 +245,7 @@ def train(model, router, shards, val, orders, settings: dict, args, device, stat
         for step in range(start, steps + 1):
             last, stopped = step == steps, mean_over_ranks(torch.tensor(float(stop.wished), device=device)).item() > 0
             if last or stopped or (step > start and step % args.save_every == 0):
-                save(model, router, optimizer, step, bad, orders, settings, args)
+                save(model, router, optimizers, step, bad, orders, settings, args)
             if stopped and not last:
                 say(f"stopped at step {step} of {steps}, saved in {args.out}; go on with:  {resume_command()}")
                 finish()
@@ -251,13 +260,15 @@ def train(model, router, shards, val, orders, settings: dict, args, device, stat
                 break
             # one training step
             clock = time.perf_counter()
-            for group in optimizer.param_groups:
+            for group in groups:
                 group["lr"] = group["peak"] * lr_factor(step, steps, args.warmup, group["start"])
-            optimizer.zero_grad(set_to_none=True)
+            for optimizer in optimizers:
+                optimizer.zero_grad(set_to_none=True)
             result = train_step(wrapped, model, router, shards, step, args, device, teacher)
             norms = clip_gradients(model, router, args.clip)
             if all(map(math.isfinite, [*norms.values(), *(p["loss"] for p in result["passes"])])):
-                optimizer.step()
+                for optimizer in optimizers:
+                    optimizer.step()
                 bad = 0
             else:  # the same on every rank: losses and gradients are means over them
                 bad += 1
@@ -274,10 +285,10 @@ def train(model, router, shards, val, orders, settings: dict, args, device, stat
                 p["got"] = round(cost(model.config, p.pop("subnet")), 4)
             bar.update()
             bar.set_postfix(loss=f"{sum(p['loss'] for p in passes) / len(passes):.3f}")
-            record(step=step, lr=optimizer.param_groups[0]["lr"], norms=norms, tau=result["tau"], kappa=result["kappa"],
+            record(step=step, lr=groups[0]["lr"], norms=norms, tau=result["tau"], kappa=result["kappa"],
                    bad=bad, **{key: [p[key] for p in passes] for key in passes[0]})
             if step % args.log_every == 0 or step == steps - 1:
-                say(step_line(step, result, norms, optimizer.param_groups[0]["lr"], seconds / max(1, timed), args))
+                say(step_line(step, result, norms, groups[0]["lr"], seconds / max(1, timed), args))
     bar.close()
     log.close()
 
@@ -381,7 +392,9 @@ def elastic(args, router: Router, data, settings: dict, state: dict | None, devi
 
 
 def table(model, router, orders: dict, val, args) -> None:
-    """The family: what each budget got, and its loss before (the same slice of the sorted base) and after training."""
+    """The family: what each budget got, and its loss before (the same slice of the sorted base) and after training, as
+    read back from the folders."""
+    model = load_llama(args.out, model.tok_embeddings.weight.device)
     config, rows, smallest = model.config, [], router.space.costs.min()
     evaluate(model, [w[:16] for w in val])  # warms up: the first row's speed counts too
     for b in sorted({b for b in TABLE_BUDGETS if b >= smallest} | set(args.budgets), reverse=True):

@@ -12,3 +12,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 def same_start():
     torch.set_num_threads(1)
     torch.manual_seed(0)
+
+
+def pytest_configure(config):
+    """torch.distributed.optim still scripts on import; that is torch's affair."""
+    config.addinivalue_line("filterwarnings", "ignore:.*torch.jit:DeprecationWarning")
