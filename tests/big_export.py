@@ -7,6 +7,7 @@ Each step runs in a process of its own, so that the peak is the export's alone.
 """
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -14,7 +15,8 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
@@ -42,7 +44,8 @@ def measure(*command) -> tuple[float, float, str]:
     code = ("import resource, runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__'); "
             "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)")
     start = time.perf_counter()
-    done = subprocess.run([sys.executable, "-c", code, *map(str, command)], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code, *map(str, command)], capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr[-2000:]
     *said, peak = done.stdout.splitlines()
     return time.perf_counter() - start, int(peak) * 1024 / 1e9, "\n".join(said)
@@ -60,12 +63,11 @@ def main(argv=None) -> None:
         n = args.scale
         return make(Path(args.folder), replace(SHAPE, dim=2048 // n, n_heads=32 // n, n_kv_heads=max(1, 8 // n),
                                                ffn_dim=8192 // n, vocab_size=128256 // n))
-    root = Path(__file__).resolve().parent.parent
     with tempfile.TemporaryDirectory() as scratch:
         flex = Path(scratch) / "flex"
         measure(__file__, "--folder", flex, "--scale", args.scale)
         size = sum(f.stat().st_size for f in flex.iterdir()) / 1e9
-        seconds, peak, said = measure(root / "export.py", "--model", flex, "--budget", args.budget,
+        seconds, peak, said = measure(ROOT / "export.py", "--model", flex, "--budget", args.budget,
                                       "--format", args.format)
         print(said)
         print(json.dumps(dict(source_gb=round(size, 2), seconds=round(seconds, 1), peak_gb=round(peak, 2))))

@@ -51,7 +51,8 @@ def main(argv=None) -> None:
         ranking = row.pop("ranking")
         print(json.dumps(row))
         for i, (sizes, loss) in enumerate(ranking if args.all else ()):
-            print(f"{row['budget']:.2f} {i + 1:3d} {loss:.3f} dim {sizes[0]} heads {sizes[1]} ffn {sizes[2]} layers {sizes[3]}")
+            dim, heads, ffn, layers = sizes
+            print(f"{row['budget']:.2f} {i + 1:3d} {loss:.3f} dim {dim} heads {heads} ffn {ffn} layers {layers}")
 
 
 if __name__ == "__main__":
