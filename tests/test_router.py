@@ -415,7 +415,8 @@ def test_state_round_trip(tmp_path, mode):
     save_tensors(tmp_path / "flex.pt", router_state(router))
     again = restore_router(MHA, load_tensors(tmp_path / "flex.pt"))
     one, two = again.space, router.space
-    assert again.budgets == router.budgets and (again.seen, one.layer_order, one.choices) == (router.seen, two.layer_order, two.choices)
+    assert (again.budgets, again.seen) == (router.budgets, router.seen)
+    assert (one.layer_order, one.choices) == (two.layer_order, two.choices)
     for step, b in enumerate([*BUDGETS, 1.0]):
         (subnet, factors), (subnet2, factors2) = router.deploy(b), again.deploy(b)
         assert subnet == subnet2 == router.route(b)

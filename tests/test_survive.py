@@ -88,8 +88,8 @@ def test_killed_twenty_times(demo, tmp_path):  # noqa: F811
 
 @pytest.mark.parametrize("ranks", [0, 2])
 def test_asked_to_stop(demo, tmp_path, ranks):  # noqa: F811
-    """Catches a signal that loses the step, ends with a traceback, or leaves ranks waiting for each other; and a command
-    that does not go on where it stopped."""
+    """Catches a signal that loses the step, ends with a traceback, or leaves ranks waiting for each other; and a
+    command that does not go on where it stopped."""
     root, flags = demo
     shutil.copytree(root / "out/base", tmp_path / "base")
     start = [sys.executable] + (["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks
