@@ -183,6 +183,8 @@ def resume_state(folder, settings: dict, steps: int, resume: bool, override=(), 
     differ = [f"{k} {then.get(k)} -> {now.get(k)}" for k in keys if then.get(k) != now.get(k)]
     if differ and not {k for k in keys if then.get(k) != now.get(k)} <= set(override):
         fail(f"{folder} holds a run with other settings: {', '.join(differ)}; {mend}, or delete it")
+    if state["step"] > steps:
+        fail(f"{folder} is at step {state['step']} already, {steps} were asked for; ask for more, or {mend}")
     if state["step"] < steps and not resume:
         fail(f"{folder} holds a run that stopped at step {state['step']} of {steps}; go on with --resume, or delete it")
     return state
@@ -225,6 +227,8 @@ def verify(folder) -> None:
     if not path.is_file():
         fail(f"{path} is missing; expected the list of md5 sums that comes with a download; leave --verify out")
     for line in path.read_text().splitlines():
+        if len(line.split(maxsplit=1)) < 2:
+            fail(f"{path}: found {line[:60]!r}, expected lines of \"md5  name\"; copy it again from its source")
         want, name = line.split(maxsplit=1)
         file = Path(folder) / name.strip().lstrip("*")
         if not file.is_file():

@@ -46,7 +46,7 @@ def cache_bytes(config: LlamaConfig, subnet: SubNet, dtype: torch.dtype, context
 
 def amount(text: str) -> float:
     """4.0B -> 4e9; 6GB -> 6e9, 6GiB -> 6 * 2^30."""
-    found = re.fullmatch(r"([\d.]+)([KMGBT]?)(iB|B)?", text.strip(), re.I)
+    found = re.fullmatch(r"([\d.]+) ?([KMGBT]?)(iB|B)?", text.strip(), re.I)
     try:
         power = " KMGT".replace("G", "B").index((found[2].upper() or " ").replace("G", "B"))
         return float(found[1]) * (1024 if (found[3] or "").lower() == "ib" else 1000) ** power
@@ -56,12 +56,12 @@ def amount(text: str) -> float:
 
 def largest(router: Router, size, limit: float, what: str) -> float:
     """The budget whose slice is the largest with size(slice) <= limit; the router is asked at every thousandth."""
-    smallest = router.space.subnet(router.space.members[router.space.costs.argmin()])
     budgets = [b for b in (i / 1000 for i in range(1000, 0, -1)) if b >= router.space.costs.min()]
     slices = {b: router.route(b) for b in budgets}
     fitting = [b for b in budgets if size(slices[b]) <= limit]
     if not fitting:
-        fail(f"no sub-network fits into {limit:,.0f} {what}; the smallest takes {size(smallest):,}; ask for more")
+        fail(f"no sub-network fits into {limit:,.0f} {what}; the smallest takes "
+             f"{min(map(size, slices.values())):,}; ask for more")
     return max(fitting, key=lambda b: cost(router.space.config, slices[b]))
 
 
@@ -104,7 +104,8 @@ def export(folder, budget: float = 1.0, out=None, dtype: torch.dtype | None = No
              f"python train.py --llama {folder} makes one")
     subnet, factors = router.deploy(budget) if router else (model.full, None)
     name = f"{budget:.2f}" if budget == round(budget, 2) else f"{budget:g}"
-    out = Path(out or f"{Path(folder)}-{name}{'-hf' if kind == 'hf' else ''}")
+    stem = Path(folder) if Path(folder).name not in ("", "..") else Path(folder).resolve()  # . and .. have no name
+    out = Path(out or f"{stem}-{name}{'-hf' if kind == 'hf' else ''}")
     ours = not (out / PARAMS).exists() or '"ffn_dim"' in (out / PARAMS).read_text()
     if (out / RESUME).exists() or not ours or out.resolve() == Path(folder).resolve():
         fail(f"{out} is a training run or a Llama from elsewhere; expected a new folder or an earlier export; choose "
@@ -167,6 +168,9 @@ def main(argv=None) -> None:
         fail(f"{args.model} is a plain Llama of one size; expected a supernet's folder, made by train.py")
     if not budgets and not args.dry_run:
         fail("no size asked for; expected --budget 0.5, --params 4.0B or --memory 6GB; --dry-run lists some")
+    if router is None and budgets != [1.0]:
+        fail(f"{args.model} is a plain Llama, it has no flex.pt; expected a folder made by train.py, or --budget 1.0; "
+             f"python train.py --llama {args.model} makes one")
     if len(budgets or ()) > 1 and args.out:
         fail(f"--out {args.out} is one folder for {len(budgets)} budgets; leave --out out: each gets one of its own")
     if args.dry_run:
@@ -188,6 +192,10 @@ def main(argv=None) -> None:
               f"{len(subnet.layers)} of {full.n_layers} ({' '.join(map(str, subnet.layers))})\n"
               f"asked {budget:.3f}, got {cost(full, subnet):.3f} of the non-embedding parameters: {got:,}\n"
               f"{n_params(full, subnet, embeddings=True):,} parameters with embeddings, {total:,} bytes")
+        if args.format == "llama" and subnet.dim != subnet.n_heads[0] * full.head_dim:
+            print(f"note: {subnet.n_heads[0]} heads of {full.head_dim} do not make {subnet.dim} channels; nanoFlex "
+                  "loads this folder, Meta's own code takes heads of another size; --format hf is read everywhere",
+                  file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ def model_config(c: LlamaConfig, dtype: torch.dtype, bos: int, eos: int) -> dict
     rope_scaling, those after it for rope_parameters, and each ignores the other's."""
     if any(isinstance(getattr(c, name), tuple) for name in ("n_heads", "n_kv_heads", "ffn_dim")):
         fail("this Llama has another number of heads or neurons in every layer; --format hf has one number for all "
-             "layers, no runtime that reads it could load the rest; use --format llama, or search with --uniform")
+             "layers, no runtime that reads it could load the rest; use --format llama")
     kind = "llama" if c.dim % c.n_heads == 0 else "mistral"
     scaling = None if c.rope_factor == 1 else dict(
         rope_type="llama3", factor=c.rope_factor, low_freq_factor=1.0, high_freq_factor=4.0,

@@ -24,8 +24,9 @@ def device_of(kind: str) -> torch.device:
     if kind == "cpu":
         return torch.device("cpu")
     gpus, local = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", 0))
-    if local >= gpus:
-        fail(f"--device cuda asked for GPU {local}, but this torch sees {gpus}; use --device cpu, or fewer processes")
+    wanted = max(local + 1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # every rank finds out, the first one says so
+    if wanted > gpus:
+        fail(f"--device cuda needs {wanted} GPUs, but this torch sees {gpus}; use --device cpu, or fewer processes")
     torch.cuda.set_device(local)
     torch.set_float32_matmul_precision("high")
     return torch.device("cuda", local)

@@ -48,9 +48,10 @@ def read_config(folder) -> LlamaConfig:
             ffn_dim=listed(p.get("ffn_dim")) or
             meta_ffn_dim(dim, p.get("ffn_dim_multiplier"), p.get("multiple_of", 256)),
             vocab_size=p["vocab_size"] if p.get("vocab_size", -1) > 0 else 32000,
-            norm_eps=p.get("norm_eps", 1e-5), rope_theta=float(p.get("rope_theta", 10000.0)),
+            norm_eps=float(p.get("norm_eps", 1e-5)), rope_theta=float(p.get("rope_theta", 10000.0)),
             rope_factor=float(p.get("rope_factor", scaled)) if p.get("use_scaled_rope") else 1.0,
-            context=p.get("context", 2048))
+            context=p.get("context") or (8192 if p.get("vocab_size") == 128256 else  # Llama 3, 2, 1
+                                         2048 if p.get("norm_eps") == 1e-6 else 4096))
         sizes = [config.dim, config.n_layers, config.head_dim, config.vocab_size, config.context]
         for name in ("n_heads", "n_kv_heads", "ffn_dim"):
             sizes += config.per_layer(name)
@@ -58,6 +59,8 @@ def read_config(folder) -> LlamaConfig:
                 raise ValueError(f"{name} has {len(config.per_layer(name))} values for {n_layers} layers")
         if not all(isinstance(size, int) and size > 0 for size in sizes):
             raise ValueError("a size is not a positive integer")
+        if config.head_dim % 2:
+            raise ValueError(f"heads of {config.head_dim} channels cannot be rotated in pairs")
         if any(h % kv for h, kv in zip(config.per_layer("n_heads"), config.per_layer("n_kv_heads"))):
             raise ValueError(f"{n_heads} query heads do not divide among {config.n_kv_heads} KV heads")
         return config

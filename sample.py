@@ -7,6 +7,7 @@ Text from any Llama folder, at any budget of a supernet: one checkpoint, a famil
 """
 import argparse
 import codecs
+import os
 import sys
 import time
 from pathlib import Path
@@ -36,7 +37,7 @@ def generate(model: Llama, prompt: list[int], n: int, subnet=None, factors=None,
         else:
             if top_k:
                 logits = logits.masked_fill(logits < logits.topk(min(top_k, len(logits))).values[-1], -torch.inf)
-            token = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)[0]
+            token = torch.multinomial(((logits - logits.max()) / temperature).softmax(-1), 1, generator=generator)[0]
         tokens = token.view(1, 1)
         yield token.item()
 
@@ -54,7 +55,7 @@ def main(argv=None) -> None:
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     args = p.parse_args(argv)
-    if args.temperature < 0 or args.top_k < 0 or args.max_new_tokens < 1:
+    if not 0 <= args.temperature < float("inf") or args.top_k < 0 or args.max_new_tokens < 1:
         fail(f"--temperature {args.temperature:g} --top-k {args.top_k} --max-new-tokens {args.max_new_tokens}: "
              "expected 0 or more, 0 or more, and 1 or more")
     model = load_llama(args.model, device_of(args.device))
@@ -80,4 +81,7 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (BrokenPipeError, KeyboardInterrupt):  # the reader, or the user, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

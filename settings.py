@@ -4,6 +4,7 @@ train.py's command line: every flag, the defaults of the demo and of the paper, 
     python train.py --help
 """
 import argparse
+import os
 
 import torch
 
@@ -22,6 +23,7 @@ PAPER = dict(steps=28800, batch_tokens=128 * 4096, seq_len=4096, lr=4e-5, eval_w
 MAY_BE_ZERO = {"seed", "extra_budgets", "weight_decay", "soft_prob", "kd", "penalty", "warmup", "router_start"}
 MAY_DIFFER = {"resume", "override", "out", "shard", "activation_checkpointing", "device", "micro_batch", "eval_every",
               "save_every", "log_every", "max_bad_steps"}  # in a resumed run
+SHARES = {"warmup", "router_start", "soft_prob", "soft_end", "kd", "tau_end"}  # between 0 and 1
 OVERRIDES = {"steps", "base_steps", "lr", "base_lr", "router_lr", "modulation_lr", "clip", "weight_decay"}
 
 
@@ -92,8 +94,15 @@ def derive_and_check(args: argparse.Namespace) -> argparse.Namespace:
     derive("micro_batch", max(1, 8192 // max(1, args.seq_len)))
     for name, value in vars(args).items():
         lowest = 0 if name in MAY_BE_ZERO else 1 if type(value) is int else 1e-12
-        if type(value) in (int, float) and value < lowest:
-            fail(f"--{name.replace('_', '-')} {value:g} found; expected {lowest:g} or more")
+        highest = 1 if name in SHARES else float("inf")
+        if type(value) in (int, float) and not lowest <= value <= highest:
+            fail(f"--{name.replace('_', '-')} {value:g} found; expected {lowest:g} or more"
+                 f"{', and at most 1' if name in SHARES else ''}")
+    if args.soft_prob > 0 and args.soft_end <= args.router_start and len(args.budgets) > 1:
+        fail(f"--soft-end {args.soft_end:g} found, --router-start is {args.router_start:g}; expected a larger one: "
+             "soft passes teach the router between the two")
+    for name in ("data", "llama"):  # one folder, one name: a resumed run compares them
+        setattr(args, name, getattr(args, name) and os.path.normpath(getattr(args, name)))
     args.budgets = sorted(set(args.budgets), reverse=True)
     if any(not 0 < b <= 1 for b in args.budgets) or 1.0 not in args.budgets:
         fail(f"--budgets {' '.join(map(str, args.budgets))} found; expected fractions in (0, 1] and 1.0, the full "

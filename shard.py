@@ -65,8 +65,12 @@ def optimizer_state(optimizer) -> dict:
     if isinstance(optimizer, ZeroRedundancyOptimizer):
         optimizer.consolidate_state_dict(to=0)
         return optimizer.state_dict() if RANK == 0 else {}
-    state = optimizer.state_dict()
-    moments = {i: {k: whole(t) if torch.is_tensor(t) else t for k, t in of.items()} for i, of in state["state"].items()}
+    state, moments = optimizer.state_dict(), {}
+    for i, of in state["state"].items():
+        for k, t in of.items():
+            t = whole(t)  # one at a time: all of them at once would be 8 bytes a parameter on every GPU
+            if RANK == 0:
+                moments.setdefault(i, {})[k] = t.cpu()
     return state | dict(state=moments) if RANK == 0 else {}
 
 

@@ -3,7 +3,7 @@ What there is to choose from: sizes per axis, all their combinations, and what e
 
 A budget is a fraction of the full model's non-embedding parameters (the paper's #Params). The sub-networks of
 LLaMaFlex are uniform, so one size per axis names one: width, query heads, MLP neurons, depth. All combinations are a
-few thousand: their exact costs are a table, and the members that a budget can buy are a look-up,
+few thousand, or ten times that: their exact costs are a table, and the members that a budget can buy are a look-up,
 
     F(b) = {a : b - delta < cost(a) <= b}
 

@@ -274,9 +274,9 @@ def train(model, router, shards, val, orders, settings: dict, args, device, stat
                 bad += 1
                 say(f"step {step:5d}/{steps} | skipped: a loss or gradient is not finite ({bad} in a row)")
                 if bad >= args.max_bad_steps:
-                    fail(f"{bad} steps in a row, up to step {step}, had a loss or gradient that is not finite; "
-                         f"{args.out} holds the last checkpoint; lower the rate:  {resume_command()} --override "
-                         f"--lr {args.lr / 2:g}")
+                    fail(f"{bad} steps in a row, up to step {step}, had a loss or gradient that is not finite; the "
+                         f"last checkpoint in {args.out} stays; lower the rate:  {resume_command()} --override "
+                         f"{'--lr' if router else '--base-lr'} {args.lr / 2:g}")
             if step - start >= 3:  # the first steps warm caches up
                 seconds, timed = seconds + time.perf_counter() - clock, timed + 1
             # one line of log
@@ -331,7 +331,7 @@ def open_data(args) -> tuple[str, Shards, Shards]:
         return not own or not theirs.is_file() or theirs.read_bytes() == own.read_bytes()
 
     folder = args.data or "data/pystdlib"
-    if args.data is None and not same_tokenizer(folder):
+    if args.data is None and own and not (Path(folder).exists() and same_tokenizer(folder)):
         folder += "-" + Path(args.llama).resolve().name
     if args.data is None:  # all ranks ask, or one that looks late would not wait
         rank0_first(lambda: None if Path(folder).exists() else str(prepare((), folder, tokenizer=own)))

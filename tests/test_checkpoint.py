@@ -131,6 +131,7 @@ def test_metas_params_json(tmp_path, name):
         c = read_config(tmp_path)
         assert (c.ffn_dim, c.vocab_size, c.rope_factor) == (ffn_dim, vocab_size, rope_factor)
         assert (c.dim, c.n_layers, c.n_heads, c.n_kv_heads) == (*values[:3], values[3] or values[2])
+        assert c.context == {32000: 2048, 128256: 8192}[vocab_size]  # norm_eps 1e-6: Llama 1's window
         assert (c.head_dim, c.norm_eps, c.rope_theta) == (values[0] // values[2], 1e-6, values[7] or 10000)
     rewrite(tmp_path, lambda p: p["model"] | dict(rope_factor=4, head_dim=80, ffn_dim=77))  # our own keys decide
     c = read_config(tmp_path)
@@ -178,6 +179,7 @@ PARAMS_MISTAKES = {
     "missing key": lambda f: rewrite(f, lambda p: p.pop("n_layers") and None),
     "text for a number": lambda f: rewrite(f, lambda p: p | dict(dim="wide")),
     "no heads": lambda f: rewrite(f, lambda p: {k: v for k, v in p.items() if k != "head_dim"} | dict(n_heads=0)),
+    "odd heads": lambda f: rewrite(f, lambda p: p | dict(head_dim=7)),
     "heads that do not divide": lambda f: rewrite(f, lambda p: p | dict(n_kv_heads=3)),
     "a list too short": lambda f: rewrite(f, lambda p: p | dict(ffn_dim=[80, 80])),
     "text for the layers": lambda f: rewrite(f, lambda p: p | dict(n_layers="4"))}
@@ -435,6 +437,9 @@ def test_md5_sums_are_checked(tmp_path, capsys):
     names = ("consolidated.00.pth", "consolidated.01.pth", "params.json")
     sums = "".join(f"{hashlib.md5((tmp_path / 'llama' / n).read_bytes()).hexdigest()}  {n}\n" for n in names)
     with one_line_error(capsys, "checklist.chk"):
+        checkpoint.main([str(tmp_path / "llama"), "--verify"])
+    (tmp_path / "llama/checklist.chk").write_text("3f2a\n")
+    with one_line_error(capsys, "3f2a"):
         checkpoint.main([str(tmp_path / "llama"), "--verify"])
     (tmp_path / "llama/checklist.chk").write_text(sums)
     checkpoint.main([str(tmp_path / "llama"), "--verify"])

@@ -108,7 +108,7 @@ def test_gradients_agree(alone, tmp_path, ranks, kind):
     assert grads[0].keys() == grads[1].keys()
     llama = [n for n in grads[0] if n.startswith(("layers", "tok", "norm", "output"))]
     assert len(llama) > 60 and any(n.startswith("axes") for n in grads[0])
-    for names, tolerance in [([n], 1e-5) for n in llama] + [(sorted(grads[0].keys() - set(llama)), 1e-4)]:
+    for names, tolerance in [([n], 1e-5) for n in llama] + [(sorted(grads[0].keys() - set(llama)), 1e-3)]:
         one, two = (torch.cat([g[n].flatten() for n in names]) for g in grads)
         assert (one - two).norm() <= tolerance * one.norm(), names
 

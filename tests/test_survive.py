@@ -1,4 +1,4 @@
-"""train.py on bad days: killed, asked to stop, out of room, with losses that are not finite, resumed with other rates."""
+"""train.py on bad days: killed, asked to stop, out of room, with losses that are not finite, with other rates."""
 import copy
 import json
 import os
@@ -179,6 +179,9 @@ def test_override(demo, tmp_path, capsys):  # noqa: F811
             train.main(flags + wrong)
         errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
         assert stop.value.code == 2 and len(errors) == 1 and "other settings" in errors[0]
+    with pytest.raises(SystemExit):
+        train.main(flags + ["--override", "--steps", "4"])
+    assert "at step 6 already" in capsys.readouterr().err.splitlines()[-1]
     train.main(flags + ["--override", *changed])
     state = load_tensors(tmp_path / "out/flex/resume.pt")
     assert state["step"] == 8 and state["settings"]["lr"] == 7e-4

@@ -208,6 +208,7 @@ def test_every_mode_runs_to_its_table(demo, tmp_path, extra, capsys):
     (["--router", "magic"], "magic"), (["--log-every", "0"], "--log-every"),
     (["--micro-batch", "-5"], "--micro-batch"),
     (["--calibration-windows", "0"], "--calibration-windows"), (["--tau-end", "0"], "--tau-end"),
+    (["--kd", "5"], "--kd"), (["--lr", "nan"], "--lr"), (["--soft-end", "0.05"], "--soft-end"),
     (["--seq-len", "10000000", "--batch-tokens", "10000000"], "tokens")])
 def test_bad_input_is_one_line(demo, tmp_path, extra, words, capsys):
     """Catches tracebacks, second lines, and folders left behind by a run that could not start."""
@@ -320,3 +321,16 @@ def test_a_llama_2_trains_on_shards_made_elsewhere(demo, tmp_path, capsys, monke
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
     assert stop.value.code == 2 and len(errors) == 1 and "SentencePiece" in errors[0]
     assert not (tmp_path / "other").exists() and not any(tmp_path.glob("data/pystdlib*"))
+
+
+def test_a_real_llama_leaves_the_demo_its_corpus(demo, tmp_path, monkeypatch):
+    """Catches data/pystdlib made with a Llama's own large tokenizer, which the demo then takes for its own."""
+    root, flags = demo
+    made = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "prepare", lambda inputs, folder, tokenizer: made.append(folder) or shutil.copytree(
+        root / "data", folder))
+    for _ in range(2):
+        args = train.parse_args(TINY + ["--llama", str(root / "out/base")])
+        folder, *_ = train.open_data(args)
+        assert folder == "data/pystdlib-base" and made == [folder]
