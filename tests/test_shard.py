@@ -108,9 +108,10 @@ def test_gradients_agree(alone, tmp_path, ranks, kind):
     assert grads[0].keys() == grads[1].keys()
     llama = [n for n in grads[0] if n.startswith(("layers", "tok", "norm", "output"))]
     assert len(llama) > 60 and any(n.startswith("axes") for n in grads[0])
+    rounding = torch.finfo(torch.float32).eps * max(grads[0][n].norm() for n in llama)  # wq's are tiny: a softmax cancels
     for names, tolerance in [([n], 1e-5) for n in llama] + [(sorted(grads[0].keys() - set(llama)), 1e-3)]:
         one, two = (torch.cat([g[n].flatten() for n in names]) for g in grads)
-        assert (one - two).norm() <= tolerance * one.norm(), names
+        assert (one - two).norm() <= tolerance * one.norm() + rounding, (names, (one - two).norm(), one.norm())
 
 
 def test_a_rank_that_dies_takes_the_others_along(alone, tmp_path):
