@@ -95,13 +95,15 @@ class SubNet:
 
 
 class Gates(NamedTuple):
-    """Multipliers in [0, 1] on the full network's units. All ones: nothing changes. A prefix of ones and
-    then zeros: the same function as the slice. Sliced passes take the part that belongs to the slice."""
+    """Multipliers in [0, 1] on the full network's units; None is one. A prefix of ones, then zeros: the same
+    function as the slice. Sliced passes take the part that belongs to the slice."""
     dim: torch.Tensor      # (dim,)                one order of channels for the whole network
     n_heads: torch.Tensor  # (n_layers, n_heads)   group-major, as the heads of wq
     ffn_dim: torch.Tensor  # (n_layers, ffn_dim)
     layers: torch.Tensor   # (n_layers,)           on the block's two outputs
 
+
+NO_GATES = Gates(None, None, None, None)
 
 class KVCache:
     """Keys and values of the tokens so far, (B, n_kv_heads, max_len, head_dim) per layer, grown in place."""
@@ -190,7 +192,7 @@ class Attention(nn.Module):
         g, hd = self.groups, self.head_dim
         assert 0 < n_heads <= self.n_heads and n_heads % g == 0, f"{n_heads} of {self.n_heads} heads in {g} groups"
         kv = min(n_heads, self.n_kv_heads) * hd
-        return dict(wq=self.wq.weight.unflatten(0, (g, -1, hd))[:, :n_heads // g].flatten(0, 2)[:, :dim],
+        return dict(wq=self.wq.weight[:, :dim].unflatten(0, (g, -1, hd))[:, :n_heads // g].flatten(0, 2),
                     wk=self.wk.weight[:kv, :dim], wv=self.wv.weight[:kv, :dim],
                     wo=self.wo.weight[:dim].unflatten(1, (g, -1, hd))[:, :, :n_heads // g].flatten(1, 3))
 
@@ -257,18 +259,19 @@ class Block(nn.Module):
                 | {f"feed_forward.{k}.weight": w for k, w in self.feed_forward.slices(dim, ffn_dim).items()}
                 | {f"{k}.weight": getattr(self, k).weight[:dim] for k in ("attention_norm", "ffn_norm")})
 
-    def forward(self, x, cos, sin, n_heads, ffn_dim, gates=None, factors=None, cache=None):
-        g = (None,) * 3 if gates is None else (gates.dim, gates.n_heads[self.layer], gates.ffn_dim[self.layer])
-        y = self.attention(self.attention_norm(x, g[0]), cos, sin, n_heads, g[1], cache, self.layer)
-        x = x + self.scaled(y, 0, gates, factors)
-        y = self.feed_forward(self.ffn_norm(x, g[0]), ffn_dim, g[2])
-        return x + self.scaled(y, 1, gates, factors)
+    def forward(self, x, cos, sin, n_heads, ffn_dim, gates=NO_GATES, factors=(None, None), cache=None):
+        """x: (B, T, d); gates and factors: this layer's; None is one."""
+        y = self.attention(self.attention_norm(x, gates.dim), cos, sin, n_heads, gates.n_heads, cache, self.layer)
+        x = x + self.scaled(y, gates.layers, factors[0])
+        y = self.feed_forward(self.ffn_norm(x, gates.dim), ffn_dim, gates.ffn_dim)
+        return x + self.scaled(y, gates.layers, factors[1])
 
-    def scaled(self, y, which, gates, factors):
+    @staticmethod
+    def scaled(y, gate, factor):
         """A sub-block's output times the layer's gate and its modulation factor."""
         # In fp32, as the residual stream: bf16 would round a factor of 1.002 to 1.
-        y = y if gates is None else y.float() * gates.layers[self.layer]             # <-- 5. gates (depth)
-        return y if factors is None else y.float() * factors[self.layer, which]      # <-- 6. modulation
+        y = y if gate is None else y.float() * gate          # <-- 5. gates (depth)
+        return y if factor is None else y.float() * factor   # <-- 6. modulation
 
 
 # -----------------------------------------------------------------------------
@@ -300,9 +303,8 @@ class Llama(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         for name, p in self.named_parameters():
             if p.dim() == 2:
-                into_stream = name.endswith(("wo.weight", "w2.weight"))
-                std = 0.02 / math.sqrt(2 * self.config.n_layers) if into_stream else 0.02
-                p.copy_(torch.randn(p.shape, generator=generator) * std)
+                smaller = math.sqrt(2 * self.config.n_layers) if name.endswith(("wo.weight", "w2.weight")) else 1
+                p.copy_(torch.randn(p.shape, generator=generator) * (0.02 / smaller))
         return self
 
     def rope(self, start: int, end: int, device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -325,7 +327,8 @@ class Llama(nn.Module):
         cos, sin = self.rope(start, start + T, tokens.device)
         x = self.tok_embeddings(tokens)[..., :subnet.dim]  # B, T, dim  # <-- 1. elastic width
         for i, n_heads, ffn_dim in zip(subnet.layers, subnet.n_heads, subnet.ffn_dim):  # <-- 4. elastic depth
-            args = (x, cos, sin, n_heads, ffn_dim, gates, factors, cache)
+            g = NO_GATES if gates is None else Gates(gates.dim, gates.n_heads[i], gates.ffn_dim[i], gates.layers[i])
+            args = (x, cos, sin, n_heads, ffn_dim, g, (None, None) if factors is None else factors[i], cache)
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(self.layers[i], *args, use_reentrant=False)
             else:

@@ -22,7 +22,7 @@ PAPER = dict(steps=28800, batch_tokens=128 * 4096, seq_len=4096, lr=4e-5, eval_w
              calibration_windows=128, eval_every=1000, save_every=1000)
 MAY_BE_ZERO = {"seed", "extra_budgets", "weight_decay", "soft_prob", "kd", "penalty", "warmup", "router_start"}
 MAY_DIFFER = {"resume", "override", "out", "shard", "activation_checkpointing", "device", "micro_batch", "eval_every",
-              "save_every", "log_every", "max_bad_steps"}  # in a resumed run
+              "save_every", "log_every", "max_bad_steps", "compile", "dry_run", "ranks"}  # in a resumed run
 SHARES = {"warmup", "router_start", "soft_prob", "soft_end", "kd", "tau_end"}  # between 0 and 1
 OVERRIDES = {"steps", "base_steps", "lr", "base_lr", "router_lr", "modulation_lr", "clip", "weight_decay"}
 
@@ -74,6 +74,9 @@ def parse_args(argv=None, description=__doc__) -> argparse.Namespace:
     add("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     add("--shard", choices=["ddp", "zero1", "fsdp"], default="ddp", help="what torchrun's processes share (shard.py)")
     add("--activation-checkpointing", action="store_true", help="recompute blocks in backward: less memory, more time")
+    add("--compile", action="store_true", help="torch.compile every block; CPUs need a C++ compiler")
+    add("--dry-run", action="store_true", help="print what the run will take on every GPU, from params.json, and stop")
+    add("--ranks", type=int, default=WORLD, help="of --dry-run: how many processes torchrun will start")
     add("--resume", action="store_true", help="go on from --out's resume.pt")
     add("--override", action="store_true", help=f"and let these differ: {', '.join(sorted(OVERRIDES))}")
     add("--max-bad-steps", type=int, default=10, help="steps in a row whose loss or gradient is not finite (they are "

@@ -38,6 +38,21 @@ def shard(model: Llama, kind: str, device: torch.device):
     return DistributedDataParallel(model, gradient_as_bucket_view=True)
 
 
+def compile_blocks(model: Llama | None, backend: str = "inductor") -> None:
+    """torch.compile for the forward of every block, in place, before shard(). All blocks share one code. The first
+    size that runs is compiled as it is; a size that changes becomes a symbol: so a few graphs serve every slice (where
+    it is all of an axis they are graphs of their own), those with gates or factors, and those without gradient."""
+    torch._dynamo.config.recompile_limit = 64    # beyond, blocks would run uncompiled
+    torch._dynamo.config.optimize_ddp = False    # it cuts graphs at DDP's buckets; ours are small already
+    for block in model.layers if model else ():
+        block.forward = torch.compile(block.forward, backend=backend)
+
+
+def compiled_graphs() -> int:
+    """Graphs that torch.compile has made so far in this process."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
 def adamw(groups: list[dict], kind: str, **settings):
     """AdamW over groups, its moments split over the ranks if kind is zero1."""
     if kind == "zero1" and WORLD > 1:

@@ -32,11 +32,13 @@ from data.prepare import prepare
 from data.shards import Shards
 from importance import rank, sort_
 from model import Llama, LlamaConfig, SubNet
+from optimizer import clip_gradients, lr_factor, make_optimizers, schedule
+from memory import plan_table
 from params import read_config
 from parallel import RANK, WORLD, Stop, autocast, finish, mean_over_ranks, rank0_first, say, setup
 from router import FLEX, Choice, Router, restore_router, router_state
 from settings import MAY_DIFFER, OVERRIDES, parse_args
-from shard import adamw, load_optimizer_state, model_state, optimizer_state, shard, whole
+from shard import compile_blocks, compiled_graphs, load_optimizer_state, model_state, optimizer_state, shard
 from space import AXES, Space, cost, n_params, random_generator
 from tokenizer import fail, load_tokenizer
 
@@ -71,52 +73,6 @@ def evaluate(model: Llama, windows, subnet: SubNet | None = None, factors=None, 
 
 # -----------------------------------------------------------------------------
 # one step
-
-
-def lr_factor(step: int, steps: int, warmup: float, start: float = 0.0) -> float:
-    """Nothing before `start`, a linear warm-up, then a cosine to a tenth; start and warmup are shares of the steps."""
-    begin, up = round(start * steps), max(1, round(warmup * steps))
-    if step < begin + up:
-        return max(0, step + 1 - begin) / up
-    return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - begin - up) / max(1, steps - begin - up)))
-
-
-def schedule(step: int, args) -> tuple[float, float, float]:
-    """(tau, kappa, soft): tau falls geometrically 1 -> tau_end, kappa rises linearly 1 -> kappa_end. The share of soft
-    passes, which teach the router and cost the full width, falls linearly from soft_prob at router_start to 0 at
-    soft_end: before, the router does not learn; after, it has decided."""
-    t = step / max(1, args.steps - 1)
-    left = (args.soft_end - t) / max(1e-9, args.soft_end - args.router_start)
-    soft = args.soft_prob * max(0.0, left) if t >= args.router_start else 0.0
-    return args.tau_end ** t, 1 + (args.kappa_end - 1) * t, soft
-
-
-def parts(model: Llama, router: Router | None) -> dict[str, list]:
-    """The parameters that train, in three parts, each with a learning rate and a gradient clip of its own."""
-    named = [] if router is None else list(router.named_parameters())
-    return dict(llama=[p for p in model.parameters() if p.requires_grad],
-                router=[p for name, p in named if not name.startswith("modulation")],
-                modulation=[p for name, p in named if name.startswith("modulation")])
-
-
-def make_optimizers(model: Llama, router: Router | None, args) -> list:
-    """AdamW for the Llama, whose matrices are decayed and whose state may be sharded, and one for router and
-    modulation. `peak` is a group's learning rate after its warm-up, which begins at `start`."""
-    groups, rates = {}, dict(llama=args.lr, router=args.router_lr, modulation=args.modulation_lr)
-    for name, parameters in parts(model, router).items():
-        for decayed in (True, False):
-            chosen = [p for p in parameters if (name == "llama" and p.dim() == 2) == decayed]
-            group = dict(params=chosen, peak=rates[name], start=args.router_start if name == "router" else 0.0,
-                         weight_decay=args.weight_decay if decayed else 0.0)
-            groups.setdefault(name == "llama", []).extend([group] if chosen else [])
-    return [adamw(of, args.shard if llama else "ddp", lr=args.lr, betas=(0.9, 0.95), fused=True)
-            for llama, of in groups.items() if of]
-
-
-def clip_gradients(model: Llama, router: Router | None, clip: float) -> dict[str, float]:
-    """Clips each part's gradient; returns their norms before."""
-    return {name: whole(torch.nn.utils.clip_grad_norm_(parameters, clip)).item()
-            for name, parameters in parts(model, router).items() if parameters}
 
 
 def pass_loss(wrapped, tokens, targets, teacher, kd, **slice_kwargs):
@@ -224,6 +180,8 @@ def train(model, router, shards, val, orders, settings: dict, args, device, stat
     the model, kept for a resumed run. Asked to stop by a signal, it saves and leaves with status 0."""
     steps, start, bad = args.steps, 0, 0
     model.activation_checkpointing = args.activation_checkpointing
+    if args.compile:
+        compile_blocks(model), compile_blocks(teacher)
     wrapped = shard(model, args.shard, device)
     optimizers = make_optimizers(model, router, args)
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
@@ -305,6 +263,8 @@ def step_line(step: int, result: dict, norms: dict, lr: float, seconds: float, a
     if seconds:
         left = timedelta(seconds=round((args.steps - step - 1) * seconds))
         cells.append(f"{1000 * seconds:.0f} ms | {len(passes) * args.batch_tokens / seconds:,.0f} tok/s | eta {left}")
+    if args.compile:
+        cells.append(f"{compiled_graphs()} graphs")
     return f"step {step:5d}/{args.steps} | loss | " + " | ".join(cells)
 
 
@@ -414,6 +374,8 @@ def table(model, router, orders: dict, val, args) -> None:
 def main(argv=None) -> None:
     """data -> base -> rank, sort -> train -> table."""
     args = parse_args(argv, __doc__)
+    if args.dry_run:
+        return print(plan_table(args))
     device = setup(args.device)
     say("settings: " + " ".join(f"{k}={v}" for k, v in vars(args).items() if v is not None))
     folder, shards, val = open_data(args)

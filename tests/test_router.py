@@ -11,11 +11,11 @@ import torch
 
 from checkpoint import load_tensors, save_tensors
 from model import Llama, SubNet
+from optimizer import lr_factor, schedule
 from router import Router, load_router, restore_router, router_state
 from space import AXES, Space, choices_for, cost, n_params, random_generator
 from tests.helpers import GQA, MHA, SHAPES, hard_gates, odd_choices, one_line_error, random_llama, random_router, \
     subnets, tokens_for
-from train import lr_factor, schedule
 
 BOTH = {"gqa": GQA, "mha": MHA}
 FEW = {"dim": [32, 48], "n_heads": [2, 4, 8], "ffn_dim": [40, 80], "n_layers": [3, 4]}

@@ -12,6 +12,7 @@ from checkpoint import load_llama, load_tensors
 from data.prepare import prepare
 from data.shards import Shards
 from model import Llama, LlamaConfig
+from optimizer import schedule
 from router import Router, load_router
 from space import Space, cost
 from tests.helpers import ROOT, run
@@ -76,7 +77,7 @@ def test_elastic_step_is_the_sum_of_its_budgets(demo):
         model, router, shards, args = parts(*demo, budgets=(0.5, 1.0, 0.8), soft_prob=soft_prob)
         other_model, other_router = copy.deepcopy(model), copy.deepcopy(router)
         train.train_step(model, model, router, shards, 0, args, torch.device("cpu"))
-        tau, kappa, _ = train.schedule(0, args)
+        tau, kappa, _ = schedule(0, args)
         total = 0
         for i, b in enumerate((0.5, 0.8, 1.0)):
             x, y = shards.batch(0, 24, 8 * i, 8 * i + 8)

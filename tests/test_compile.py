@@ -1,0 +1,67 @@
+"""--compile: the same gradients, from a bounded number of graphs."""
+import shutil
+
+import pytest
+import torch
+
+from model import Gates
+from shard import compile_blocks, compiled_graphs
+from space import Space
+from tests.helpers import GQA, ROOT, close, random_llama, run, tokens_for
+from tests.test_shard import log
+from tests.test_train import TINY, demo  # noqa: F401 (a fixture)
+
+NEEDS_COMPILER = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on CPUs")
+
+
+def step(model, space: Space, i: int, generator) -> dict:
+    """Gradients of a random slice, at every fifth step under soft gates, at every fourth of the full network."""
+    draw = lambda n: torch.randint(n, (), generator=generator)
+    subnet = space.full if i % 4 == 0 or i % 5 == 0 else space.subnet(space.members[draw(len(space.members))])
+    factors = torch.rand(GQA.n_layers, 2, generator=generator).requires_grad_() if subnet != space.full else None
+    soft = [g.detach().requires_grad_() for g in space.gates(torch.rand(space.onehot.size(1), generator=generator))]
+    x = tokens_for(GQA, seed=i)
+    model.zero_grad()
+    model(x, x, subnet=subnet, gates=Gates(*soft) if i % 5 == 0 else None, factors=factors)[1].backward()
+    return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("backend,steps,checkpointing", [
+    ("eager", 60, False), ("eager", 11, True), pytest.param("inductor", 4, False, marks=NEEDS_COMPILER)])
+def test_the_same_gradients_from_few_graphs(backend, steps, checkpointing):
+    """Catches a graph that remembers the sizes or the layer it was made for, and one graph per size or layer."""
+    torch._dynamo.reset()
+    plain, compiled, before = random_llama(GQA), random_llama(GQA), compiled_graphs()
+    compiled.activation_checkpointing = checkpointing
+    compile_blocks(compiled, backend)
+    generators, graphs = [torch.Generator().manual_seed(0) for _ in range(2)], []
+    for i in range(steps):
+        want, got = (step(m, Space(GQA), i, g) for m, g in zip((plain, compiled), generators))
+        assert want.keys() == got.keys()
+        assert all(close(got[n], want[n]) for n in want), i
+        graphs.append(compiled_graphs() - before)
+    assert 0 < graphs[-1] <= 24 and (steps < 60 or graphs[-1] - graphs[steps // 2] <= 2), graphs
+
+
+COMPILED = """
+import functools, sys, train
+train.table = lambda *args: None
+train.compile_blocks = functools.partial(train.compile_blocks, backend="eager")
+train.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("ranks,flags", [(0, ["--kd", "0.5"]), (2, ["--shard", "fsdp", "--activation-checkpointing"])])
+def test_a_compiled_run_is_the_same_run(demo, tmp_path, ranks, flags):  # noqa: F811
+    """Catches blocks compiled after they were sharded, graphs cut at DDP's buckets, and a count that nobody prints."""
+    root, given = demo
+    flags = [*given[:2], *TINY, *flags, "--llama", root / "out/base", "--log-every", "1", "--eval-every", "100"]
+    script = tmp_path / "compiled.py"
+    script.write_text(COMPILED)
+    plain = run(ROOT / "train.py", *flags, "--out", tmp_path / "plain", ranks=ranks)
+    compiled = run(script, *flags, "--compile", "--out", tmp_path / "compiled", ranks=ranks)
+    assert plain.returncode == compiled.returncode == 0, compiled.stderr[-2000:]
+    for one, two in zip(log(tmp_path / "plain", "loss"), log(tmp_path / "compiled", "loss"), strict=True):
+        assert all(abs(x - y) < 1e-4 for x, y in zip(one, two)), (one, two)
+    counts = [int(line.split()[-2]) for line in compiled.stderr.splitlines() if line.endswith(" graphs")]
+    assert counts and 0 < counts[-1] < 40 and not plain.stderr.count(" graphs")

@@ -1,0 +1,93 @@
+"""memory.py: the plan against what a run takes, and against arithmetic."""
+import dataclasses
+import json
+import shutil
+import sys
+
+import pytest
+import torch
+
+import memory
+import settings
+import train
+from checkpoint import save_llama
+from model import LlamaConfig, SubNet
+from params import params_json
+from space import n_params
+from tests.helpers import GQA, one_line_error, random_llama, run
+from tests.test_train import demo  # noqa: F401 (a fixture)
+
+SMALL = LlamaConfig(dim=512, n_layers=6, n_heads=8, n_kv_heads=4, head_dim=64, ffn_dim=1536, vocab_size=1280)
+MEASURE = r"""
+import re, sys, train
+peak = lambda: 1024 * int(re.search(r"VmHWM:\s+(\d+)", open("/proc/self/status").read())[1])
+before, train.table = peak(), lambda *args: None
+train.main(sys.argv[1:])
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("extra", [[], ["--activation-checkpointing", "--batch-tokens", "1024"],
+                                   ["--kd", "0.5"]])
+def test_the_plan_is_what_a_run_takes(demo, tmp_path, monkeypatch, extra):  # noqa: F811
+    """Catches a plan that forgets a copy, or counts one that is never made: within 15 % of the measured peak."""
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")  # or glibc keeps what was freed, and it counts as taken
+    root, _ = demo
+    shutil.copytree(root / "data", tmp_path / "data")
+    (tmp_path / "data/tokenizer.model").unlink()
+    save_llama(tmp_path / "base", SMALL, random_llama(SMALL).state_dict())
+    flags = ["--llama", tmp_path / "base", "--data", tmp_path / "data", "--out", tmp_path / "flex", "--steps", "3",
+             "--batch-tokens", "512", "--seq-len", "256", "--budgets", "1.0", "0.8", "0.6",
+             "--eval-windows", "2", "--calibration-windows", "2",
+             "--router-start", "0", "--soft-end", "1", "--device", "cpu", *extra]
+    script = tmp_path / "measure.py"
+    script.write_text(MEASURE)
+    done = run(script, *flags)
+    assert done.returncode == 0, done.stderr[-2000:]
+    measured = int(done.stdout.splitlines()[-1])
+    planned = memory.plan(SMALL, settings.parse_args(list(map(str, flags))), 1, bf16=False)[0]["total"]
+    assert abs(planned / measured - 1) < 0.15, (planned / 1e6, measured / 1e6)
+
+
+def test_what_the_forward_keeps():
+    """Catches bytes that are counted twice, views of weights taken for activations, and depth that costs nothing: the
+    real forward, tensor by tensor, must keep as much."""
+    for checkpointing in (False, True):
+        model = random_llama(dataclasses.replace(GQA, n_layers=3))
+        model.activation_checkpointing = checkpointing
+        weights, kept = {p.data_ptr() for p in model.parameters()}, {}
+
+        def keep(t):
+            kept[t.untyped_storage().data_ptr()] = t
+            return t
+
+        x = torch.zeros(2, 16, dtype=torch.long)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            model(x, x)
+        real = sum(t.untyped_storage().nbytes() for p, t in kept.items() if p not in weights)
+        planned = memory.activation_bytes(model.config, 2, 16, False, checkpointing, False)
+        assert planned == real if not checkpointing else real < planned < 3 * real
+
+
+def test_the_table_from_params_json_alone(tmp_path, capsys):
+    """Catches a plan that wants weights, a total that is not the sum, shares that do not fall with the ranks."""
+    config = LlamaConfig(dim=2048, n_layers=16, n_heads=32, n_kv_heads=8, head_dim=64, ffn_dim=8192, vocab_size=128256)
+    (tmp_path / "params.json").write_text(json.dumps(params_json(config)))
+    rows = {}
+    for ranks in ("1", "8"):
+        train.main(["--llama", str(tmp_path), "--dry-run", "--ranks", ranks, "--device", "cuda"])
+        lines = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
+        rows[ranks] = {kind: list(map(float, cells)) for kind, *cells in lines}
+    assert not (tmp_path / "consolidated.00.pth").exists() and len(list(tmp_path.iterdir())) == 1
+    n = n_params(config, SubNet.full(config), embeddings=True)
+    for ranks, table in rows.items():
+        assert list(table) == ["ddp", "zero1", "fsdp"]
+        assert table["ddp"][:3] == pytest.approx([4 * n / 1e9, 4 * n / 1e9, 8 * n / 1e9], abs=0.01)
+        assert all(sum(row[:-1]) == pytest.approx(row[-1], abs=0.03) for row in table.values())
+    assert rows["1"]["ddp"] == rows["1"]["fsdp"] == rows["1"]["zero1"]
+    assert rows["8"]["zero1"][2] == pytest.approx(rows["8"]["ddp"][2] / 8, abs=0.01)
+    assert rows["8"]["fsdp"][1] == pytest.approx(rows["8"]["ddp"][1] / 8, abs=0.01)
+    assert rows["8"]["fsdp"][-1] < rows["8"]["zero1"][-1] < rows["8"]["ddp"][-1]
+    with one_line_error(capsys, "3 ranks", "--batch-tokens"):
+        train.main(["--llama", str(tmp_path), "--dry-run", "--ranks", "3"])
