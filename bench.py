@@ -6,7 +6,7 @@ What a slice costs to run, side by side in one process: sliced, masked, and expo
     python bench.py --device cuda --dim 2048 --layers 16 --heads 32 --kv-heads 8 --ffn-dim 8192 --vocab-size 128256
 
 All variants take turns in every round, so a busy machine slows them alike; a row is the median over rounds of its
-time divided by the full model's in the same round.
+time divided by the full model's in the same round. Then the same for generating text, with the KV cache and without.
 """
 import argparse
 import json
@@ -19,6 +19,7 @@ import torch
 from checkpoint import load_llama
 from model import Gates, Llama, LlamaConfig, SubNet
 from router import load_router
+from sample import generate
 from space import AXES, Space, cost
 from tokenizer import fail
 from parallel import autocast, device_of
@@ -79,12 +80,35 @@ def measure(calls: dict, tokens, rounds: int, device) -> dict[tuple, dict]:
             | dict(ms=1000 * statistics.median(times[key]["both"])) for key in calls}
 
 
-def main(argv=None) -> None:
-    """Prints the table on stderr, with --json also one JSON line on stdout."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.error = lambda message: fail(f"{message}; python bench.py --help lists the flags")
-    p.add_argument("--model", help="a folder to measure (default: random weights of the shape below)")
-    p.add_argument("--budgets", type=float, nargs="+", default=[0.8, 0.6, 0.4])
+def generation(model: Llama, calls: dict, tokens, rounds: int, device) -> dict[float, dict]:
+    """Per budget: time per token with the KV cache over the full model's, and time without the cache over that with it;
+    half of tokens (T,) is the prompt, as many are generated."""
+    prompt = tokens[:len(tokens) // 2].tolist()
+    n = len(tokens) - len(prompt)
+
+    @torch.no_grad()
+    def recompute(subnet):
+        text = list(prompt)
+        for _ in range(n):
+            with autocast(device):
+                text.append(model(torch.tensor([text], device=device), subnet=subnet)[0][0, -1].argmax().item())
+
+    def cached(subnet):
+        with autocast(device):
+            list(generate(model, prompt, n, subnet, temperature=0))
+
+    subnets = {b: call.get("subnet", model.full) for (b, way), call in calls.items() if way in ("full", "sliced")}
+    times = {(b, run): [] for b in subnets for run in (cached, recompute)}
+    for r in range(rounds + 1):  # round 0 warms up
+        for (b, run), seconds in times.items():
+            seconds.append(timed(lambda: run(subnets[b]), device))
+    ratio = lambda a, b: statistics.median(x / y for x, y in zip(a[1:], b[1:]))
+    return {b: dict(cached=ratio(times[b, cached], times[1.0, cached]),
+                    recomputed=ratio(times[b, recompute], times[b, cached])) for b in subnets}
+
+
+def add_shape(p: argparse.ArgumentParser) -> None:
+    """Flags of a Llama's shape, of the machine and of the measurement."""
     shape = dict(dim=512, layers=6, heads=8, kv_heads=4, head_dim=64, ffn_dim=1536, vocab_size=1280)
     for flag, default in shape.items():
         p.add_argument(f"--{flag.replace('_', '-')}", type=int, default=default)
@@ -93,17 +117,30 @@ def main(argv=None) -> None:
     p.add_argument("--rounds", type=int, default=7)
     p.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--json", action="store_true")
-    args = p.parse_args(argv)
+
+
+def shape_of(args: argparse.Namespace) -> LlamaConfig:
+    """The Llama that the flags describe."""
     sizes = (args.rounds, args.batch, args.seq_len, args.dim, args.layers, args.heads, args.kv_heads, args.ffn_dim)
     if min(sizes) < 1 or args.heads % args.kv_heads:
         fail("a size under 1, or heads that do not divide among KV heads; expected a Llama's shape, as in --help")
-    device = device_of(args.device)
+    return LlamaConfig(dim=args.dim, n_layers=args.layers, n_heads=args.heads, n_kv_heads=args.kv_heads,
+                       head_dim=args.head_dim, ffn_dim=args.ffn_dim, vocab_size=args.vocab_size)
+
+
+def main(argv=None) -> None:
+    """Prints the table on stderr, with --json also one JSON line on stdout."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.error = lambda message: fail(f"{message}; python bench.py --help lists the flags")
+    p.add_argument("--model", help="a folder to measure (default: random weights of the shape below)")
+    p.add_argument("--budgets", type=float, nargs="+", default=[0.8, 0.6, 0.4])
+    add_shape(p)
+    args = p.parse_args(argv)
+    config, device = shape_of(args), device_of(args.device)
     if args.model:
         model, router = load_llama(args.model, device), None
         router = load_router(args.model, model.config)
     else:
-        config = LlamaConfig(dim=args.dim, n_layers=args.layers, n_heads=args.heads, n_kv_heads=args.kv_heads,
-                             head_dim=args.head_dim, ffn_dim=args.ffn_dim, vocab_size=args.vocab_size)
         model, router = Llama(config).init_weights().to(device), None
     try:
         space = router.space if router else Space(model.config)
@@ -124,8 +161,14 @@ def main(argv=None) -> None:
         c = cost(model.config, calls[b, way].get("subnet", model.full))
         table.append(dict(budget=b, cost=c, way=way, forward=row["forward"], both=row["both"]))
         print(f"{b:7.2f} {c:6.3f} {way:>9} {row['forward']:8.3f} {row['both']:8.3f}", file=sys.stderr)
+    text = generation(model, calls, tokens[0], args.rounds, device)
+    print(f"\n{'budget':>7} {'generate':>9} (time over the full model's)   {'without KV cache':>17} (over with it)",
+          file=sys.stderr)
+    for b, row in text.items():
+        print(f"{b:7.2f} {row['cached']:9.3f} {'':29} {row['recomputed']:17.2f}", file=sys.stderr)
     if args.json:
-        print(json.dumps(dict(device=args.device, rows=table)))
+        generated = [dict(budget=b, **row) for b, row in text.items()]
+        print(json.dumps(dict(device=args.device, rows=table, generation=generated)))
 
 
 if __name__ == "__main__":

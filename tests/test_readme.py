@@ -8,6 +8,7 @@ import sys
 import pytest
 
 import bench
+import bench_train
 import checkpoint
 import export
 import sample
@@ -21,11 +22,13 @@ from tests.helpers import ROOT, random_llama, run
 
 FEWER = {"train.py": "--base-steps 3 --steps 2 --eval-windows 4 --calibration-windows 4 --batch-tokens 128 "
                      "--seq-len 16",
+         "bench_train.py": "--dim 64 --layers 2 --heads 4 --kv-heads 2 --head-dim 16 --ffn-dim 64 --seq-len 16 "
+                           "--rounds 1 --device cpu",
          "bench.py": "--dim 64 --layers 2 --heads 4 --kv-heads 2 --head-dim 16 --ffn-dim 64 --seq-len 16 --rounds 1",
          "sample.py": "--max-new-tokens 5", "eval.py": "--windows 4", "tests/oracle.py": "--windows 2",
          "tests/big_export.py": "--scale 16"}
 MAINS = {"train.py": train.main, "export.py": export.main, "eval.py": evaluation.main, "sample.py": sample.main,
-         "bench.py": bench.main, "data/prepare.py": data.prepare.main, "checkpoint.py": checkpoint.main,
+         "bench.py": bench.main, "bench_train.py": bench_train.main, "data/prepare.py": data.prepare.main, "checkpoint.py": checkpoint.main,
          "tests/oracle.py": oracle.main, "tests/big_export.py": big_export.main}
 
 
