@@ -1,28 +1,42 @@
 """
-Validation loss per budget, of a supernet or of any plain Llama folder.
+What each budget is worth: validation loss, the paper's six tasks, speed; of a supernet or of any plain Llama folder.
 
-    python eval.py                                       the table of out/flex
+    python eval.py                                       the loss table of out/flex
     python eval.py --model out/flex-0.50                 an export
     python eval.py --budgets 1.0 0.55 --text book.txt    the loss on a file, at sizes never trained
+    python eval.py --tasks piqa winogrande --limit 100   the first rows of two tasks (tasks.py); --tasks all: all six
+    python eval.py --speed                               tokens/s and memory of each size over the full model's
+    python eval.py --plot flex.png --base out/base       a picture, with a dense Llama as a line
+    torchrun --nproc_per_node=8 eval.py --tasks all      eight GPUs share the rows; the numbers are those of one
     python eval.py --json                                one JSON object as the last line of stdout
 
 Without --text the held-out windows are those of training's table, which flex.pt remembers.
 """
 import argparse
+import importlib.util
+import io
 import json
+import statistics
 import sys
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from checkpoint import TOKENIZER, load_llama, load_tensors
 from data.shards import Shards
-from model import Llama
-from parallel import device_of
+from likelihood import TOKENS, score
+from model import Llama, SubNet
+from parallel import RANK, finish, rank0_first, say, setup
 from router import FLEX, load_router
 from space import cost, n_params
-from tokenizer import encode_document, fail, load_tokenizer
+from speed import speeds
+from tasks import TASKS, Request, load_task, metrics, requests_of
+from tokenizer import atomic_write, encode_document, fail, load_tokenizer
 from train import TABLE_BUDGETS, evaluate
+
+# -----------------------------------------------------------------------------
+# loss
 
 
 def text_windows(path, tokenizer, context: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -45,6 +59,15 @@ def text_windows(path, tokenizer, context: int) -> list[tuple[torch.Tensor, torc
     return pairs + ([(rest[None, :-1], rest[None, 1:])] if len(rest) > 1 else [])
 
 
+def shard_windows(args, flex: dict, context: int, vocab_size: int):
+    """The held-out windows of training's table as one pair (x, y), or those of --data."""
+    data, own = args.data or flex.get("data", "data/pystdlib"), Path(args.model) / TOKENIZER
+    theirs = Path(data) / TOKENIZER
+    if own.is_file() and theirs.is_file() and own.read_bytes() != theirs.read_bytes():
+        fail(f"{data} was made with another tokenizer than {own}; name the model's own data with --data")
+    return [Shards(data, "val", context, vocab_size).windows(args.windows or flex.get("eval_windows", 128))]
+
+
 def mean_loss(model: Llama, pairs, subnet, factors, batch: int | None) -> tuple[float, int]:
     """(mean cross-entropy in nats, tokens scored) over pairs of windows (x, y)."""
     counts = [y.numel() for _, y in pairs]
@@ -52,66 +75,203 @@ def mean_loss(model: Llama, pairs, subnet, factors, batch: int | None) -> tuple[
     return sum(l * n for l, n in zip(losses, counts)) / sum(counts), sum(counts)
 
 
-def rows_of(model: Llama, router, budgets: list[float], pairs, batch: int | None) -> list[dict]:
-    """One row per budget, in the order asked."""
-    rows, config = [], model.config
-    for budget in budgets:
-        subnet, factors = router.deploy(budget) if router else (model.full, None)
-        loss, tokens = mean_loss(model, pairs, subnet, factors, batch)
-        one = lambda v: v[0] if len(set(v)) == 1 else list(v)
-        rows.append(dict(budget=budget, got=round(cost(config, subnet), 6), params=n_params(config, subnet),
-                         params_total=n_params(config, subnet, embeddings=True), dim=subnet.dim,
-                         layers=list(subnet.layers), n_heads=one(subnet.n_heads), ffn_dim=one(subnet.ffn_dim),
-                         loss=loss, tokens=tokens))
-    return rows
+# -----------------------------------------------------------------------------
+# tasks
 
 
-def main(argv=None) -> None:
-    """Prints a table on stderr, and with --json the same as one JSON line on stdout."""
+def read_tasks(args, tokenizer, window: int) -> dict[str, tuple[list, list[Request]]]:
+    """task -> (questions, their requests): tokenised once, for all budgets."""
+    found = {}
+    for name in args.tasks:
+        questions = load_task(name, args.task_dir, args.limit)
+        bar = tqdm(requests_of(questions, tokenizer, window), f"{name}: tokens", len(questions), leave=False,
+                   disable=None if RANK == 0 else True)
+        found[name] = questions, list(bar)
+        cut = sum(r.cut for r in found[name][1])
+        if cut:
+            say(f"{name}: {cut:,} of {len(questions):,} contexts lost their beginning to the window of {window} tokens")
+    return found
+
+
+# -----------------------------------------------------------------------------
+# tables and a picture
+
+
+def row_of(model: Llama, budget: float, subnet: SubNet, factors, pairs, tasks: dict, args) -> dict:
+    """All that is known of one budget: its sizes, and loss and task metrics where asked for."""
+    config, one = model.config, lambda v: v[0] if len(set(v)) == 1 else list(v)
+    row = dict(budget=budget, got=round(cost(config, subnet), 6), params=n_params(config, subnet),
+               params_total=n_params(config, subnet, embeddings=True), dim=subnet.dim, layers=list(subnet.layers),
+               n_heads=one(subnet.n_heads), ffn_dim=one(subnet.ffn_dim))
+    if pairs:
+        row["loss"], row["tokens"] = mean_loss(model, pairs, subnet, factors, args.batch)
+    if tasks:
+        row["tasks"], row["computed"] = {}, {}
+        for name, (questions, requests) in tasks.items():
+            scores, row["computed"][name] = score(model, requests, subnet, factors, args.batch, f"{budget:.2f} {name}")
+            row["tasks"][name] = rank0_first(lambda: metrics(name, questions, scores))
+        row["average"] = statistics.mean(row["tasks"][name][TASKS[name].metric] for name in tasks)
+    return row
+
+
+def loss_table(rows: list[dict], context: int, trained) -> str:
+    """Sizes and loss, a line a budget."""
+    lines = [f"{'budget':>7} {'got':>6} {'dim':>5} {'heads':>5} {'ffn':>6} {'layers':>6} {'parameters':>14} "
+             f"{'with emb.':>14} {'loss':>7} {'ppl':>8}   ({rows[0]['tokens']:,} tokens, windows of {context})"]
+    listed = lambda v: v if isinstance(v, int) else f"{min(v)}-{max(v)}"
+    for r in rows:
+        lines.append(f"{label(r, trained)} {r['got']:6.3f} {r['dim']:5d} {listed(r['n_heads']):>5} "
+                     f"{listed(r['ffn_dim']):>6} {len(r['layers']):6d} {r['params']:14,} {r['params_total']:14,} "
+                     f"{r['loss']:7.3f} {torch.tensor(r['loss']).exp().item():8.2f}")
+    return "\n".join(lines)
+
+
+def label(row: dict, trained) -> str:
+    """The first column: the budget, with a star if it was trained."""
+    return f"{'base':>6} " if row.get("base") else f"{row['budget']:6.2f}{'*' if row['budget'] in trained else ' '}"
+
+
+def task_table(rows: list[dict], trained) -> str:
+    """The metric that the paper shows of each task, +- its standard error, and their average."""
+    names = list(rows[0]["tasks"])
+    lines = [f"{'budget':>7} {'got':>6} {'parameters':>14}" + "".join(f" {n:>14}" for n in names) + f" {'average':>8}"]
+    for r in rows:
+        cells = []
+        for name in names:
+            found, metric = r["tasks"][name], TASKS[name].metric
+            cells.append(f"{found[metric]:.4f}±{found[metric + '_stderr']:.4f}")
+        lines.append(f"{label(r, trained)} {r['got']:6.3f} {r['params']:14,}" + "".join(f" {c:>14}" for c in cells)
+                     + f" {r['average']:8.4f}")
+    return "\n".join(lines)
+
+
+def speed_table(rows: list[dict], full: dict, trained) -> str:
+    """Ratios to the full model: over 1 is faster, under 1 is smaller."""
+    lines = [f"{'budget':>7} {'got':>6} {'prefill':>8} {'decode':>8} {'memory':>8}   (over the full model: "
+             f"{full['prefill']:,.0f} and {full['decode']:,.0f} tokens/s, {full['memory'] / 1e6:,.1f} MB; "
+             f"batch {full['batch']}, {full['prompt']} + {full['new']} tokens)"]
+    return "\n".join(lines + [f"{label(r, trained)} {r['got']:6.3f} {r['speed']['prefill']:8.3f} "
+                              f"{r['speed']['decode']:8.3f} {r['speed']['memory']:8.3f}" for r in rows])
+
+
+def plot(path: str, rows: list[dict], base: dict | None, trained, title: str) -> None:
+    """Average accuracy of the tasks, or loss without tasks, against parameters."""
+    from matplotlib.figure import Figure
+    key, name = ("average", "average accuracy") if "average" in rows[0] else ("loss", "loss (nats)")
+    axes = (figure := Figure(figsize=(6, 4), layout="constrained")).add_subplot()
+    rows = sorted(rows, key=lambda r: r["params"])
+    axes.plot([r["params"] for r in rows], [r[key] for r in rows], color="tab:blue", linewidth=1)
+    for kind, filled in (("trained", True), ("interpolated", False)):
+        some = [r for r in rows if (r["budget"] in trained) == filled]
+        axes.scatter([r["params"] for r in some], [r[key] for r in some], label=kind if some else None, zorder=3,
+                     edgecolors="tab:blue", facecolors="tab:blue" if filled else "white")
+    if base:
+        axes.axhline(base[key], color="tab:gray", linestyle="--", label=f"dense, {base['params']:,} parameters")
+    axes.set(xlabel="parameters without embeddings", ylabel=name, title=title)
+    axes.legend()
+    figure.savefig(buffer := io.BytesIO(), format=Path(path).suffix[1:], dpi=150)
+    with atomic_write(path) as file:
+        file.write(buffer.getvalue())
+
+
+# -----------------------------------------------------------------------------
+# the command line
+
+
+def arguments(argv) -> argparse.Namespace:
+    """The flags, checked as far as they can be before anything is loaded."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.error = lambda message: fail(f"{message}; python eval.py --help lists the flags")
     p.add_argument("--model", default="out/flex", help="a supernet or any plain Llama folder")
     p.add_argument("--budgets", type=float, nargs="+", help="default: 1.0 to 0.4 on a supernet, 1.0 on a plain Llama")
+    p.add_argument("--base", help="a plain Llama to compare with; same tokenizer")
     p.add_argument("--text", help="a text file to score instead of the validation shards")
     p.add_argument("--data", help="folder of shards, its val split (default: the one trained on, or data/pystdlib)")
     p.add_argument("--windows", type=int, help="validation windows at most (default: training's, or 128)")
     p.add_argument("--seq-len", type=int, help="tokens per window (default: the model's own context)")
-    p.add_argument("--batch", type=int, help="windows per forward (default: 4096 tokens' worth)")
+    p.add_argument("--tasks", nargs="+", default=[], choices=[*TASKS, "all"], help="no loss then, unless --text or --data")
+    p.add_argument("--task-dir", default="data/tasks", help="where the files of the tasks are, a folder a task")
+    p.add_argument("--limit", type=int, help="the first rows of a task only (of each subject of mmlu)")
+    p.add_argument("--batch", type=int, help=f"windows or questions per forward (default: {TOKENS} tokens' worth)")
+    p.add_argument("--speed", action="store_true", help="also prefill, decode and memory, as ratios to the full model")
+    p.add_argument("--plot", help="a picture to write: loss or accuracy against parameters; .png, .svg or .pdf")
     p.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--json", action="store_true", help="one JSON object as the last line of stdout")
     args = p.parse_args(argv)
-    for flag in ("batch", "windows", "seq_len"):
+    for flag in ("batch", "windows", "seq_len", "limit"):
         if getattr(args, flag) is not None and getattr(args, flag) < 1:
             fail(f"--{flag.replace('_', '-')} {getattr(args, flag)} found; expected 1 or more")
-    model = load_llama(args.model, device_of(args.device))
+    args.tasks = list(TASKS if "all" in args.tasks else dict.fromkeys(args.tasks))
+    if args.plot and Path(args.plot).suffix not in (".png", ".svg", ".pdf"):
+        fail(f"--plot {args.plot} found; expected a file that ends in .png, .svg or .pdf")
+    if args.plot and importlib.util.find_spec("matplotlib") is None:
+        fail("--plot needs matplotlib, which is not installed: pip install matplotlib")
+    return args
+
+
+def load_base(args, vocab_size: int, device) -> Llama | None:
+    """--base as a model; it reads the tokens of the other one, so its tokenizer must be the same."""
+    if not args.base:
+        return None
+    base, paths = load_llama(args.base, device), [Path(folder) / TOKENIZER for folder in (args.model, args.base)]
+    texts = [path.read_bytes() if path.is_file() else None for path in paths]
+    if base.config.vocab_size != vocab_size or texts[0] != texts[1]:
+        fail(f"--base {args.base} has another tokenizer than {args.model}; expected a dense Llama with the same one")
+    return base
+
+
+def run(args, device) -> dict:
+    """Loads, measures, prints the tables on stderr; returns what --json prints."""
+    model = load_llama(args.model, device)
     router = load_router(args.model, model.config)
     if router is None and any(b != 1 for b in args.budgets or [1.0]):
         fail(f"{args.model} is a plain Llama: its only budget is 1.0; expected a folder made by train.py for others")
+    base = load_base(args, model.config.vocab_size, device)
     flex = load_tensors(Path(args.model) / FLEX) if router else {}
     context = args.seq_len or flex.get("seq_len") or model.config.context
+    window = args.seq_len or (131072 if model.config.rope_factor > 1 else model.config.context)  # as hf.py says
     budgets = args.budgets or ([b for b in TABLE_BUDGETS if b >= router.space.costs.min()] if router else [1.0])
-    if args.text:
-        tokenizer = load_tokenizer(Path(args.model) / TOKENIZER, model.config.vocab_size)
-        pairs = text_windows(args.text, tokenizer, context)
-    else:
-        data, own = args.data or flex.get("data", "data/pystdlib"), Path(args.model) / TOKENIZER
-        theirs = Path(data) / TOKENIZER
-        if own.is_file() and theirs.is_file() and own.read_bytes() != theirs.read_bytes():
-            fail(f"{data} was made with another tokenizer than {own}; name the model's own data with --data")
-        shards = Shards(data, "val", context, model.config.vocab_size)
-        pairs = [shards.windows(args.windows or flex.get("eval_windows", 128))]
-    rows = rows_of(model, router, budgets, pairs, args.batch)
-    print(f"{'budget':>7} {'got':>6} {'dim':>5} {'heads':>5} {'ffn':>6} {'layers':>6} {'parameters':>14} "
-          f"{'with emb.':>14} {'loss':>7} {'ppl':>8}   ({rows[0]['tokens']:,} tokens, windows of {context})",
-          file=sys.stderr)
-    for r in rows:
-        star = "*" if r["budget"] in flex.get("budgets", []) else " "
-        listed = lambda v: v if isinstance(v, int) else f"{min(v)}-{max(v)}"
-        print(f"{r['budget']:6.2f}{star} {r['got']:6.3f} {r['dim']:5d} {listed(r['n_heads']):>5} "
-              f"{listed(r['ffn_dim']):>6} {len(r['layers']):6d} {r['params']:14,} {r['params_total']:14,} "
-              f"{r['loss']:7.3f} {torch.tensor(r['loss']).exp().item():8.2f}", file=sys.stderr)
-    if args.json:
-        print(json.dumps(dict(model=str(args.model), context=context, rows=rows)))
+    deployed = [router.deploy(b) if router else (model.full, None) for b in budgets]
+    tokenizer = args.text or args.tasks
+    tokenizer = load_tokenizer(Path(args.model) / TOKENIZER, model.config.vocab_size) if tokenizer else None
+    pairs = text_windows(args.text, tokenizer, context) if args.text else []
+    if not args.text and (args.data or not args.tasks):
+        pairs = shard_windows(args, flex, context, model.config.vocab_size)
+    tasks, trained = read_tasks(args, tokenizer, window), flex.get("budgets", [])
+    rows = [row_of(model, b, *d, pairs, tasks, args) for b, d in zip(budgets, deployed)]
+    result = dict(model=str(args.model), context=context, rows=rows)
+    everything = list(rows)
+    if base:
+        result["base"] = row_of(base, 1.0, base.full, None, pairs, tasks, args) | dict(base=str(args.base))
+        everything.append(result["base"])
+    if pairs:
+        say(loss_table(everything, context, trained))
+    if tasks:
+        result["window"] = window
+        result["computed"] = {name: (rows[0]["computed"][name], sum(
+            len(r.rows[row]) for r in requests for row, _ in r.choices)) for name, (_, requests) in tasks.items()}
+        say(task_table(everything, trained))
+        for name, (done, each) in result["computed"].items():
+            say(f"{name}: {done:,} tokens computed a budget; one forward for every choice would take {each:,} "
+                f"({each / done:.1f} times)")
+    if args.speed:
+        ratios, result["speed"] = rank0_first(lambda: speeds(
+            model, [subnet for subnet, _ in deployed], window, args.batch or 8, device))
+        for row, ratio in zip(rows, ratios):
+            row["speed"] = ratio
+        say(speed_table(rows, result["speed"], trained))
+    if args.plot and RANK == 0:
+        plot(args.plot, rows, result.get("base"), trained, str(args.model))
+    return result
+
+
+def main(argv=None) -> None:
+    """Prints tables on stderr, and with --json the same as one JSON line on stdout."""
+    args = arguments(argv)
+    result = run(args, setup(args.device))
+    if args.json and RANK == 0:
+        print(json.dumps(result))
+    finish()
 
 
 if __name__ == "__main__":

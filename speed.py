@@ -1,0 +1,113 @@
+"""
+Speed and memory of each size as it is deployed: a Llama of its own, prompt first, then token by token with a KV cache.
+
+The full model is measured in the same run, and all sizes take turns in every round, so a busy machine slows them alike.
+A figure is the median over the rounds of (the full model's time / this one's), which needs no quiet machine to repeat.
+
+Try it:  python eval.py --speed
+"""
+import statistics
+import time
+import weakref
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from tqdm import tqdm
+
+from model import KVCache, Llama, SubNet
+
+ROUNDS = 7
+
+# -----------------------------------------------------------------------------
+# memory
+
+
+class Peak(TorchDispatchMode):
+    """Bytes of the tensors that were made under it and are alive at a time: `most` is what torch.cuda counts for
+    itself, on the CPU. What a kernel allocates inside does not show."""
+
+    def __init__(self):
+        super().__init__()
+        self.now, self.most, self.alive = 0, 0, {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and tensor.device.type == "cpu":
+                self.add(tensor.untyped_storage())
+        return out
+
+    def add(self, storage):
+        """A storage, once for all its views, until the last of them is gone."""
+        key, size = storage.data_ptr(), storage.nbytes()
+        if size and key not in self.alive:
+            self.alive[key] = weakref.finalize(storage, self.drop, key, size)
+            self.now += size
+            self.most = max(self.most, self.now)
+
+    def drop(self, key, size):
+        del self.alive[key]
+        self.now -= size
+
+
+def peak_memory(run, device) -> int:
+    """Bytes allocated at most while run() runs, over what was there before."""
+    if device.type == "cpu":
+        with Peak() as peak:
+            run()
+        return peak.most
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    return torch.cuda.max_memory_allocated() - before
+
+
+# -----------------------------------------------------------------------------
+# speed
+
+
+def slim(model: Llama, subnet: SubNet, device) -> Llama:
+    """The slice as a Llama of its own, as it is deployed: in bf16 on CUDA."""
+    with torch.device("meta"):
+        native = Llama(subnet.config(model.config))
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    native.load_state_dict({name: w.detach().to(dtype, copy=True, memory_format=torch.contiguous_format)
+                            for name, w in model.slices(subnet).items()}, assign=True)
+    native.tie()
+    return native
+
+
+@torch.no_grad()
+def speeds(model: Llama, subnets: list[SubNet], window: int, batch: int, device) -> tuple[list[dict], dict]:
+    """-> for each subnet the tokens/s of prefill and decode and the peak memory (weights, KV cache, activations) as
+    ratios to the full model's; and the full model's own: tokens/s, bytes, the tokens of the prompt and the new ones."""
+    new = max(1, min(32, window // 4))
+    prompt = max(1, min(512, window) - new)
+    tokens = torch.randint(model.config.vocab_size, (batch, prompt + new),
+                           generator=torch.Generator().manual_seed(0)).to(device)
+
+    def clock() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def turn(subnet: SubNet) -> tuple[float, float]:
+        native, cache = slim(model, subnet, device), KVCache(prompt + new)
+        native(tokens[:, :1])  # the weights were just copied: touch them all once
+        start = clock()
+        native(tokens[:, :prompt], cache=cache)
+        middle = clock()
+        for i in range(prompt, prompt + new):
+            native(tokens[:, i:i + 1], cache=cache)
+        return middle - start, clock() - middle
+
+    sizes = list(dict.fromkeys([model.full, *subnets]))
+    memory = {subnet: peak_memory(lambda: turn(subnet), device) for subnet in sizes}  # a warm-up, too
+    rounds = [{subnet: turn(subnet) for subnet in sizes}
+              for _ in tqdm(range(ROUNDS), "speed", leave=False, disable=None)]
+    ratio = lambda subnet, part: statistics.median(r[model.full][part] / r[subnet][part] for r in rounds)
+    seconds = [statistics.median(r[model.full][part] for r in rounds) for part in (0, 1)]
+    return ([dict(prefill=ratio(s, 0), decode=ratio(s, 1), memory=memory[s] / memory[model.full]) for s in subnets],
+            dict(prefill=batch * prompt / seconds[0], decode=batch * new / seconds[1], memory=memory[model.full],
+                 prompt=prompt, new=new, batch=batch))
