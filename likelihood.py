@@ -1,5 +1,5 @@
 """
-How likely a model finds the choices of a question: requests (tasks.py) -> log-likelihoods, with no token computed twice.
+How likely a model finds the choices of a question: requests (tasks.py) -> log-likelihoods.
 
 The choices of a question share most of their tokens: ten shots of HellaSwag are a thousand, an ending is twenty. What
 they share goes through the model once and stays in the KV cache, of which each choice gets a copy. The sums are those
@@ -18,17 +18,21 @@ from tasks import Request
 TOKENS = 4096  # in one forward: its logits take 2 GB with Llama 3's vocabulary
 
 
-def batches_of(requests: list[Request], batch: int | None) -> list[list[int]]:
-    """Indices of the requests, the longest first: if memory runs out, it does so at once. `batch` of them at a time,
-    by default as many as keep what is computed under TOKENS."""
-    def computed(indices):
-        prefix, rows = min(requests[i].prefix for i in indices), [r for i in indices for r in requests[i].rows]
-        return len(indices) * prefix + len(rows) * (max(map(len, rows)) - prefix)
+def computed(requests: list[Request]) -> int:
+    """Tokens that go through the model for a batch: the prefix once a request, the rest of each row, padded."""
+    prefix, rows = min(r.prefix for r in requests), [row for r in requests for row in r.rows]
+    return len(requests) * prefix + len(rows) * (max(map(len, rows)) - prefix)
 
-    batches: list[list[int]] = []
+
+def batches_of(requests: list[Request], batch: int | None) -> list[list[int]]:
+    """Indices of the requests, the longest first: if memory runs out, it does so at once. `batch` of them at a time; by
+    default as many as keep what is computed under TOKENS, and under 1.5 times what they would need alone."""
+    alone, batches = [computed([r]) for r in requests], []
     for i in sorted(range(len(requests)), key=lambda i: (-max(map(len, requests[i].rows)), -requests[i].prefix)):
-        if batches and (len(batches[-1]) < batch if batch else computed(batches[-1] + [i]) <= TOKENS):
-            batches[-1].append(i)
+        more = batches[-1] + [i] if batches else []
+        if more and (len(more) <= batch if batch else computed([requests[i] for i in more]) <= min(
+                TOKENS, 1.5 * sum(alone[i] for i in more))):
+            batches[-1] = more
         else:
             batches.append([i])
     return batches
@@ -68,24 +72,23 @@ def log_likelihoods(model: Llama, requests: list[Request], subnet=None, factors=
     log_p = logits.log_softmax(-1).gather(1, token[:, None])[:, 0].double().cpu().split(owner)
     greedy = (logits.argmax(-1) == token).cpu().split(owner)
     answers = iter([(p.sum().item(), g.all().item()) for p, g in zip(log_p, greedy)])
-    return ([[next(answers) for _ in r.choices] for r in requests],
-            len(requests) * prefix + len(rows) * (longest - prefix))
+    return [[next(answers) for _ in r.choices] for r in requests], computed(requests)
 
 
 def score(model: Llama, requests: list[Request], subnet=None, factors=None, batch: int | None = None, name=""):
     """log_likelihoods() of all requests in their order, and tokens computed; batches are shared among the ranks, which
     all get all of it."""
-    batches, found, computed = batches_of(requests, batch), {}, 0
+    batches, found, total = batches_of(requests, batch), {}, 0
     factors = None if factors is None else factors.to(model.tok_embeddings.weight.device)
     with tqdm(total=len(requests), desc=name, unit="row", leave=False, disable=None if RANK == 0 else True) as bar:
         for i, indices in enumerate(batches):
             if i % WORLD == RANK:
                 answers, tokens = log_likelihoods(model, [requests[i] for i in indices], subnet, factors)
                 found |= dict(zip(indices, answers))
-                computed += tokens
+                total += tokens
             bar.update(len(indices))
-    parts = [(found, computed)] * WORLD
+    parts = [(found, total)] * WORLD
     if dist.is_initialized():
-        dist.all_gather_object(parts, (found, computed))
+        dist.all_gather_object(parts, (found, total))
     found = {i: answer for part, _ in parts for i, answer in part.items()}
     return [found[i] for i in range(len(requests))], sum(tokens for _, tokens in parts)

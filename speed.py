@@ -24,12 +24,13 @@ ROUNDS = 7
 
 
 class Peak(TorchDispatchMode):
-    """Bytes of the tensors that were made under it and are alive at a time: `most` is what torch.cuda counts for
-    itself, on the CPU. What a kernel allocates inside does not show."""
+    """Bytes of tensors that are alive at a time: `most` is what torch.cuda counts for itself, on the CPU. Counts a
+    model's weights, and what is made under it; what a kernel allocates inside does not show."""
 
-    def __init__(self):
+    def __init__(self, weights=()):
         super().__init__()
-        self.now, self.most, self.alive = 0, 0, {}
+        self.alive = {w.untyped_storage().data_ptr(): w.untyped_storage().nbytes() for w in weights}
+        self.now = self.most = sum(self.alive.values())
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
@@ -42,25 +43,25 @@ class Peak(TorchDispatchMode):
         """A storage, once for all its views, until the last of them is gone."""
         key, size = storage.data_ptr(), storage.nbytes()
         if size and key not in self.alive:
-            self.alive[key] = weakref.finalize(storage, self.drop, key, size)
+            self.alive[key] = size
+            weakref.finalize(storage, self.drop, key)
             self.now += size
             self.most = max(self.most, self.now)
 
-    def drop(self, key, size):
-        del self.alive[key]
-        self.now -= size
+    def drop(self, key):
+        self.now -= self.alive.pop(key)
 
 
-def peak_memory(run, device) -> int:
-    """Bytes allocated at most while run() runs, over what was there before."""
+def peak_memory(native: Llama, run, device) -> int:
+    """Bytes of the weights and of what is allocated besides while run() runs, at most."""
     if device.type == "cpu":
-        with Peak() as peak:
+        with Peak(native.parameters()) as peak:
             run()
         return peak.most
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     run()
-    return torch.cuda.max_memory_allocated() - before
+    return torch.cuda.max_memory_allocated() - before + sum(w.nbytes for w in native.parameters())
 
 
 # -----------------------------------------------------------------------------
@@ -92,20 +93,25 @@ def speeds(model: Llama, subnets: list[SubNet], window: int, batch: int, device)
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    def turn(subnet: SubNet) -> tuple[float, float]:
-        native, cache = slim(model, subnet, device), KVCache(prompt + new)
-        native(tokens[:, :1])  # the weights were just copied: touch them all once
-        start = clock()
+    def turn(native: Llama) -> tuple[float, float]:
+        cache, start = KVCache(prompt + new), clock()
         native(tokens[:, :prompt], cache=cache)
         middle = clock()
         for i in range(prompt, prompt + new):
             native(tokens[:, i:i + 1], cache=cache)
         return middle - start, clock() - middle
 
-    sizes = list(dict.fromkeys([model.full, *subnets]))
-    memory = {subnet: peak_memory(lambda: turn(subnet), device) for subnet in sizes}  # a warm-up, too
-    rounds = [{subnet: turn(subnet) for subnet in sizes}
-              for _ in tqdm(range(ROUNDS), "speed", leave=False, disable=None)]
+    def warm(subnet: SubNet) -> Llama:  # one at a time: all sizes together may not fit
+        native = slim(model, subnet, device)
+        native(tokens[:, :1])
+        return native
+
+    sizes, memory, rounds = list(dict.fromkeys([model.full, *subnets])), {}, []
+    for subnet in sizes:
+        native = warm(subnet)
+        memory[subnet] = peak_memory(native, lambda: turn(native), device)
+    for _ in tqdm(range(ROUNDS), "speed", leave=False, disable=None):
+        rounds.append({subnet: turn(warm(subnet)) for subnet in sizes})
     ratio = lambda subnet, part: statistics.median(r[model.full][part] / r[subnet][part] for r in rounds)
     seconds = [statistics.median(r[model.full][part] for r in rounds) for part in (0, 1)]
     return ([dict(prefill=ratio(s, 0), decode=ratio(s, 1), memory=memory[s] / memory[model.full]) for s in subnets],

@@ -10,6 +10,8 @@ import eval as evaluation
 from checkpoint import load_llama, save_llama
 from data.shards import write_shard
 from export import export
+from model import LlamaConfig
+from speed import Peak
 from tests.helpers import GQA, MHA, SHAPES, make_supernet, one_line_error, random_llama
 from tokenizer import BOS, load_tokenizer
 
@@ -131,15 +133,83 @@ def test_per_layer_shapes_are_listed(tmp_path, capsys):
     assert row["n_heads"] == [8, 2, 4, 6] and row["ffn_dim"] == [80, 13, 40, 7] and row["layers"] == [0, 1, 2, 3]
 
 
+def test_base_is_scored_on_the_same_tokens(folders, capsys, monkeypatch):
+    """Catches a dense Llama compared on other windows, or the supernet's weights under its name."""
+    monkeypatch.chdir(folders)
+    result = score(capsys, "--model", "flex", "--base", "dense", "--text", "good", "--budgets", 1, 0.5)
+    dense = score(capsys, "--model", "dense", "--text", "good", "--seq-len", 16)["rows"][0]
+    assert result["base"]["loss"] == pytest.approx(dense["loss"]) and result["base"]["params"] == dense["params"]
+    assert len({row["loss"] for row in result["rows"]} | {dense["loss"]}) == 3 and len(result["rows"]) == 2
+
+
+def test_speed_is_a_ratio_to_the_full_model(tmp_path, capsys):
+    """Catches the supernet's memory under the name of a slice, a slice that is masked, not cut, and a full model that
+    is not measured when it was not asked for. The weights alone, counted by hand, are the smallest part of a peak."""
+    config = LlamaConfig(dim=256, n_layers=4, n_heads=8, n_kv_heads=4, head_dim=32, ffn_dim=1024, context=64)
+    make_supernet(tmp_path, config)
+    (tmp_path / "text").write_text("the cat", encoding="utf-8")
+    result = score(capsys, "--model", tmp_path, "--text", tmp_path / "text", "--speed", "--batch", 2, "--budgets", 0.4, 1)
+    small, full = result["rows"]
+    assert full["speed"] == dict(prefill=1, decode=1, memory=1)
+    assert small["speed"]["prefill"] > 1 and small["speed"]["decode"] > 1  # half the work and less; about 2 and 1.5
+    weights = 4 * full["params_total"]
+    assert weights < result["speed"]["memory"] < 1.5 * weights, "fp32, a KV cache and activations of 64 tokens"
+    assert 4 * small["params_total"] < small["speed"]["memory"] * result["speed"]["memory"] < 1.5 * 4 * small["params_total"]
+    assert result["speed"]["prompt"] + result["speed"]["new"] == 64 and result["speed"]["decode"] > 0
+
+
+def test_peak_counts_what_is_alive_at_a_time():
+    """Catches views counted twice, tensors that stay counted when they are gone, and a sum in place of a peak."""
+    with Peak() as peak:
+        a = torch.zeros(1000)
+        b = a + 1
+        c = b.view(10, 100)
+        del b
+        d = c * 2
+        del a, c
+        assert peak.now == 4000 and peak.most == 12000
+        del d
+    assert peak.now == 0
+    weight = torch.zeros(500)
+    with Peak([weight]) as peak:
+        a = weight.view(5, 100)[:2] + 0
+    assert peak.now == peak.most == 2000 + 800 and a.shape == (2, 100)
+
+
+def test_plot_shows_every_budget(folders, capsys, monkeypatch):
+    """Catches trained and interpolated budgets drawn alike, a point or the base left out, no file or half of one."""
+    figure = pytest.importorskip("matplotlib.figure", reason="matplotlib is not installed: pip install matplotlib")
+    monkeypatch.chdir(folders)
+    drawn, savefig = [], figure.Figure.savefig
+    monkeypatch.setattr(figure.Figure, "savefig", lambda self, *a, **k: drawn.append(self) or savefig(self, *a, **k))
+    rows = score(capsys, "--model", "flex", "--base", "dense", "--text", "good", "--budgets", 0.8, 0.5, 0.6, 1,
+                 "--plot", "out.png")
+    assert (folders / "out.png").read_bytes().startswith(b"\x89PNG")
+    axes, = drawn[0].axes
+    points = {kind.get_label(): {tuple(p) for p in kind.get_offsets().tolist()} for kind in axes.collections}
+    at = lambda *budgets: {(r["params"], r["loss"]) for r in rows["rows"] if r["budget"] in budgets}
+    assert points == {"trained": at(0.5, 1), "interpolated": at(0.6, 0.8)}
+    assert rows["base"]["loss"] in [line.get_ydata()[0] for line in axes.lines]
+
+
+def test_plot_without_matplotlib(folders, capsys, monkeypatch):
+    """Catches a traceback at the end of a long evaluation, in place of a line at its start."""
+    monkeypatch.chdir(folders)
+    monkeypatch.setattr(evaluation.importlib.util, "find_spec", lambda name: None)
+    with one_line_error(capsys, "pip install matplotlib"):
+        evaluation.main("--model nowhere --plot out.png".split())
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Texts, a supernet and three plain Llamas: a good one, one without tokenizer, one with fewer tokens than
+    """Texts, a supernet and four plain Llamas: its own weights, others, one without tokenizer, one with fewer tokens than
     its tokenizer."""
     path = tmp_path_factory.mktemp("models")
     model, _ = make_supernet(path / "flex", GQA)
     save_llama(path / "plain", model.config, model.state_dict(), path / "flex" / "tokenizer.model")
     save_llama(path / "mute", model.config, model.state_dict())
     save_llama(path / "small", GQA, random_llama(GQA).state_dict(), path / "flex" / "tokenizer.model")
+    save_llama(path / "dense", model.config, random_llama(model.config, 5).state_dict(), path / "flex" / "tokenizer.model")
     for name, content in dict(good=b"the cat", latin1=b"the c\xe9t", empty=b"").items():
         (path / name).write_bytes(content)
     return path
@@ -152,6 +222,9 @@ def folders(tmp_path_factory):
     ("flex --text good --budgets 0.5 1.2", "1.2"),
     ("flex --data nowhere", "nowhere"), ("mute --text good", "tokenizer.model"), ("small --text good", "small"),
     ("gone --text good", "gone"), ("flex --no-such-flag", "--no-such-flag"), ("flex --text good --seq-len -3", "-3"),
+    ("flex --tasks sudoku", "sudoku piqa"), ("flex --tasks piqa --limit 0", "--limit 0"),
+    ("flex --tasks piqa", "piqa valid.jsonl data/tasks"), ("flex --text good --plot out.gif", "out.gif .png"),
+    ("flex --text good --base small", "small tokenizer"), ("flex --text good --base mute", "mute tokenizer"),
     ("flex --text good --seq-len 0", "0"), ("flex --text good --batch 0", "0")])
 def test_mistakes(folders, capsys, monkeypatch, command, words):
     """Catches a traceback, or the full model's loss under the name of a budget that a plain Llama does not have."""
