@@ -189,7 +189,8 @@ def arguments(argv) -> argparse.Namespace:
     p.add_argument("--data", help="folder of shards, its val split (default: the one trained on, or data/pystdlib)")
     p.add_argument("--windows", type=int, help="validation windows at most (default: training's, or 128)")
     p.add_argument("--seq-len", type=int, help="tokens per window (default: the model's own context)")
-    p.add_argument("--tasks", nargs="+", default=[], choices=[*TASKS, "all"], help="no loss then, unless --text or --data")
+    p.add_argument("--tasks", nargs="+", default=[], choices=[*TASKS, "all"],
+                   help="benchmarks; the loss then needs --text or --data")
     p.add_argument("--task-dir", default="data/tasks", help="where the files of the tasks are, a folder a task")
     p.add_argument("--limit", type=int, help="the first rows of a task only (of each subject of mmlu)")
     p.add_argument("--batch", type=int, help=f"windows or questions per forward (default: {TOKENS} tokens' worth)")

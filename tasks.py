@@ -108,8 +108,8 @@ def find(folder: Path, *names: str) -> Path:
     for name in names:
         if (folder / name).is_file():
             return folder / name
-    fail(f"{folder / names[0]} is missing (nor is there {' or '.join(names[1:]) or 'another name'}); {folder.name} comes "
-         f"from {TASKS[folder.name].source}; python data/tasks.py {folder.name} --out {folder.parent} downloads it")
+    fail(f"{' or '.join([str(folder / names[0]), *names[1:]])} is missing; {folder.name} comes from "
+         f"{TASKS[folder.name].source}; python data/tasks.py {folder.name} --out {folder.parent} downloads it")
 
 
 # -----------------------------------------------------------------------------
@@ -125,8 +125,8 @@ def arc_easy(folder: Path) -> Iterator[Question]:
             columns = {k: [c.get(k) for c in options if isinstance(c, dict)] for k in ("text", "label")}
             row = Row(row.where, dict(row, question=stem.get("stem"), choices=columns))
         columns = Row(row.where, row["choices"] if isinstance(row.get("choices"), dict) else {})
-        context, choices, labels = f"Question: {row.text('question')}\nAnswer:", columns.strings("text"), columns.strings(
-            "label")
+        context = f"Question: {row.text('question')}\nAnswer:"
+        choices, labels = columns.strings("text"), columns.strings("label")
         if row.get("answerKey") not in labels or len(labels) != len(choices):
             row.bad(f"found the answerKey {row.get('answerKey')!r} and the labels {labels} of {len(choices)} choices, "
                     "expected one of as many labels")
@@ -149,8 +149,8 @@ def piqa(folder: Path) -> Iterator[Question]:
         labels = find(folder, f"{path.stem}-labels.lst")
         lines = labels.read_text().split()
         if len(lines) != len(rows):
-            fail(f"{labels}:{len(lines)}: ends here, but {path} has {len(rows)} rows; expected as many labels; download "
-                 "both again: python data/tasks.py piqa")
+            fail(f"{labels}:{len(lines)}: ends here, but {path} has {len(rows)} rows; expected as many labels; "
+                 "download both again: python data/tasks.py piqa")
         for row, label, number in zip(rows, lines, range(1, len(lines) + 1)):
             row["label"] = Row(f"{labels}:{number}", dict(label=label)).index("label", 2)
     for row in rows:

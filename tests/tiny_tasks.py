@@ -5,8 +5,8 @@ import random
 from pathlib import Path
 
 SUBJECTS = ["anatomy", "high_school_us_history", "world_religions"]
-WORDS = ("the cat sat on mat and dog ate cake def main argv return line for in a naïve 日本 🐈 it's \"said\" she, {x} "
-         "{{braces}} {% if %} 12345 3.14 co-op I'm [sic] don't Über\u2028sep $y_1$ \\frac{1}{2} <|eot|>x").split(" ")
+WORDS = ("the cat sat on mat and dog ate cake def main argv return line for in a naïve 日本 🐈 it's \"said\" she, "
+         "{x} {{braces}} {% if %} 12345 3.14 I'm [sic] don't Über\u2028sep $y_1$ \\frac{1}{2} <|eot|>x").split(" ")
 
 
 def words(rng: random.Random, low: int, high: int) -> str:
@@ -30,18 +30,18 @@ def rows_of_tasks(n: int = 32, long: int = 200) -> dict:
                         choices=dict(text=texts, label=list(labels)), answerKey=labels[i % k]))
         lambada.append(dict(text=[say(*length) + " cake", "the\n\n" + say() + "  dog", say() + " naïve日本", "Cake",
                                   say() + " mat.", say() + " "][i % 6 if i < n - 1 else 0]))
-        piqa.append(dict(goal=say(*length) + ["", " ", "\n "][i % 3], sol1=say(), sol2=[say(), " " + say(), say() + "  "][
-            i % 3], label=i % 2))
+        piqa.append(dict(goal=say(*length) + ["", " ", "\n "][i % 3], sol1=say(),
+                         sol2=[say(), " " + say(), say() + "  "][i % 3], label=i % 2))
         if i % 7 == 2:
             piqa[-1]["sol2"] = piqa[-1]["sol1"]
-        sentence = [f"{say(*length).replace('_', '-')} _ was {say()}.", f"{say()} the_{say()} _ twice", f"_ {say()}"][i % 3 if i < n - 1 else 0]
-        wino.append(dict(sentence=sentence, option1=say(1, 2), option2=[say(1, 2), say(1, 2) + " "][i % 2],
-                         answer=str(1 + i % 2)))
+        sentences = [f"{say(*length).replace('_', '-')} _ was {say()}.", f"{say()} the_{say()} _ twice", f"_ {say()}"]
+        wino.append(dict(sentence=sentences[i % 3 if i < n - 1 else 0], option1=say(1, 2),
+                         option2=[say(1, 2), say(1, 2) + " "][i % 2], answer=str(1 + i % 2)))
         swag.append(scene(rng, i, length))
     swag[5]["endings"][2] = "[empty]"                                 # nothing is left of it
     swag[9]["endings"][1] = swag[9]["endings"][0]
     train = [scene(rng, 1000 + i, (3, 8)) for i in range(20)]
-    swag[3] = dict(train[4])                                          # a row that is in train: dropped from its own shots
+    swag[3] = dict(train[4])                                          # a row of train, to be no shot of its own
     mmlu = {split: [question(rng, subject, i, (long // 4, long // 4) if split == "test" and i == 10 else (3, 12))
                     for subject in SUBJECTS for i in range(size)] for split, size in (("dev", 6), ("test", 11))}
     return {"arc_easy": arc, "lambada_openai": lambada, "piqa": piqa, "winogrande": wino, "hellaswag": swag,
@@ -52,15 +52,16 @@ def scene(rng: random.Random, i: int, length) -> dict:
     say = lambda low=2, high=9: words(rng, low, high)
     return dict(ind=i, activity_label=["Baking cookies", "[header] How to"][i % 2],
                 ctx_a=[say(*length), f"[header] {say(*length)} [title] {say()}  twice   thrice "][i % 2],
-                ctx_b=["the man", "", "ÉCOLE of"][i % 3], endings=[f"{say()} [title] {say()}", say(1, 2), say(), f" {say()}. "],
-                label=str(i % 4))
+                ctx_b=["the man", "", "ÉCOLE of"][i % 3], label=str(i % 4),
+                endings=[f"{say()} [title] {say()}", say(1, 2), say(), f" {say()}. "])
 
 
 def question(rng: random.Random, subject: str, i: int, length) -> dict:
     say = lambda low=2, high=9: words(rng, low, high)
     choices = [say(1, 3), f'"{say(1, 2)}", she said', "one\ntwo, three", [say(1, 2), "None", ""][i % 3]]
-    return dict(question=["  ", ""][i % 2] + say(*length) + ["\nA second line, with a comma?  ", "?", " {braces} \"q\" "][i % 3],
-                subject=subject, choices=choices, answer=(i * 3 + len(subject)) % 4)
+    ends = ["\nA second line, with a comma?  ", "?", " {braces} \"q\" "]
+    return dict(question=["  ", ""][i % 2] + say(*length) + ends[i % 3], subject=subject, choices=choices,
+                answer=(i * 3 + len(subject)) % 4)
 
 
 def write_jsonl(path, rows) -> None:
