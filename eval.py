@@ -87,7 +87,9 @@ def read_tasks(args, tokenizer, window: int) -> dict[str, tuple[list, list[Reque
         bar = tqdm(requests_of(questions, tokenizer, window), f"{name}: tokens", len(questions), leave=False,
                    disable=None if RANK == 0 else True)
         found[name] = questions, list(bar)
-        cut = sum(r.cut for r in found[name][1])
+        subjects, cut = len({q.group for q in questions}), sum(r.cut for r in found[name][1])
+        if name == "mmlu" and subjects != 57:
+            say(f"mmlu: {subjects} subjects of 57 are there; published figures are over all of them")
         if cut:
             say(f"{name}: {cut:,} of {len(questions):,} contexts lost their beginning to the window of {window} tokens")
     return found
