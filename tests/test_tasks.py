@@ -66,7 +66,7 @@ def test_log_likelihoods_are_the_slow_ones(desk, name, window):
     model, tokenizer = load_llama(desk / "flex"), load_tokenizer(desk / "flex" / TOKENIZER)
     subnet, factors = load_router(desk / "flex", model.config).deploy(0.5)
     questions, encoded = requests(desk, name, window)
-    some = range(2, len(questions), 10 if name in ("hellaswag", "mmlu") else 4)
+    some = range(1, len(questions), 10 if name in ("hellaswag", "mmlu") else 3)
     scores, _ = score(model, [encoded[i] for i in some], subnet, factors, batch=3)
     with torch.no_grad():
         for i, answers in zip(some, scores):
