@@ -79,11 +79,10 @@ def mean_loss(model: Llama, pairs, subnet, factors, batch: int | None) -> tuple[
 # tasks
 
 
-def read_tasks(args, tokenizer, window: int) -> dict[str, tuple[list, list[Request]]]:
-    """task -> (questions, their requests): tokenised once, for all budgets."""
+def encode_tasks(asked: dict[str, list], tokenizer, window: int) -> dict[str, tuple[list, list[Request]]]:
+    """task -> questions, to task -> (questions, their requests): tokenised once, for all budgets."""
     found = {}
-    for name in args.tasks:
-        questions = load_task(name, args.task_dir, args.limit)
+    for name, questions in asked.items():
         bar = tqdm(requests_of(questions, tokenizer, window), f"{name}: tokens", len(questions), leave=False,
                    disable=None if RANK == 0 else True)
         found[name] = questions, list(bar)
@@ -225,6 +224,7 @@ def load_base(args, vocab_size: int, device) -> Llama | None:
 
 def run(args, device) -> dict:
     """Loads, measures, prints the tables on stderr; returns what --json prints."""
+    questions = {name: load_task(name, args.task_dir, args.limit) for name in args.tasks}  # before a model is loaded
     model = load_llama(args.model, device)
     router = load_router(args.model, model.config)
     if router is None and any(b != 1 for b in args.budgets or [1.0]):
@@ -235,12 +235,12 @@ def run(args, device) -> dict:
     window = args.seq_len or (131072 if model.config.rope_factor > 1 else model.config.context)  # as hf.py says
     budgets = args.budgets or ([b for b in TABLE_BUDGETS if b >= router.space.costs.min()] if router else [1.0])
     deployed = [router.deploy(b) if router else (model.full, None) for b in budgets]
-    tokenizer = args.text or args.tasks
-    tokenizer = load_tokenizer(Path(args.model) / TOKENIZER, model.config.vocab_size) if tokenizer else None
+    needed = args.text or args.tasks
+    tokenizer = load_tokenizer(Path(args.model) / TOKENIZER, model.config.vocab_size) if needed else None
     pairs = text_windows(args.text, tokenizer, context) if args.text else []
     if not args.text and (args.data or not args.tasks):
         pairs = shard_windows(args, flex, context, model.config.vocab_size)
-    tasks, trained = read_tasks(args, tokenizer, window), flex.get("budgets", [])
+    tasks, trained = encode_tasks(questions, tokenizer, window), flex.get("budgets", [])
     rows = [row_of(model, b, *d, pairs, tasks, args) for b, d in zip(budgets, deployed)]
     result = dict(model=str(args.model), context=context, rows=rows)
     everything = list(rows)
@@ -264,7 +264,7 @@ def run(args, device) -> dict:
             row["speed"] = ratio
         say(speed_table(rows, result["speed"], trained))
     if args.plot and RANK == 0:
-        plot(args.plot, rows, result.get("base"), trained, str(args.model))
+        plot(args.plot, rows, result.get("base"), trained or [1.0], str(args.model))
     return result
 
 
