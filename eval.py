@@ -5,6 +5,7 @@ Validation loss per budget, of a supernet or of any plain Llama folder.
     python eval.py --model out/flex-0.50                 an export
     python eval.py --budgets 1.0 0.55 --text book.txt    the loss on a file, at sizes never trained
     python eval.py --json                                one JSON object as the last line of stdout
+    python eval.py --model out/flextron --text book.txt  flextron.py's: mean widths per layer, what each token took
 
 Without --text the held-out windows are those of training's table, which flex.pt remembers.
 """
@@ -17,8 +18,11 @@ import torch
 
 from checkpoint import TOKENIZER, load_llama, load_tensors
 from data.shards import Shards
+from deployed import FLEXTRON, Deployed, deploy, load_flextron, picture
+from latency import load_latency
 from model import Llama
 from parallel import device_of
+from pertoken import costs_of, parameters_of, total
 from router import FLEX, load_router
 from space import cost, n_params
 from tokenizer import encode_document, fail, load_tokenizer
@@ -52,11 +56,12 @@ def mean_loss(model: Llama, pairs, subnet, factors, batch: int | None) -> tuple[
     return sum(l * n for l, n in zip(losses, counts)) / sum(counts), sum(counts)
 
 
-def rows_of(model: Llama, router, budgets: list[float], pairs, batch: int | None) -> list[dict]:
-    """One row per budget, in the order asked."""
+def rows_of(model: Llama, router, budgets: list[float], pairs, batch: int | None, latency=None) -> list[dict]:
+    """One row per budget, in the order asked. latency: of load_latency(), if it is what the budgets bound."""
     rows, config = [], model.config
     for budget in budgets:
-        subnet, factors = router.deploy(budget) if router else (model.full, None)
+        costs = latency and router and latency.costs(router.space, budget)
+        subnet, factors = router.deploy(budget, costs) if router else (model.full, None)
         loss, tokens = mean_loss(model, pairs, subnet, factors, batch)
         one = lambda v: v[0] if len(set(v)) == 1 else list(v)
         rows.append(dict(budget=budget, got=round(cost(config, subnet), 6), params=n_params(config, subnet),
@@ -66,12 +71,29 @@ def rows_of(model: Llama, router, budgets: list[float], pairs, batch: int | None
     return rows
 
 
+def flextron_rows(networks: list[Deployed], asked: list[float], pairs, batch: int | None) -> list[dict]:
+    """rows_of() flextron.py's: got and parameters are means over the tokens; heads and neurons means, layer by layer."""
+    rows, flextron = [], networks[0].flextron
+    config, full = flextron.model.config, flextron.model.full
+    costs = costs_of(config, flextron.sizes, parameters_of(config, flextron.dynamic))
+    for network, budget in zip(networks, asked):
+        loss, tokens = mean_loss(network, pairs, None, None, batch)
+        got = total(network.shares(), costs)
+        embeddings = n_params(config, full, embeddings=True) - n_params(config, full)
+        params = round(got * n_params(config, full))
+        widths = {kind: [round(w, 1) for w in of] for kind, of in network.widths().items()}
+        rows.append(dict(budget=budget, got=round(got, 6), params=params, params_total=params + embeddings,
+                         dim=config.dim, layers=list(full.layers), **widths, loss=loss, tokens=tokens))
+    return rows
+
+
 def main(argv=None) -> None:
     """Prints a table on stderr, and with --json the same as one JSON line on stdout."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.error = lambda message: fail(f"{message}; python eval.py --help lists the flags")
     p.add_argument("--model", default="out/flex", help="a supernet or any plain Llama folder")
     p.add_argument("--budgets", type=float, nargs="+", help="default: 1.0 to 0.4 on a supernet, 1.0 on a plain Llama")
+    p.add_argument("--latency", action="store_true", help="--budgets are fractions of the full model's time on this machine")
     p.add_argument("--text", help="a text file to score instead of the validation shards")
     p.add_argument("--data", help="folder of shards, its val split (default: the one trained on, or data/pystdlib)")
     p.add_argument("--windows", type=int, help="validation windows at most (default: training's, or 128)")
@@ -85,11 +107,15 @@ def main(argv=None) -> None:
             fail(f"--{flag.replace('_', '-')} {getattr(args, flag)} found; expected 1 or more")
     model = load_llama(args.model, device_of(args.device))
     router = load_router(args.model, model.config)
-    if router is None and any(b != 1 for b in args.budgets or [1.0]):
+    flextron = load_flextron(args.model, model)
+    if router is None and flextron is None and any(b != 1 for b in args.budgets or [1.0]):
         fail(f"{args.model} is a plain Llama: its only budget is 1.0; expected a folder made by train.py for others")
-    flex = load_tensors(Path(args.model) / FLEX) if router else {}
+    flex = load_tensors(Path(args.model) / (FLEX if router else FLEXTRON)) if router or flextron else {}
     context = args.seq_len or flex.get("seq_len") or model.config.context
     budgets = args.budgets or ([b for b in TABLE_BUDGETS if b >= router.space.costs.min()] if router else [1.0])
+    if flextron:
+        budgets, unit = args.budgets or [1.0, *flex["targets"]], "latency" if args.latency else "params"
+        networks = [deploy(flextron, args.model, b, unit if args.budgets else flextron.unit) for b in budgets]
     if args.text:
         tokenizer = load_tokenizer(Path(args.model) / TOKENIZER, model.config.vocab_size)
         pairs = text_windows(args.text, tokenizer, context)
@@ -100,16 +126,27 @@ def main(argv=None) -> None:
             fail(f"{data} was made with another tokenizer than {own}; name the model's own data with --data")
         shards = Shards(data, "val", context, model.config.vocab_size)
         pairs = [shards.windows(args.windows or flex.get("eval_windows", 128))]
-    rows = rows_of(model, router, budgets, pairs, args.batch)
+    if flextron:
+        rows = flextron_rows(networks, budgets, pairs, args.batch)
+    else:
+        latency = load_latency(args.model, model, router.space.choices) if args.latency and router else None
+        rows = rows_of(model, router, budgets, pairs, args.batch, latency)
     print(f"{'budget':>7} {'got':>6} {'dim':>5} {'heads':>5} {'ffn':>6} {'layers':>6} {'parameters':>14} "
           f"{'with emb.':>14} {'loss':>7} {'ppl':>8}   ({rows[0]['tokens']:,} tokens, windows of {context})",
           file=sys.stderr)
     for r in rows:
-        star = "*" if r["budget"] in flex.get("budgets", []) else " "
+        star = "*" if r["budget"] in flex.get("targets", flex.get("budgets", [])) else " "
         listed = lambda v: v if isinstance(v, int) else f"{min(v)}-{max(v)}"
         print(f"{r['budget']:6.2f}{star} {r['got']:6.3f} {r['dim']:5d} {listed(r['n_heads']):>5} "
               f"{listed(r['ffn_dim']):>6} {len(r['layers']):6d} {r['params']:14,} {r['params_total']:14,} "
               f"{r['loss']:7.3f} {torch.tensor(r['loss']).exp().item():8.2f}", file=sys.stderr)
+    for network, r in zip(networks if flextron else (), rows):
+        print(f"{r['budget']:6.2f}  heads by layer {' '.join(f'{w:g}' for w in r['n_heads'])} | neurons "
+              f"{' '.join(f'{w:g}' for w in r['ffn_dim'])}", file=sys.stderr)
+        if args.text and network.subnet is None:
+            start = pairs[0][0][0].tolist()
+            print(f"\nwhat the tokens took at {r['budget']:g} (the file's first window):\n\n"
+                  f"{picture(network, start, tokenizer)}\n", file=sys.stderr)
     if args.json:
         print(json.dumps(dict(model=str(args.model), context=context, rows=rows)))
 
