@@ -262,8 +262,14 @@ class Flextron(nn.Module):
         L, costs = range(self.model.config.n_layers), {kind: c.double().cpu() for kind, c in self.costs.items()}
         z = {kind: torch.stack([self.routers(kind, i, target) for i in L]).double().cpu() for kind in KINDS}
         at = lambda price: {kind: (z[kind] - price * costs[kind]).argmax(1) for kind in KINDS}
-        spent = lambda price: 1 + sum(costs[kind][k].sum().item() for kind, k in at(price).items())
-        best = at(cheapest_price(spent, target + 1e-9, 50))
+        spent = lambda k: 1 + sum(costs[kind][k[kind]].sum().item() for kind in KINDS)
+        best = at(cheapest_price(lambda price: spent(at(price)), target + 1e-9, 50))
+        # One price for all leaves room, up to a step of several layers at once: fill it, best worth per cost first.
+        while upgrades := [((z[kind][i, k] - z[kind][i, now]) / extra, kind, i, k) for kind in KINDS for i in L
+                           for now in [best[kind][i].item()] for k in range(now + 1, len(self.sizes[kind]))
+                           if 0 < (extra := (costs[kind][k] - costs[kind][now]).item()) <= target + 1e-9 - spent(best)]:
+            _, kind, i, k = max(upgrades)
+            best[kind][i] = k
         return SubNet(self.model.config.dim, L, *([self.sizes[kind][k] for k in best[kind].tolist()] for kind in KINDS))
 
     @torch.no_grad()
