@@ -50,7 +50,8 @@ class Deployed:
     def widths(self) -> dict[str, list[float]]:
         """Per kind, the mean heads or neurons of every layer."""
         shares = self.shares()
-        return {kind: (shares[kind].float() @ torch.tensor(self.flextron.sizes[kind]).float()).tolist() for kind in KINDS}
+        of = lambda kind: shares[kind].float() @ torch.tensor(self.flextron.sizes[kind]).float()
+        return {kind: of(kind).tolist() for kind in KINDS}
 
     def got(self) -> float:
         """The mean cost in the currency of the targets."""

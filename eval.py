@@ -72,7 +72,7 @@ def rows_of(model: Llama, router, budgets: list[float], pairs, batch: int | None
 
 
 def flextron_rows(networks: list[Deployed], asked: list[float], pairs, batch: int | None) -> list[dict]:
-    """rows_of() flextron.py's: got and parameters are means over the tokens; heads and neurons means, layer by layer."""
+    """rows_of() for flextron.py's: got and parameters are means over tokens, heads and neurons means layer by layer."""
     rows, flextron = [], networks[0].flextron
     config, full = flextron.model.config, flextron.model.full
     costs = costs_of(config, flextron.sizes, parameters_of(config, flextron.dynamic))
@@ -87,13 +87,24 @@ def flextron_rows(networks: list[Deployed], asked: list[float], pairs, batch: in
     return rows
 
 
+def print_widths(networks: list[Deployed], rows: list[dict], window: list[int] | None, tokenizer) -> None:
+    """Mean widths, layer by layer; where tokens choose for themselves, what those of a window took."""
+    for network, row in zip(networks, rows):
+        heads, neurons = (" ".join(f"{w:g}" for w in row[kind]) for kind in ("n_heads", "ffn_dim"))
+        print(f"{row['budget']:6.2f}  by layer: heads {heads} | neurons {neurons}", file=sys.stderr)
+        if window and network.subnet is None:
+            print(f"\nwhat tokens took at {row['budget']:g} (the text's first window; the higher the bar, the more of the "
+                  f"network):\n\n{picture(network, window, tokenizer)}\n", file=sys.stderr)
+
+
 def main(argv=None) -> None:
     """Prints a table on stderr, and with --json the same as one JSON line on stdout."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.error = lambda message: fail(f"{message}; python eval.py --help lists the flags")
     p.add_argument("--model", default="out/flex", help="a supernet or any plain Llama folder")
-    p.add_argument("--budgets", type=float, nargs="+", help="default: 1.0 to 0.4 on a supernet, 1.0 on a plain Llama")
-    p.add_argument("--latency", action="store_true", help="--budgets are fractions of the full model's time on this machine")
+    ask = p.add_mutually_exclusive_group()
+    ask.add_argument("--budgets", type=float, nargs="+", help="default: 1.0 to 0.4 on a supernet, 1.0 on a plain Llama")
+    ask.add_argument("--latency", type=float, nargs="+", help="instead: fractions of the full model's time")
     p.add_argument("--text", help="a text file to score instead of the validation shards")
     p.add_argument("--data", help="folder of shards, its val split (default: the one trained on, or data/pystdlib)")
     p.add_argument("--windows", type=int, help="validation windows at most (default: training's, or 128)")
@@ -108,14 +119,16 @@ def main(argv=None) -> None:
     model = load_llama(args.model, device_of(args.device))
     router = load_router(args.model, model.config)
     flextron = load_flextron(args.model, model)
-    if router is None and flextron is None and any(b != 1 for b in args.budgets or [1.0]):
+    if router is None and flextron is None and any(b != 1 for b in args.budgets or args.latency or [1.0]):
         fail(f"{args.model} is a plain Llama: its only budget is 1.0; expected a folder made by train.py for others")
     flex = load_tensors(Path(args.model) / (FLEX if router else FLEXTRON)) if router or flextron else {}
     context = args.seq_len or flex.get("seq_len") or model.config.context
-    budgets = args.budgets or ([b for b in TABLE_BUDGETS if b >= router.space.costs.min()] if router else [1.0])
+    smallest = router.space.costs.min() if router else 1.0
+    budgets = args.budgets or args.latency or [b for b in TABLE_BUDGETS if b >= smallest]
     if flextron:
-        budgets, unit = args.budgets or [1.0, *flex["targets"]], "latency" if args.latency else "params"
-        networks = [deploy(flextron, args.model, b, unit if args.budgets else flextron.unit) for b in budgets]
+        budgets = args.budgets or args.latency or [1.0, *flex["targets"]]
+        unit = "params" if args.budgets else "latency" if args.latency else flextron.unit
+        networks = [deploy(flextron, args.model, b, unit) for b in budgets]
     if args.text:
         tokenizer = load_tokenizer(Path(args.model) / TOKENIZER, model.config.vocab_size)
         pairs = text_windows(args.text, tokenizer, context)
@@ -140,13 +153,8 @@ def main(argv=None) -> None:
         print(f"{r['budget']:6.2f}{star} {r['got']:6.3f} {r['dim']:5d} {listed(r['n_heads']):>5} "
               f"{listed(r['ffn_dim']):>6} {len(r['layers']):6d} {r['params']:14,} {r['params_total']:14,} "
               f"{r['loss']:7.3f} {torch.tensor(r['loss']).exp().item():8.2f}", file=sys.stderr)
-    for network, r in zip(networks if flextron else (), rows):
-        print(f"{r['budget']:6.2f}  heads by layer {' '.join(f'{w:g}' for w in r['n_heads'])} | neurons "
-              f"{' '.join(f'{w:g}' for w in r['ffn_dim'])}", file=sys.stderr)
-        if args.text and network.subnet is None:
-            start = pairs[0][0][0].tolist()
-            print(f"\nwhat the tokens took at {r['budget']:g} (the file's first window):\n\n"
-                  f"{picture(network, start, tokenizer)}\n", file=sys.stderr)
+    if flextron:
+        print_widths(networks, rows, pairs[0][0][0].tolist() if args.text else None, args.text and tokenizer)
     if args.json:
         print(json.dumps(dict(model=str(args.model), context=context, rows=rows)))
 

@@ -104,8 +104,8 @@ def choose(folder, model: Llama, router: Router | None, asked: float, unit: str 
     if router is None or unit == "params":
         return router.deploy(asked) if router else (model.full, None)
     if router.mode == "penalty":
-        fail(f"{folder} was trained with --router penalty, whose choice no latency bounds; expected a constrained router; "
-             "ask for a --budget")
+        fail(f"{folder} was trained with --router penalty, whose choice no latency bounds; expected a constrained "
+             "router; ask for a --budget")
     return router.deploy(asked, load_latency(folder, model, router.space.choices).costs(router.space, asked))
 
 
@@ -118,8 +118,8 @@ def load(folder, dtype: torch.dtype | None) -> tuple[Llama, Router | None, torch
 def export(folder, budget: float = 1.0, out=None, dtype: torch.dtype | None = None, kind: str = "llama",
            loaded=None, unit: str = "params") -> tuple[Path, SubNet, LlamaConfig]:
     """Writes the slice of the supernet in `folder` at `budget` (unit latency: a fraction of its time) into `out`
-    (default: folder-0.50, folder-0.50-hf, folder-latency-0.50), in dtype (default: the supernet's). A plain Llama is its own only slice. Returns where, the slice, and the shape it was
-    cut from."""
+    (default: folder-0.50, folder-0.50-hf, folder-latency-0.50), in dtype (default: the supernet's). A plain Llama is
+    its own only slice. Returns where, the slice, and the shape it was cut from."""
     model, router, dtype = loaded or load(folder, dtype)
     subnet, factors = choose(folder, model, router, budget, unit)
     name = "latency-" * (unit == "latency") + (f"{budget:.2f}" if budget == round(budget, 2) else f"{budget:g}")
@@ -156,10 +156,27 @@ def sizes_table(full: LlamaConfig, rows: list[tuple[float, SubNet]], dtype: torc
     lines = [f"{'budget':>7} {'got':>6} {'dim':>6} {'heads':>5} {'ffn':>6} {'layers':>6} {'parameters':>15} "
              f"{'with embeddings':>16} {'weights, GB':>12} {f'KV of {context:,} tokens, GB':>27}"]
     for b, s in rows:
-        lines.append(f"{b:7.3f} {cost(full, s):6.3f} {s.dim:6d} {spread(s.n_heads):>5} {spread(s.ffn_dim):>6} {len(s.layers):6d} "
+        lines.append(f"{b:7.3f} {cost(full, s):6.3f} {s.dim:6d} {spread(s.n_heads):>5} {spread(s.ffn_dim):>6} "
+                     f"{len(s.layers):6d} "
                      f"{n_params(full, s):15,} {n_params(full, s, embeddings=True):16,} "
                      f"{weight_bytes(full, s, dtype) / 1e9:12.3f} {cache_bytes(full, s, dtype, context) / 1e9:27.3f}")
     return "\n".join(lines)
+
+
+def report(out: Path, full: LlamaConfig, subnet: SubNet, kind: str, asked: str) -> None:
+    """What was written."""
+    print(f"{out}: dim {subnet.dim}, {spread(subnet.n_heads)} heads of {full.head_dim}, ffn {spread(subnet.ffn_dim)}, "
+          f"layers {len(subnet.layers)} of {full.n_layers} ({' '.join(map(str, subnet.layers))})\n"
+          f"{asked}got {cost(full, subnet):.3f} of the non-embedding parameters: {n_params(full, subnet):,}\n"
+          f"{n_params(full, subnet, embeddings=True):,} parameters with embeddings, "
+          f"{sum(f.stat().st_size for f in out.iterdir()):,} bytes")
+    if kind == "llama" and len({*subnet.n_heads}) + len({*subnet.ffn_dim}) > 2:
+        print("note: layers of several shapes; nanoFlex loads this folder, no other program that we know does",
+              file=sys.stderr)
+    elif kind == "llama" and subnet.dim != subnet.n_heads[0] * full.head_dim:
+        print(f"note: {subnet.n_heads[0]} heads of {full.head_dim} do not make {subnet.dim} channels; nanoFlex "
+              "loads this folder, Meta's own code takes heads of another size; --format hf is read everywhere",
+              file=sys.stderr)
 
 
 def main(argv=None) -> None:
@@ -168,7 +185,7 @@ def main(argv=None) -> None:
     p.error = lambda message: fail(f"{message}; python export.py --help lists the flags")
     ask = p.add_mutually_exclusive_group()
     ask.add_argument("--budget", type=float, nargs="+", help="fractions of the full model's non-embedding parameters")
-    ask.add_argument("--latency", type=float, nargs="+", help="instead: fractions of the full model's time on this machine")
+    ask.add_argument("--latency", type=float, nargs="+", help="instead: fractions of the full model's time")
     ask.add_argument("--params", help="instead: at most so many parameters, embeddings included, such as 4.0B")
     ask.add_argument("--memory", help="instead: at most so much for weights and KV cache, such as 6GB")
     p.add_argument("--context", type=int, help="tokens in the KV cache, batch 1 (default: the model's window)")
@@ -180,9 +197,9 @@ def main(argv=None) -> None:
     args = p.parse_args(argv)
     model, router, dtype = loaded = load(args.model, DTYPES.get(args.dtype))
     full, context = model.config, model.config.context if args.context is None else args.context
+    flextron, unit = (Path(args.model) / FLEXTRON).exists(), "latency" if args.latency else "params"
     if context < 1:
         fail(f"--context {context} found; expected 1 or more tokens")
-    flextron, unit = (Path(args.model) / FLEXTRON).exists(), "latency" if args.latency else "params"
     budgets = args.budget or args.latency or ([1.0] if router is None else None)
     if router and (args.params or args.memory):
         size, what = (lambda s: n_params(full, s, embeddings=True)), "parameters"
@@ -193,7 +210,7 @@ def main(argv=None) -> None:
     elif args.params or args.memory:
         fail(f"{args.model} is a plain Llama of one size; expected a supernet's folder, made by train.py")
     if not budgets and not args.dry_run:
-        fail("no size asked for; expected --budget 0.5, --latency 0.6, --params 4.0B or --memory 6GB; --dry-run lists some")
+        fail("no size asked for; expected --budget 0.5, --latency 0.6, --params 4B or --memory 6GB; --dry-run lists some")
     if router is None and not flextron and budgets != [1.0]:
         fail(f"{args.model} is a plain Llama, it has no flex.pt; expected a folder made by train.py, or --budget 1.0; "
              f"python train.py --llama {args.model} makes one")
@@ -213,22 +230,10 @@ def main(argv=None) -> None:
                  "kept; make room, or choose another --out")
         except KeyboardInterrupt:
             fail(f"interrupted at budget {budget:g}; nothing of it was kept; run the same command again")
-        got, total = n_params(full, subnet), sum(f.stat().st_size for f in out.iterdir())
         if unit == "latency":
-            found = load_latency(args.model, model)(subnet)
-            print(f"asked for {budget:.3f} of the full model's time, {found:.3f} by {Path(args.model) / TABLE}")
-        print(f"{out}: dim {subnet.dim}, {spread(subnet.n_heads)} heads of {full.head_dim}, ffn {spread(subnet.ffn_dim)}, layers "
-              f"{len(subnet.layers)} of {full.n_layers} ({' '.join(map(str, subnet.layers))})\n"
-              f"{f'asked {budget:.3f}, ' if unit == 'params' else ''}got {cost(full, subnet):.3f} of the non-embedding "
-              f"parameters: {got:,}\n"
-              f"{n_params(full, subnet, embeddings=True):,} parameters with embeddings, {total:,} bytes")
-        if args.format == "llama" and len({*subnet.n_heads}) + len({*subnet.ffn_dim}) > 2:
-            print("note: layers of several shapes; nanoFlex loads this folder, no other program that we know does",
-                  file=sys.stderr)
-        elif args.format == "llama" and subnet.dim != subnet.n_heads[0] * full.head_dim:
-            print(f"note: {subnet.n_heads[0]} heads of {full.head_dim} do not make {subnet.dim} channels; nanoFlex "
-                  "loads this folder, Meta's own code takes heads of another size; --format hf is read everywhere",
-                  file=sys.stderr)
+            print(f"asked for {budget:.3f} of the full model's time, {load_latency(args.model, model)(subnet):.3f} by "
+                  f"{Path(args.model) / TABLE}")
+        report(out, full, subnet, args.format, f"asked {budget:.3f}, " * (unit == "params"))
 
 
 if __name__ == "__main__":

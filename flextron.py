@@ -16,12 +16,12 @@ Three stages, on text of their own:
 A target t is a bound on the mean cost: the loss has lambda * |E[cost] / t - 1| (the latency loss; E over what a router
 draws from), and what is deployed is held to it by a price (pertoken.py). What teaches the routers in the second stage:
 
-    surrogate  (the paper) a small network S learns, from pairs seen, how the loss of the language model follows from the
-               routers' outputs; routers descend S + the latency loss, only while S's error on new pairs is under
+    surrogate  (the paper) a small network S learns, from pairs seen, how the language model's loss follows from what
+               the routers put out; routers descend S + the latency loss, only while S's error on new pairs is under
                --threshold; then S is thrown away. A pair costs one forward of what was chosen, and no backward.
     gates      (LLaMaFlex's way) the gradient of the loss itself, through straight-through gates on the full width
 
-The loss S learns is the excess over the full model's on the same tokens: between batches of text the loss itself moves by
+The loss S learns is the excess over the full model's on the same tokens: from batch to batch the loss itself moves by
 more than a router can change. Unknown in the paper, and chosen here: threshold, number of sizes, noise, learning rates.
 """
 import argparse
@@ -35,110 +35,21 @@ from pathlib import Path
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
 from checkpoint import RESUME, TOKENIZER, load_llama, resume_state, save_llama, save_tensors
 from deployed import FLEXTRON, Deployed, flextron_state, restore_flextron
 from importance import rank, sort_
 from latency import load_latency
 from model import SubNet
-from parallel import WORLD, Stop, autocast, say, setup
+from parallel import WORLD, Stop, say, setup
 from params import read_config
-from pertoken import KINDS, Flextron, Noise, costs_of, parameters_of, sizes_for
+from pertoken import KINDS, Flextron, costs_of, parameters_of, sizes_for
 from router import FLEX
 from settings import SMALL
-from space import n_params, random_generator
-from surrogate import Surrogate
+from space import n_params
+from stages import Surrogate, stage_of, train_step
 from tokenizer import fail
 from train import evaluate, git_commit, lr_factor, make_folder, open_data, resume_command
-
-# -----------------------------------------------------------------------------
-# one step of each stage; gradients are left in .grad
-
-
-def stage_of(step: int, args) -> str:
-    """elastic, routers or joint."""
-    return "elastic" if step < args.elastic_steps else (
-        "routers" if step < args.elastic_steps + args.router_steps else "joint")
-
-
-def batches(shards, step: int, i: int, args, device):
-    """The tokens of a step's i-th pass, (x, y, share of the pass) micro-batch by micro-batch."""
-    rows, passes = args.batch_tokens // args.seq_len, 1 + max(args.samples, len(args.targets))
-    x, y = shards.batch(step, passes * rows, i * rows, (i + 1) * rows)
-    for m in range(0, rows, args.micro_batch):
-        part = x[m:m + args.micro_batch]
-        yield part.to(device), y[m:m + args.micro_batch].to(device), len(part) / rows
-
-
-def noise_of(step: int, target: float, part: int, args) -> Noise:
-    """tau falls geometrically 1 -> tau_end, kappa rises 1 -> kappa_end from the routers' first step to the last one."""
-    t = (step - args.elastic_steps) / max(1, args.router_steps + args.joint_steps - 1)
-    return Noise(args.tau_end ** t, 1 + (args.kappa_end - 1) * t, (args.seed, step, target, part))
-
-
-def random_subnet(flextron: Flextron, *seed) -> SubNet:
-    """Sizes drawn layer by layer: a function of `seed`."""
-    L, generator = flextron.model.config.n_layers, random_generator(*seed)
-    pick = lambda sizes: [sizes[k] for k in torch.randint(len(sizes), (L,), generator=generator).tolist()]
-    return SubNet(flextron.model.config.dim, range(L), *(pick(flextron.sizes[kind]) for kind in KINDS))
-
-
-def elastic_step(flextron: Flextron, shards, step: int, args, device) -> dict:
-    """Eq. 5: the full model and random SubNets, really sliced, each on its own tokens."""
-    losses = {}
-    for i in range(1 + args.samples):
-        subnet = random_subnet(flextron, args.seed, step, i) if i else flextron.model.full
-        for x, y, share in batches(shards, step, i, args, device):
-            with autocast(device):
-                loss = flextron.model(x, y, subnet=subnet)[1]
-            (loss * share / (1 + args.samples)).backward()
-            losses[i] = losses.get(i, 0.0) + loss.item() * share
-    return dict(loss=list(losses.values()))
-
-
-def gates_step(flextron: Flextron, shards, step: int, args, device, joint: bool) -> dict:
-    """Every target through gates on the full width, and, if the Llama learns too, the full model."""
-    losses, costs = {}, {}
-    for i, target in enumerate([*args.targets, 1.0] if joint else args.targets):
-        for m, (x, y, share) in enumerate(batches(shards, step, i, args, device)):
-            with autocast(device):
-                if target == 1:
-                    loss, penalty = flextron.model(x, y)[1], 0.0
-                else:
-                    _, loss, picks = flextron(x, y, target, noise_of(step, target, m, args), masked=True)
-                    mean = flextron.mean_cost(picks)
-                    penalty = (mean / target - 1).abs()
-                    costs[target] = costs.get(target, 0.0) + mean.item() * share
-            ((loss + args.penalty * penalty) * share / (len(args.targets) + joint)).backward()
-            losses[target] = losses.get(target, 0.0) + loss.item() * share
-    return dict(loss=list(losses.values()), cost=list(costs.values()), updated=True)
-
-
-def surrogate_step(flextron: Flextron, surrogate: Surrogate, shards, step: int, args, device) -> dict:
-    """Runs what the routers draw, no more, shows S the pairs, and sends S's gradient to the routers if S is good."""
-    losses, costs, pairs, penalties = [], [], [], []
-    each = lambda logits, y: F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none").view(y.shape)
-    for i, target in enumerate(args.targets):
-        for m, (x, y, share) in enumerate(batches(shards, step, i, args, device)):
-            with autocast(device):
-                logits, _, picks = flextron(x, y, target, noise_of(step, target, m, args))  # no weight wants a gradient
-                excess = each(logits.detach(), y) - each(flextron.model(x)[0], y)           # B, T
-            soft = torch.cat([pick.soft for pick in picks], dim=-1)                         # B, T or 1, 2L * K
-            rows = excess if flextron.dynamic else excess.mean(1, keepdim=True)
-            pairs.append((soft.flatten(0, 1).cpu(), rows.flatten().cpu(), share))
-            mean = flextron.mean_cost(picks)
-            penalties.append((mean / target - 1).abs() * share)
-            losses.append(excess.mean().item())
-            costs.append(mean.item())
-    for soft, rows, _ in pairs:
-        surrogate.observe(soft.detach(), rows, step)
-    updated = surrogate.error < args.threshold
-    if updated:
-        predicted = sum(surrogate(soft).mean() * share for soft, _, share in pairs)
-        ((predicted + args.penalty * sum(penalties).cpu()) / len(args.targets)).backward()
-    return dict(loss=losses, cost=costs, error=surrogate.error, updated=updated)
-
 
 # -----------------------------------------------------------------------------
 # the loop
@@ -166,14 +77,18 @@ def save(flextron: Flextron, optimizers, surrogate, step: int, updates: int, set
              f"whole; make room, then:  {resume_command()}")
 
 
+def make_optimizers(flextron: Flextron, args) -> list:
+    """AdamW for the Llama, whose matrices are decayed, and one for the routers."""
+    of = lambda matrices: [p for p in flextron.model.parameters() if (p.dim() == 2) == matrices]
+    groups = [dict(params=of(True), weight_decay=args.weight_decay), dict(params=of(False), weight_decay=0.0)]
+    return [torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95)),
+            torch.optim.AdamW(flextron.routers.parameters(), lr=args.router_lr, betas=(0.9, 0.95), weight_decay=0.0)]
+
+
 def train(flextron: Flextron, shards, val, settings: dict, args, device, state=None) -> None:
     """All stages, into args.out. state: what resume.pt held."""
     steps, start, updates = args.elastic_steps + args.router_steps + args.joint_steps, 0, 0
-    named = list(flextron.model.named_parameters())
-    decayed = lambda yes: [p for _, p in named if (p.dim() == 2) == yes]
-    optimizers = [torch.optim.AdamW([dict(params=decayed(True), weight_decay=args.weight_decay),
-                                     dict(params=decayed(False), weight_decay=0.0)], lr=args.lr, betas=(0.9, 0.95)),
-                  torch.optim.AdamW(flextron.routers.parameters(), lr=args.router_lr, betas=(0.9, 0.95), weight_decay=0)]
+    optimizers = make_optimizers(flextron, args)
     surrogate = Surrogate(flextron.model.config.n_layers * sum(map(len, flextron.sizes.values())), args.seed)
     if state is not None:
         for optimizer, moments in zip(optimizers, state["optimizers"]):
@@ -198,28 +113,24 @@ def train(flextron: Flextron, shards, val, settings: dict, args, device, state=N
             if step > args.elastic_steps and (last or step % args.save_every == 0):
                 rows = {t: loss_at(flextron, val, t) for t in [*args.targets, 1.0]}
                 record(step=step, val={t: r[0] for t, r in rows.items()}, got={t: r[1] for t, r in rows.items()})
-                say(f"step {step:5d}/{steps} | val  |", "  ".join(f"{t:.2f}->{g:.3f} {v:.3f}" for t, (v, g) in rows.items()))
+                cells = (f"{t:.2f}->{g:.3f} {v:.3f}" for t, (v, g) in rows.items())
+                say(f"step {step:5d}/{steps} | val  |", "  ".join(cells))
             if last:
                 return
             # one training step
             clock, stage = time.perf_counter(), stage_of(step, args)
-            flextron.model.requires_grad_(stage != "routers")
             for optimizer, peak, first in zip(optimizers, (args.lr, args.router_lr), (0.0, begin)):
                 optimizer.zero_grad(set_to_none=True)
                 for group in optimizer.param_groups:
                     group["lr"] = peak * lr_factor(step, steps, args.warmup, first)
-            if stage == "elastic":
-                result = elastic_step(flextron, shards, step, args, device)
-            elif stage == "routers" and args.teach == "surrogate":
-                result = surrogate_step(flextron, surrogate, shards, step, args, device)
-            else:
-                result = gates_step(flextron, shards, step, args, device, stage == "joint")
-            norms = [nn.utils.clip_grad_norm_(of.parameters(), args.clip).item() for of in (flextron.model, flextron.routers)]
+            result = train_step(flextron, surrogate, shards, step, args, device)
+            clip = lambda module: nn.utils.clip_grad_norm_(module.parameters(), args.clip).item()
+            norms = [clip(flextron.model), clip(flextron.routers)]
             if all(map(math.isfinite, [*norms, *result["loss"]])):
-                for optimizer, learns in zip(optimizers, (stage != "routers", result.get("updated", False))):
+                for optimizer, learns in zip(optimizers, (stage != "routers", result["updated"])):
                     if learns:
                         optimizer.step()
-                updates += result.get("updated", False)
+                updates += result["updated"]
             else:
                 say(f"step {step:5d}/{steps} | skipped: a loss or gradient is not finite")
             seconds = [*seconds[-20:], time.perf_counter() - clock]
@@ -326,7 +237,8 @@ def main(argv=None) -> None:
         fail(str(error))
     folder, shards, val = open_data(args)
     val = val.windows(args.eval_windows)
-    settings = {k: v for k, v in vars(args).items() if k not in ("resume", "out", "log_every", "save_every", "device")} | dict(
+    may_differ = {"resume", "out", "log_every", "save_every", "device"}
+    settings = {k: v for k, v in vars(args).items() if k not in may_differ} | dict(
         data=folder, fingerprint=shards.fingerprint())
     steps = args.elastic_steps + args.router_steps + args.joint_steps
     state = resume_state(args.out, settings, steps, args.resume)
@@ -346,11 +258,11 @@ def main(argv=None) -> None:
                             args.seed).to(device)
     smallest = 1 + sum(model.config.n_layers * c[0].item() for c in flextron.costs.values())
     if min(args.targets) < smallest:
-        fail(f"--targets {min(args.targets):g} found; the smallest sizes cost {smallest:.4f} of the full model; ask for "
-             "more, or give smaller ones with --ffn-dim-choices and --n-heads-choices")
-    say(f"{args.router} routers of {sum(p.numel() for p in flextron.routers.parameters()):,} parameters choose among heads "
-        f"{' '.join(map(str, sizes['n_heads']))} and neurons {' '.join(map(str, sizes['ffn_dim']))}; cost ({args.cost}) "
-        f"from {smallest:.3f} to 1")
+        fail(f"--targets {min(args.targets):g} found; the smallest sizes cost {smallest:.4f} of the full model; ask "
+             "for more, or give smaller ones with --ffn-dim-choices and --n-heads-choices")
+    heads, neurons = (" ".join(map(str, sizes[kind])) for kind in KINDS)
+    say(f"{args.router} routers of {sum(p.numel() for p in flextron.routers.parameters()):,} parameters choose among "
+        f"heads {heads} and neurons {neurons}; cost ({args.cost}) from {smallest:.3f} to 1")
     train(flextron, shards, val, settings, args, device, state)
     say(f"\n{'target':>6} {'got':>6} {'loss':>7}   (nats on {val[1].numel():,} held-out tokens)")
     for target in [1.0, *args.targets]:

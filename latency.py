@@ -5,13 +5,13 @@ look-up table of latencies).
     python latency.py --model out/flex            measures, writes out/flex/latency.json, checks it on fresh slices
     python export.py --latency 0.6                the slice whose forward takes at most 0.6 of the full model's time
 
-A layer's time is that of its attention plus that of its MLP, and layers run one after the other, so the table holds sums
-and not products: for a few widths d of the residual stream
+A layer's time is that of its attention plus that of its MLP, and layers run one after the other, so the table holds
+sums and not products: for a few widths d of the residual stream
 
     latency(slice) = fixed(d) + sum over its layers ( layer(d) + heads(d, n_heads) + neurons(d, ffn_dim) )
 
-where heads and neurons are what a smaller attention or MLP saves (<= 0). Everything is a fraction of the full model's time
-in the same round: what else the machine does slows both alike. The median over rounds is kept; round 0 warms up.
+where heads and neurons are what a smaller attention or MLP saves (<= 0). Everything is a fraction of the full model's
+time in the same round: what else the machine does slows both alike. The median over rounds is kept; round 0 warms up.
 """
 import argparse
 import json
@@ -97,7 +97,7 @@ def measure(model: Llama, choices: dict | None = None, rounds: int = 15, tokens:
     dims, heads, ffns = some(choices["dim"], 3), some(choices["n_heads"], 4), some(choices["ffn_dim"], 5)
     half, runs = max(1, c.n_layers // 2), {"full": lambda: model(x)}
     for d in dims:
-        slices = {("layers", half): (half, c.n_heads, c.ffn_dim), ("layers", c.n_layers): (c.n_layers, c.n_heads, c.ffn_dim)}
+        slices = {("layers", n): (n, c.n_heads, c.ffn_dim) for n in (half, c.n_layers)}
         slices |= {("n_heads", h): (c.n_layers, h, c.ffn_dim) for h in heads}
         slices |= {("ffn_dim", f): (c.n_layers, c.n_heads, f) for f in ffns}
         for key, (n, h, f) in slices.items():
@@ -190,7 +190,8 @@ def load_latency(folder, model: Llama, choices: dict | None = None) -> Latency:
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         fail(f"{path} is no table of latencies of the Llama beside it ({type(error).__name__}: {str(error)[:60]}); "
              f"python latency.py --model {folder} measures it again")
-    differ = [f"{key} {table.get(key)}" for key in ("hardware", "device", "threads", "torch") if table.get(key) != here[key]]
+    compared = ("hardware", "device", "threads", "torch")
+    differ = [f"{key} {table.get(key)}" for key in compared if table.get(key) != here[key]]
     if differ:
         print(f"note: {path} was measured with {', '.join(differ)}; python latency.py --model {folder} measures here",
               file=sys.stderr)
@@ -224,8 +225,8 @@ def main(argv=None) -> None:
     x = batch_for(model, args.seq_len)
     runs = {"full": lambda: model(x)} | {s: (lambda s=s: model(x, subnet=s)) for s in subnets}
     measured = fractions(runs, x.device, args.rounds)
-    print(f"{table['hardware']}, {table['threads']} threads, torch {table['torch']}; {table['batch']} x {table['tokens']} "
-          f"tokens; full model {table['full_ms']:.1f} ms\n{'table':>6} {'timed':>6} {'error':>7}   random slices")
+    print(f"{table['hardware']}, {table['threads']} threads, torch {table['torch']}; {table['batch']} x "
+          f"{table['tokens']} tokens; full model {table['full_ms']:.1f} ms\n{'table':>6} {'timed':>6} {'error':>7}")
     for s in subnets:
         print(f"{latency(s):6.3f} {measured[s]:6.3f} {latency(s) / measured[s] - 1:+7.1%}   dim {s.dim}, heads "
               f"{sum(s.n_heads) / L:.1f}, ffn {sum(s.ffn_dim) / L:.0f} on average")

@@ -2,12 +2,12 @@
 Every token takes its own width: the routers of Flextron (ICML 2024), and a forward that saves what they do not choose.
 
 Elastic are the MLP neurons and the query heads, layer by layer; the residual stream and the depth are not. Before every
-attention and every MLP stands a router, told the target t, the fraction of the full model's cost that a forward may take:
+attention and every MLP stands a router, told the target t, the share of the full model's cost that a forward may take:
 
     static     target                          -> sizes, the same for all tokens: a SubNet with a shape per layer
     dynamic    target, this token's hidden state -> sizes for this token alone ("input-adaptive")
 
-Widths are nested, so the output is a sum over segments of neurons, or of heads, and a token takes the first few of them:
+Widths are nested, so the output is a sum over segments of neurons, or of heads, and a token takes the first few:
 
     neurons    0 ...... 48 ...... 96 .......... 192          sizes 48, 96, 192
     token 0    [  seg 0  ][  seg 1 ][   segment 2  ]         segment k is one matmul over the tokens that reach it;
@@ -16,8 +16,8 @@ Widths are nested, so the output is a sum over segments of neurons, or of heads,
 
 Keys and values are computed for all tokens, whatever they chose: the tokens to come look at all of them.
 
-How a target is met: a router's logits z say what a choice is worth, and the choice is argmax_k z_k - price * cost_k, with
-one price for the whole network, the smallest that brings the (mean) cost down to the target. The static router's price
+How a target is met: a router's logits z say what a choice is worth, and the choice is argmax_k z_k - price * cost_k,
+with one price for the whole network, the smallest that brings the (mean) cost down to the target. The static router's
 follows from its logits; the dynamic one's is measured on calibration text and kept: a token's choice depends on nothing
 but that token's past. At target 1 there is no router: it is the full network.
 """
@@ -187,7 +187,8 @@ class Flextron(nn.Module):
 
     def __init__(self, model: Llama, sizes: dict, dynamic: bool, costs: dict, unit: str = "params", seed: int = 0):
         super().__init__()
-        self.model, self.sizes, self.dynamic, self.costs, self.unit, self.seed = model, sizes, dynamic, costs, unit, seed
+        self.model, self.sizes, self.dynamic, self.costs = model, sizes, dynamic, costs
+        self.unit, self.seed = unit, seed
         self.routers = Routers(model.config, sizes, dynamic, seed)
         self.calibrated: list[dict] = []  # dynamic: rows of target, price, shares {kind: (L, K)}, by rising target
         g, c = kv_groups(model.config), model.config
@@ -282,7 +283,8 @@ class Flextron(nn.Module):
         for target in sorted(set(targets) - {1.0}):
             spent = lambda price: total(share(target, price), {kind: c.cpu() for kind, c in self.costs.items()})
             price = cheapest_price(spent, target, rounds)
-            rows.append(dict(target=target, price=price, shares={k: s.tolist() for k, s in share(target, price).items()}))
+            shares = {kind: s.tolist() for kind, s in share(target, price).items()}
+            rows.append(dict(target=target, price=price, shares=shares))
         self.calibrated = rows
 
     def price(self, target: float) -> float:

@@ -79,7 +79,8 @@ def main(argv=None) -> None:
     prompt = [bos] + tokenizer.encode(args.prompt, disallowed_special=())
     print(args.prompt, end="", flush=True)
     start, n = time.perf_counter(), 0
-    for token in generate(flextron or model, prompt, args.max_new_tokens, subnet, factors, args.temperature, args.top_k, args.seed):
+    for token in generate(flextron or model, prompt, args.max_new_tokens, subnet, factors, args.temperature,
+                          args.top_k, args.seed):
         n += 1
         if token in (bos, end):  # the document ends here: ours with the next one's BOS, Meta's with a token of its own
             break

@@ -16,6 +16,7 @@ from deployed import Deployed, deploy, flextron_state, load_flextron, restore_fl
 from model import KVCache, LlamaConfig, SubNet
 from pertoken import KINDS, Flextron, Noise, attend, costs_of, feed, parameters_of, sizes_for, total
 from space import cost, random_generator
+from stages import Surrogate
 from tests.helpers import GQA, MHA, SHAPES, close, files_of, one_line_error, random_llama, tokens_for
 from tokenizer import save_tokenizer, train_bpe
 
@@ -73,7 +74,8 @@ def test_segments_are_the_mask(shape):
         logits, loss, picks = f(x, x, 0.6)
         masked, masked_loss, _ = f(x, x, 0.6, masked=True)
     for i, kind in enumerate(KINDS):
-        assert len(torch.cat([p.choice.flatten() for p in picks[i::2]]).unique()) > 1, f"{kind}: one choice proves little"
+        chosen = torch.cat([p.choice.flatten() for p in picks[i::2]])
+        assert len(chosen.unique()) > 1, f"{kind}: one choice proves little"
     assert close(logits, masked) and abs(loss - masked_loss) < 1e-5
 
 
@@ -165,7 +167,7 @@ def test_gradients_reach_every_router(dynamic, teach):
         _, loss, picks = f(x, x, 0.6, NOISE, masked=True)
     else:
         picks = f(x, x, 0.6, NOISE)[2]
-        surrogate = training.Surrogate(sum(p.soft.size(-1) for p in picks), 0)
+        surrogate = Surrogate(sum(p.soft.size(-1) for p in picks), 0)
         loss = surrogate(torch.cat([p.soft for p in picks], -1).flatten(0, 1)).mean()
     loss.backward()
     for name, p in f.routers.named_parameters():
@@ -257,7 +259,7 @@ def test_kv_heads_stay_when_tokens_choose():
 
 
 def test_a_target_in_another_currency():
-    """Catches --budget on routers trained by latency that ignores the difference: the cost asked in parameters is met."""
+    """Catches --budget on routers trained by latency that ignores the difference: what is asked is in parameters."""
     for dynamic in (False, True):
         f = random_flextron(GQA, dynamic)
         params = f.costs
@@ -283,8 +285,8 @@ def desk(tmp_path_factory):
         write_shard(root / f"data/{split}_000000.bin", tokens.numpy(), 560)
     save_llama(root / "base", config, random_llama(config).state_dict(), root / "data/tokenizer.model")
     flags = ["--llama", str(root / "base"), "--data", str(root / "data"), "--batch-tokens", "64", "--seq-len", "16",
-             "--elastic-steps", "3", "--router-steps", "3", "--joint-steps", "3", "--samples", "2", "--eval-windows", "6",
-             "--calibration-windows", "4", "--targets", "0.7", "0.5", "--threshold", "100", "--device", "cpu"]
+             "--elastic-steps", "3", "--router-steps", "3", "--joint-steps", "3", "--samples", "2", "--eval-windows",
+             "6", "--calibration-windows", "4", "--targets", "0.7", "0.5", "--threshold", "100", "--device", "cpu"]
     for kind in ("static", "dynamic"):
         training.main(flags + ["--router", kind, "--out", str(root / kind)])
     return root, flags
@@ -307,17 +309,23 @@ def test_folder_round_trip(desk):
 
 @pytest.mark.parametrize("teach", ["surrogate", "gates"])
 def test_killed_and_resumed(desk, tmp_path, monkeypatch, teach):
-    """Catches state that resume.pt forgets: moments, the surrogate and its pairs, prices. Stopped after every third step."""
+    """Catches state that resume.pt forgets: moments, the surrogate and its pairs, prices. Stopped every third step."""
     root, flags = desk
     flags = flags + ["--router", "dynamic", "--teach", teach]
     training.main(flags + ["--out", str(tmp_path / "a")])
     stop = training.Stop
+
     class Impatient(stop):
-        def __enter__(self):
-            entered = super().__enter__()
-            self.asked = 0
-            return entered
-        wished = property(lambda self: (setattr(self, "asked", self.asked + 1), self.asked > 6)[1], lambda self, v: None)
+        asked = 0
+
+        @property
+        def wished(self):
+            self.asked += 1
+            return self.asked > 6
+
+        @wished.setter
+        def wished(self, value):
+            pass
     monkeypatch.setattr(training, "Stop", Impatient)
     for _ in range(30):
         try:
@@ -328,7 +336,7 @@ def test_killed_and_resumed(desk, tmp_path, monkeypatch, teach):
     a, b = files_of(tmp_path / "a"), files_of(tmp_path / "b")
     assert a.keys() == b.keys()
     assert all(a[name] == b[name] for name in a if name not in ("log.jsonl", "resume.pt"))  # a pickle also remembers
-    assert_same(*(load_tensors(tmp_path / run / "resume.pt") for run in "ab"))              # which strings are one object
+    assert_same(*(load_tensors(tmp_path / run / "resume.pt") for run in "ab"))          # which strings are one object
     steps = lambda folder: {r["step"]: r["loss"] for r in map(json.loads, open(folder / "log.jsonl")) if "loss" in r}
     assert steps(tmp_path / "a") == steps(tmp_path / "b")
 
@@ -358,7 +366,7 @@ def test_stages_train_what_they_should(desk, tmp_path):
 
 def test_surrogate_learns_what_it_is_shown():
     """Catches pairs that are shuffled against each other, and an error measured on pairs already learned."""
-    s, generator = training.Surrogate(6, 0), torch.Generator().manual_seed(0)
+    s, generator = Surrogate(6, 0), torch.Generator().manual_seed(0)
     w = torch.tensor([0.5, -0.3, 0.2, 0.0, 0.4, -0.6])
     for step in range(60):
         x = torch.rand(24, 6, generator=generator).softmax(-1)
@@ -390,9 +398,11 @@ def test_mistakes_end_in_one_line(desk, capsys, tmp_path):
     """Catches a traceback, or a run that begins, for what a user can get wrong."""
     root, flags = desk
     new = ["--out", str(tmp_path / "x")]
-    for wrong, words in ((["--targets", "1.2"], ["1.2", "--targets 0.8"]), (["--targets", "0.05"], ["0.05", "smallest"]),
+    for wrong, words in ((["--targets", "1.2"], ["1.2", "--targets 0.8"]),
+                         (["--targets", "0.05"], ["0.05", "smallest"]),
                          (["--ffn-dim-choices", "99999"], ["99999"]), (["--n-heads-choices", "3"], ["n_heads 3"]),
-                         (["--llama", str(tmp_path)], ["params.json"]), (["--out", str(root / "base")], ["starts from"]),
+                         (["--llama", str(tmp_path)], ["params.json"]),
+                         (["--out", str(root / "base")], ["starts from"]),
                          (["--router-lr", "-1"], ["--router-lr"]), (["--batch-tokens", "63"], ["--seq-len"]),
                          (["--seed", "7", "--out", str(root / "static")], ["other settings"])):
         with one_line_error(capsys, *words):

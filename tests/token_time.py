@@ -1,8 +1,8 @@
 """
 Does the time fall with what the tokens take? And does a static slice take the time it was asked to take?
 
-    python tests/token_time.py                             a random Llama: every token draws its sizes, more and more of them
-    python tests/token_time.py --model out/flextron        static routers: --latency asked, and the time measured
+    python tests/token_time.py                           a random Llama: every token draws its sizes, ever smaller ones
+    python tests/token_time.py --model out/flextron      static routers: --latency asked, and the time measured
 
 Times are fractions of the full model's in the same round, medians over rounds (latency.py: fractions).
 """
@@ -73,8 +73,8 @@ def main(argv=None) -> None:
         fail(f"{args.model} has no static routers; expected a folder of python flextron.py --router static")
     x, asked = batch_for(model), args.latency
     slices = {a: deploy(flextron, args.model, a, "latency").subnet for a in asked}
-    took = fractions({"full": lambda: model(x)} | {a: (lambda s=slices[a]: model(x, subnet=s)) for a in asked}, x.device,
-                     args.rounds)
+    runs = {"full": lambda: model(x)} | {a: (lambda s=slices[a]: model(x, subnet=s)) for a in asked}
+    took = fractions(runs, x.device, args.rounds)
     print(f"{'asked':>6} {'measured':>8} {'measured / asked':>16}")
     for a in asked:
         print(f"{a:6.2f} {took[a]:8.3f} {took[a] / a:16.3f}")
