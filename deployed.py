@@ -16,7 +16,7 @@ import torch
 from checkpoint import load_tensors
 from latency import check_latency, load_latency
 from model import Llama, SubNet
-from pertoken import KINDS, Flextron, costs_of, parameters_of, total
+from pertoken import KINDS, Flextron, costs_of, parameters_of, timed_sizes, total
 from tokenizer import fail
 
 FLEXTRON = "flextron.pt"
@@ -114,7 +114,7 @@ def load_flextron(folder, model: Llama) -> Flextron | None:
 def deploy(flextron: Flextron, folder, asked: float, unit: str = "params") -> Deployed:
     """At a budget (unit params) or a latency, either a fraction of the full model's."""
     if unit == "latency":
-        latency = load_latency(folder, flextron.model)
+        latency = load_latency(folder, flextron.model, timed_sizes(flextron.model.config, flextron.sizes))
         costs = costs_of(flextron.model.config, flextron.sizes, latency)
     else:
         costs = costs_of(flextron.model.config, flextron.sizes, parameters_of(flextron.model.config, flextron.dynamic))

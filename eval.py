@@ -93,7 +93,7 @@ def print_widths(networks: list[Deployed], rows: list[dict], window: list[int] |
         heads, neurons = (" ".join(f"{w:g}" for w in row[kind]) for kind in ("n_heads", "ffn_dim"))
         print(f"{row['budget']:6.2f}  by layer: heads {heads} | neurons {neurons}", file=sys.stderr)
         if window and network.subnet is None:
-            print(f"\nwhat tokens took at {row['budget']:g} (the text's first window; the higher the bar, the more of the "
+            print(f"\nwhat tokens took at {row['budget']:g} (the text's first window; a higher bar is more of the "
                   f"network):\n\n{picture(network, window, tokenizer)}\n", file=sys.stderr)
 
 

@@ -210,7 +210,7 @@ def main(argv=None) -> None:
     elif args.params or args.memory:
         fail(f"{args.model} is a plain Llama of one size; expected a supernet's folder, made by train.py")
     if not budgets and not args.dry_run:
-        fail("no size asked for; expected --budget 0.5, --latency 0.6, --params 4B or --memory 6GB; --dry-run lists some")
+        fail("no size asked for; expected --budget 0.5, --latency 0.6, --params 4B or --memory 6GB; see --dry-run")
     if router is None and not flextron and budgets != [1.0]:
         fail(f"{args.model} is a plain Llama, it has no flex.pt; expected a folder made by train.py, or --budget 1.0; "
              f"python train.py --llama {args.model} makes one")

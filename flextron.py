@@ -43,7 +43,7 @@ from latency import load_latency
 from model import SubNet
 from parallel import WORLD, Stop, say, setup
 from params import read_config
-from pertoken import KINDS, Flextron, costs_of, parameters_of, sizes_for
+from pertoken import KINDS, Flextron, costs_of, parameters_of, sizes_for, timed_sizes
 from router import FLEX
 from settings import SMALL
 from space import n_params
@@ -252,8 +252,8 @@ def main(argv=None) -> None:
         if not any((Path(args.llama) / name).exists() for name in (FLEX, FLEXTRON)):
             say(f"ranking heads and neurons on {args.calibration_windows} windows")
             sort_(model, rank(model, shards.windows(args.calibration_windows)[0].to(device), "influence"))
-        measure = load_latency(args.out, model) if args.cost == "latency" else parameters_of(
-            model.config, args.router == "dynamic")
+        measure = load_latency(args.out, model, timed_sizes(model.config, sizes)) if args.cost == "latency" else (
+            parameters_of(model.config, args.router == "dynamic"))
         flextron = Flextron(model, sizes, args.router == "dynamic", costs_of(model.config, sizes, measure), args.cost,
                             args.seed).to(device)
     smallest = 1 + sum(model.config.n_layers * c[0].item() for c in flextron.costs.values())

@@ -52,6 +52,11 @@ def sizes_for(config: LlamaConfig, asked: dict | None = None) -> dict[str, list[
     return {kind: choices_for(config, default | (asked or {}))[kind] for kind in KINDS}
 
 
+def timed_sizes(config: LlamaConfig, sizes: dict) -> dict[str, list[int]]:
+    """What a table of latencies has to cover: the width never changes."""
+    return choices_for(config, sizes | dict(dim=[config.dim]))
+
+
 def parameters_of(config: LlamaConfig, dynamic: bool):
     """SubNet -> cost in parameters. With a dynamic router all KV heads are computed, in MHA too."""
     def measure(subnet: SubNet) -> float:
