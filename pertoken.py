@@ -251,7 +251,7 @@ class Flextron(nn.Module):
 
     def mean_cost(self, picks: list[Pick]) -> torch.Tensor:
         """() the expected cost of a pass, of what its routers draw from."""
-        return 1 + sum((pick.p @ self.costs[KINDS[i % 2]]).mean() for i, pick in enumerate(picks))
+        return 1 + sum((pick.p * self.costs[KINDS[i % 2]]).sum(-1).mean() for i, pick in enumerate(picks))
 
     def shares_of(self, picks: list[Pick]) -> dict[str, torch.Tensor]:
         """How often each size was chosen, per kind (L, K)."""

@@ -17,7 +17,7 @@ from model import KVCache, LlamaConfig, SubNet
 from pertoken import KINDS, Flextron, Noise, attend, costs_of, feed, parameters_of, sizes_for, total
 from space import cost, random_generator
 from stages import Surrogate
-from tests.helpers import GQA, MHA, SHAPES, close, files_of, one_line_error, random_llama, tokens_for
+from tests.helpers import GQA, MHA, SHAPES, close, files_of, make_supernet, one_line_error, random_llama, tokens_for
 from tokenizer import save_tokenizer, train_bpe
 
 NOISE = Noise(0.7, 2.0, (0, 5, 0.6))
@@ -362,6 +362,39 @@ def test_stages_train_what_they_should(desk, tmp_path):
     nothing = after("--joint-steps", "0", "--elastic-steps", "0", "--router-steps", "0")
     assert same(frozen["model"], nothing["model"]) and waited["updates"] == 0
     assert same(waited["routers"], nothing["routers"]) and not same(elastic["model"], nothing["model"])
+
+
+def test_where_it_starts(desk, tmp_path):
+    """Catches a family of train.py that is sorted again, which would undo what its prefixes have learned, and a plain
+    Llama that is not sorted at all."""
+    root, flags = desk
+    config = dataclasses.replace(GQA, vocab_size=560)
+    make_supernet(tmp_path / "flex", GQA)
+    save_llama(tmp_path / "plain", config, random_llama(config).state_dict(), root / "data/tokenizer.model")
+    shutil.copy(root / "data/tokenizer.model", tmp_path / "flex/tokenizer.model")
+    none = ["--elastic-steps", "0", "--router-steps", "0", "--joint-steps", "0"]
+    for start in ("flex", "plain"):
+        training.main(flags + none + ["--llama", str(tmp_path / start), "--out", str(tmp_path / "o" / start)])
+        before, after = load_llama(tmp_path / start), load_llama(tmp_path / "o" / start)
+        x = tokens_for(config)
+        same = torch.equal(before.layers[1].feed_forward.w1.weight, after.layers[1].feed_forward.w1.weight)
+        assert same == (start == "flex") and close(after(x)[0], before(x)[0])
+
+
+def test_targets_in_time(desk, tmp_path, monkeypatch):
+    """Catches --cost latency that prices sizes by parameters, or whose folder loses the table it was trained with."""
+    root, flags = desk
+    flat = lambda model, choices, rounds=1, tokens=None: dict(
+        dim=[48], n_heads=[2, 8], ffn_dim=[8, 80], fixed=[0.2], layer=[0.2], heads=[[-0.12, 0.0]],
+        neurons=[[-0.06, 0.0]], hardware="a machine whose heads are slow", threads=1, torch="", device="cpu")
+    monkeypatch.setattr("latency.measure", flat)
+    training.main(flags + ["--cost", "latency", "--out", str(tmp_path / "o"), "--targets", "0.6"])
+    f = load_flextron(tmp_path / "o", load_llama(tmp_path / "o"))
+    assert f.unit == "latency" and (tmp_path / "o/latency.json").is_file()
+    assert torch.allclose(f.costs["n_heads"], torch.tensor([-0.12, -0.08, -0.04, 0.0]))
+    by_time, by_size = (deploy(f, tmp_path / "o", 0.6, unit).subnet for unit in ("latency", "params"))
+    time_of = lambda s: 0.2 + sum(0.2 - 0.02 * (8 - h) - 0.06 * (80 - n) / 72 for h, n in zip(s.n_heads, s.ffn_dim))
+    assert 0.5 < time_of(by_time) <= 0.6 + 1e-6 and cost(f.model.config, by_size) <= 0.6 < time_of(by_size)
 
 
 def test_surrogate_learns_what_it_is_shown():
