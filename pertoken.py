@@ -210,6 +210,7 @@ class Flextron(nn.Module):
         """The router's choice for normed hidden states x (B, T, dim). Without noise: always the same."""
         (B, T, _), K = x.shape, len(self.sizes[kind])
         if noise is None:
+            assert self.dynamic, "static routers are deployed as one SubNet: route()"
             z = self.routers(kind, layer, target, x) - price * self.costs[kind]
             choice = (z.argmax(-1) if target < 1 else torch.tensor(K - 1, device=x.device)).expand(B, T)
             hard = F.one_hot(choice, K).float()
