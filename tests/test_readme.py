@@ -18,7 +18,7 @@ import data.prepare
 import eval as evaluation
 from checkpoint import save_llama
 from model import LlamaConfig
-from tests import big_export, oracle, token_gain, token_time
+from tests import big_export, flextron_oracle, oracle, token_time
 from tests.helpers import ROOT, random_llama, run
 
 FEWER = {"train.py": "--base-steps 3 --steps 2 --eval-windows 4 --calibration-windows 4 --batch-tokens 128 "
@@ -26,13 +26,14 @@ FEWER = {"train.py": "--base-steps 3 --steps 2 --eval-windows 4 --calibration-wi
          "bench.py": "--dim 64 --layers 2 --heads 4 --kv-heads 2 --head-dim 16 --ffn-dim 64 --seq-len 16 --rounds 1",
          "sample.py": "--max-new-tokens 5", "eval.py": "--windows 4", "tests/oracle.py": "--windows 2",
          "tests/big_export.py": "--scale 16", "latency.py": "--rounds 1", "tests/token_time.py": "--dim 64 --rounds 1",
-         "tests/token_gain.py": "--windows 4",
+         "tests/flextron_oracle.py": "--windows 4",
          "flextron.py": "--elastic-steps 2 --router-steps 2 --joint-steps 2 --eval-windows 4 --calibration-windows 4 "
                         "--batch-tokens 64 --seq-len 16"}
 MAINS = {"train.py": train.main, "export.py": export.main, "eval.py": evaluation.main, "sample.py": sample.main,
          "bench.py": bench.main, "data/prepare.py": data.prepare.main, "checkpoint.py": checkpoint.main,
          "tests/oracle.py": oracle.main, "tests/big_export.py": big_export.main, "latency.py": latency.main,
-         "flextron.py": flextron.main, "tests/token_time.py": token_time.main, "tests/token_gain.py": token_gain.main}
+         "flextron.py": flextron.main, "tests/token_time.py": token_time.main,
+         "tests/flextron_oracle.py": flextron_oracle.main}
 
 
 def commands() -> list[list[str]]:
