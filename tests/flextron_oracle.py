@@ -6,8 +6,8 @@ What routers have to beat, and what they could know. With the weights frozen:
 First, at every target, the best SubNet with one size for all layers. Then: every token's loss is taken under a narrow
 and a wide uniform SubNet; its gain is the difference. How much of the gain's variance do the narrow network's hidden
 states tell (linearly, before the MLPs of the first and the middle layer, on text that the fit has not seen), and what
-is the loss if half of the tokens run wide: drawn blindly, picked by that fit, or with hindsight? The mixture is an ideal
-one: every token attends to the keys and values of its own network.
+is the loss if half of the tokens run wide: drawn blindly, picked by that fit, or with hindsight? The mixture is ideal:
+every token attends to the keys and values of its own network.
 """
 import argparse
 import sys
