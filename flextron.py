@@ -19,7 +19,8 @@ draws from), and what is deployed is held to it by a price (pertoken.py). What t
     surrogate  (the paper) a small network S learns, from pairs seen, how the language model's loss follows from what
                the routers put out; routers descend S + the latency loss, only while S's error on new pairs is under
                --threshold; then S is thrown away. A pair costs one forward of what was chosen, and no backward.
-    gates      (LLaMaFlex's way) the gradient of the loss itself, through straight-through gates on the full width
+    gates      (LLaMaFlex's way) the gradient of the loss itself, through straight-through gates on the full width.
+               Dearer a step, and better in our runs (RESULTS.md): the default
 
 The loss S learns is the excess over the full model's on the same tokens: from batch to batch the loss itself moves by
 more than a router can change. Unknown in the paper, and chosen here: threshold, number of sizes, noise, learning rates.
@@ -169,7 +170,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--out", default="out/flextron")
     add("--router", choices=["static", "dynamic"], default="static", help="sizes per layer, or per layer and token")
     add("--cost", choices=["params", "latency"], default="params", help="what a target is a fraction of")
-    add("--teach", choices=["surrogate", "gates"], default="surrogate", help="the routers, while the Llama is frozen")
+    add("--teach", choices=["gates", "surrogate"], default="gates", help="the routers, while the Llama is frozen")
     add("--targets", type=float, nargs="+", default=[0.8, 0.6, 0.4], help="fractions of the full model's cost")
     add("--n-heads-choices", type=int, nargs="+", help="numbers of query heads to choose from")
     add("--ffn-dim-choices", type=int, nargs="+", help="numbers of neurons to choose from")

@@ -286,7 +286,8 @@ def desk(tmp_path_factory):
     save_llama(root / "base", config, random_llama(config).state_dict(), root / "data/tokenizer.model")
     flags = ["--llama", str(root / "base"), "--data", str(root / "data"), "--batch-tokens", "64", "--seq-len", "16",
              "--elastic-steps", "3", "--router-steps", "3", "--joint-steps", "3", "--samples", "2", "--eval-windows",
-             "6", "--calibration-windows", "4", "--targets", "0.7", "0.5", "--threshold", "100", "--device", "cpu"]
+             "6", "--calibration-windows", "4", "--targets", "0.7", "0.5", "--threshold", "100", "--device", "cpu",
+             "--teach", "surrogate"]
     for kind in ("static", "dynamic"):
         training.main(flags + ["--router", kind, "--out", str(root / kind)])
     return root, flags
