@@ -8,6 +8,7 @@ What each budget is worth: validation loss, the paper's six tasks, speed; of a s
     python eval.py --speed                               tokens/s and memory of each size over the full model's
     python eval.py --plot flex.png --base out/base       a picture, with a dense Llama as a line
     torchrun --nproc_per_node=8 eval.py --tasks all      eight GPUs share the rows; the numbers are those of one
+    python eval.py --model out/flextron --text book.txt  flextron.py's: mean widths per layer, what each token took
     python eval.py --json                                one JSON object as the last line of stdout
 
 Without --text the held-out windows are those of training's table, which flex.pt remembers.
@@ -25,6 +26,8 @@ from tqdm import tqdm
 
 from checkpoint import TOKENIZER, load_llama, load_tensors
 from data.shards import Shards
+from deployed import FLEXTRON, deploy, load_flextron, row_of_flextron, widths_table
+from latency import load_latency
 from likelihood import TOKENS, score
 from model import Llama, SubNet
 from parallel import RANK, finish, rank0_first, say, setup
@@ -104,6 +107,12 @@ def row_of(model: Llama, budget: float, subnet: SubNet, factors, pairs, tasks: d
     row = dict(budget=budget, got=round(cost(config, subnet), 6), params=n_params(config, subnet),
                params_total=n_params(config, subnet, embeddings=True), dim=subnet.dim, layers=list(subnet.layers),
                n_heads=one(subnet.n_heads), ffn_dim=one(subnet.ffn_dim))
+    return row | measured(model, budget, subnet, factors, pairs, tasks, args)
+
+
+def measured(model, budget: float, subnet, factors, pairs, tasks: dict, args) -> dict:
+    """Loss and task metrics where asked for."""
+    row = {}
     if pairs:
         row["loss"], row["tokens"] = mean_loss(model, pairs, subnet, factors, args.batch)
     if tasks:
@@ -184,7 +193,9 @@ def arguments(argv) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.error = lambda message: fail(f"{message}; python eval.py --help lists the flags")
     p.add_argument("--model", default="out/flex", help="a supernet or any plain Llama folder")
-    p.add_argument("--budgets", type=float, nargs="+", help="default: 1.0 to 0.4 on a supernet, 1.0 on a plain Llama")
+    ask = p.add_mutually_exclusive_group()
+    ask.add_argument("--budgets", type=float, nargs="+", help="default: 1.0 to 0.4 on a supernet, 1.0 on a plain Llama")
+    ask.add_argument("--latency", type=float, nargs="+", help="instead: fractions of the full model's time")
     p.add_argument("--base", help="a plain Llama to compare with; same tokenizer")
     p.add_argument("--text", help="a text file to score instead of the validation shards")
     p.add_argument("--data", help="folder of shards, its val split (default: the one trained on, or data/pystdlib)")
@@ -227,21 +238,35 @@ def run(args, device) -> dict:
     questions = {name: load_task(name, args.task_dir, args.limit) for name in args.tasks}  # before a model is loaded
     model = load_llama(args.model, device)
     router = load_router(args.model, model.config)
-    if router is None and any(b != 1 for b in args.budgets or [1.0]):
+    flextron, asked = load_flextron(args.model, model), args.budgets or args.latency
+    if router is None and flextron is None and any(b != 1 for b in asked or [1.0]):
         fail(f"{args.model} is a plain Llama: its only budget is 1.0; expected a folder made by train.py for others")
     base = load_base(args, model.config.vocab_size, device)
-    flex = load_tensors(Path(args.model) / FLEX) if router else {}
+    flex = load_tensors(Path(args.model) / (FLEX if router else FLEXTRON)) if router or flextron else {}
     context = args.seq_len or flex.get("seq_len") or model.config.context
     window = args.seq_len or (131072 if model.config.rope_factor > 1 else model.config.context)  # as hf.py says
-    budgets = args.budgets or ([b for b in TABLE_BUDGETS if b >= router.space.costs.min()] if router else [1.0])
-    deployed = [router.deploy(b) if router else (model.full, None) for b in budgets]
+    smallest = router.space.costs.min() if router else 1.0
+    budgets = asked or ([1.0, *flex["targets"]] if flextron else [b for b in TABLE_BUDGETS if b >= smallest])
+    if flextron:
+        if args.speed:
+            fail(f"--speed measures slices, {args.model} has none: tokens choose there; see python tests/token_time.py")
+        unit = "params" if args.budgets else "latency" if args.latency else flextron.unit
+        networks = [deploy(flextron, args.model, b, unit) for b in budgets]
+    else:
+        latency = load_latency(args.model, model, router.space.choices) if args.latency and router else None
+        deployed = [router.deploy(b, latency and latency.costs(router.space, b)) if router else (model.full, None)
+                    for b in budgets]
     needed = args.text or args.tasks
     tokenizer = load_tokenizer(Path(args.model) / TOKENIZER, model.config.vocab_size) if needed else None
     pairs = text_windows(args.text, tokenizer, context) if args.text else []
     if not args.text and (args.data or not args.tasks):
         pairs = shard_windows(args, flex, context, model.config.vocab_size)
-    tasks, trained = encode_tasks(questions, tokenizer, window), flex.get("budgets", [])
-    rows = [row_of(model, b, *d, pairs, tasks, args) for b, d in zip(budgets, deployed)]
+    tasks, trained = encode_tasks(questions, tokenizer, window), flex.get("targets", flex.get("budgets", []))
+    if flextron:
+        rows = [row_of_flextron(n, b, measured(n, b, None, None, pairs, tasks, args)) for b, n in zip(budgets, networks)]
+        say(widths_table(networks, rows, pairs[0][0][0].tolist() if args.text else None, tokenizer))
+    else:
+        rows = [row_of(model, b, *d, pairs, tasks, args) for b, d in zip(budgets, deployed)]
     result = dict(model=str(args.model), context=context, rows=rows)
     everything = list(rows)
     if base:

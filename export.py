@@ -4,6 +4,7 @@ Writes the slice a budget buys as a plain Llama folder: no router, no modulation
     python export.py --budget 0.5                        out/flex -> out/flex-0.50, in Meta's layout
     python export.py --budget 0.5 --format hf            out/flex -> out/flex-0.50-hf, for transformers, vLLM, lm-eval
     python export.py --memory 6GB --context 8192         the best slice whose weights and KV cache fit
+    python export.py --latency 0.6                       a slice that takes 0.6 of the full model's time, measured here
     python export.py --budget 0.8 0.6 0.4 --dry-run      the sizes, and nothing written
 
 What there is to do after training: ask the router for the SubNet, cut its prefix out of every tensor, and multiply the
@@ -20,6 +21,8 @@ import torch
 
 import hf
 from checkpoint import RESUME, TOKENIZER, WEIGHTS, load_llama, new_folder, save_llama
+from deployed import FLEXTRON, open_flextron
+from latency import TABLE, load_latency
 from model import Llama, LlamaConfig, SubNet
 from params import PARAMS
 from router import Router, load_router
@@ -87,6 +90,25 @@ def fold(model: Llama, subnet: SubNet, factors: torch.Tensor | None, dtype: torc
     return state
 
 
+def choose(folder, model: Llama, router: Router | None, asked: float, unit: str = "params") -> tuple:
+    """(slice, factors) that a fraction of the full model's parameters buys, or (unit latency) of its measured time: of
+    train.py's router, of flextron.py's static ones, or the whole of a plain Llama."""
+    if network := open_flextron(folder, model, asked, unit):
+        if network.subnet is None:
+            fail(f"{folder} has dynamic routers: every token takes its own width, and no slice is what they choose; "
+                 "expected static ones (python flextron.py --router static), or --budget 1.0")
+        return network.subnet, None
+    if router is None and asked != 1:
+        fail(f"{folder} is a plain Llama, it has no flex.pt; expected a folder made by train.py, or --budget 1.0; "
+             f"python train.py --llama {folder} makes one")
+    if router is None or unit == "params":
+        return router.deploy(asked) if router else (model.full, None)
+    if router.mode == "penalty":
+        fail(f"{folder} was trained with --router penalty, whose choice no latency bounds; expected a constrained "
+             "router; ask for a --budget")
+    return router.deploy(asked, load_latency(folder, model, router.space.choices).costs(router.space, asked))
+
+
 def load(folder, dtype: torch.dtype | None) -> tuple[Llama, Router | None, torch.dtype]:
     """(model, router, dtype to write): weights stay in the file's dtype until they are folded."""
     model = load_llama(folder, dtype=None)
@@ -94,16 +116,13 @@ def load(folder, dtype: torch.dtype | None) -> tuple[Llama, Router | None, torch
 
 
 def export(folder, budget: float = 1.0, out=None, dtype: torch.dtype | None = None, kind: str = "llama",
-           loaded=None) -> tuple[Path, SubNet, LlamaConfig]:
-    """Writes the slice of the supernet in `folder` at `budget` into `out` (default: folder-0.50, folder-0.50-hf), in
-    dtype (default: the supernet's). A plain Llama is its own only slice. Returns where, the slice, and the shape it was
-    cut from."""
+           loaded=None, unit: str = "params") -> tuple[Path, SubNet, LlamaConfig]:
+    """Writes the slice of the supernet in `folder` at `budget` (unit latency: a fraction of its time) into `out`
+    (default: folder-0.50, folder-0.50-hf, folder-latency-0.50), in dtype (default: the supernet's). A plain Llama is
+    its own only slice. Returns where, the slice, and the shape it was cut from."""
     model, router, dtype = loaded or load(folder, dtype)
-    if router is None and budget != 1:
-        fail(f"{folder} is a plain Llama, it has no flex.pt; expected a folder made by train.py, or --budget 1.0; "
-             f"python train.py --llama {folder} makes one")
-    subnet, factors = router.deploy(budget) if router else (model.full, None)
-    name = f"{budget:.2f}" if budget == round(budget, 2) else f"{budget:g}"
+    subnet, factors = choose(folder, model, router, budget, unit)
+    name = "latency-" * (unit == "latency") + (f"{budget:.2f}" if budget == round(budget, 2) else f"{budget:g}")
     stem = Path(folder) if Path(folder).name not in ("", "..") else Path(folder).resolve()  # . and .. have no name
     out = Path(out or f"{stem}-{name}{'-hf' if kind == 'hf' else ''}")
     ours = not (out / PARAMS).exists() or '"ffn_dim"' in (out / PARAMS).read_text()
@@ -127,15 +146,37 @@ def export(folder, budget: float = 1.0, out=None, dtype: torch.dtype | None = No
     return out, subnet, model.config
 
 
+def spread(sizes: tuple[int, ...]) -> str:
+    """A size, or the range of those of the layers."""
+    return str(sizes[0]) if len(set(sizes)) == 1 else f"{min(sizes)}-{max(sizes)}"
+
+
 def sizes_table(full: LlamaConfig, rows: list[tuple[float, SubNet]], dtype: torch.dtype, context: int) -> str:
     """What slices would be: a line per budget."""
     lines = [f"{'budget':>7} {'got':>6} {'dim':>6} {'heads':>5} {'ffn':>6} {'layers':>6} {'parameters':>15} "
              f"{'with embeddings':>16} {'weights, GB':>12} {f'KV of {context:,} tokens, GB':>27}"]
     for b, s in rows:
-        lines.append(f"{b:7.3f} {cost(full, s):6.3f} {s.dim:6d} {s.n_heads[0]:5d} {s.ffn_dim[0]:6d} {len(s.layers):6d} "
+        lines.append(f"{b:7.3f} {cost(full, s):6.3f} {s.dim:6d} {spread(s.n_heads):>5} {spread(s.ffn_dim):>6} "
+                     f"{len(s.layers):6d} "
                      f"{n_params(full, s):15,} {n_params(full, s, embeddings=True):16,} "
                      f"{weight_bytes(full, s, dtype) / 1e9:12.3f} {cache_bytes(full, s, dtype, context) / 1e9:27.3f}")
     return "\n".join(lines)
+
+
+def report(out: Path, full: LlamaConfig, subnet: SubNet, kind: str, asked: str) -> None:
+    """What was written."""
+    print(f"{out}: dim {subnet.dim}, {spread(subnet.n_heads)} heads of {full.head_dim}, ffn {spread(subnet.ffn_dim)}, "
+          f"layers {len(subnet.layers)} of {full.n_layers} ({' '.join(map(str, subnet.layers))})\n"
+          f"{asked}got {cost(full, subnet):.3f} of the non-embedding parameters: {n_params(full, subnet):,}\n"
+          f"{n_params(full, subnet, embeddings=True):,} parameters with embeddings, "
+          f"{sum(f.stat().st_size for f in out.iterdir()):,} bytes")
+    if kind == "llama" and len({*subnet.n_heads}) + len({*subnet.ffn_dim}) > 2:
+        print("note: layers of several shapes; nanoFlex loads this folder, no other program that we know does",
+              file=sys.stderr)
+    elif kind == "llama" and subnet.dim != subnet.n_heads[0] * full.head_dim:
+        print(f"note: {subnet.n_heads[0]} heads of {full.head_dim} do not make {subnet.dim} channels; nanoFlex "
+              "loads this folder, Meta's own code takes heads of another size; --format hf is read everywhere",
+              file=sys.stderr)
 
 
 def main(argv=None) -> None:
@@ -144,6 +185,7 @@ def main(argv=None) -> None:
     p.error = lambda message: fail(f"{message}; python export.py --help lists the flags")
     ask = p.add_mutually_exclusive_group()
     ask.add_argument("--budget", type=float, nargs="+", help="fractions of the full model's non-embedding parameters")
+    ask.add_argument("--latency", type=float, nargs="+", help="instead: fractions of the full model's time")
     ask.add_argument("--params", help="instead: at most so many parameters, embeddings included, such as 4.0B")
     ask.add_argument("--memory", help="instead: at most so much for weights and KV cache, such as 6GB")
     p.add_argument("--context", type=int, help="tokens in the KV cache, batch 1 (default: the model's window)")
@@ -155,9 +197,10 @@ def main(argv=None) -> None:
     args = p.parse_args(argv)
     model, router, dtype = loaded = load(args.model, DTYPES.get(args.dtype))
     full, context = model.config, model.config.context if args.context is None else args.context
+    flextron, unit = (Path(args.model) / FLEXTRON).exists(), "latency" if args.latency else "params"
     if context < 1:
         fail(f"--context {context} found; expected 1 or more tokens")
-    budgets = args.budget or ([1.0] if router is None else None)
+    budgets = args.budget or args.latency or ([1.0] if router is None else None)
     if router and (args.params or args.memory):
         size, what = (lambda s: n_params(full, s, embeddings=True)), "parameters"
         if args.memory:
@@ -167,8 +210,8 @@ def main(argv=None) -> None:
     elif args.params or args.memory:
         fail(f"{args.model} is a plain Llama of one size; expected a supernet's folder, made by train.py")
     if not budgets and not args.dry_run:
-        fail("no size asked for; expected --budget 0.5, --params 4.0B or --memory 6GB; --dry-run lists some")
-    if router is None and budgets != [1.0]:
+        fail("no size asked for; expected --budget 0.5, --latency 0.6, --params 4B or --memory 6GB; see --dry-run")
+    if router is None and not flextron and budgets != [1.0]:
         fail(f"{args.model} is a plain Llama, it has no flex.pt; expected a folder made by train.py, or --budget 1.0; "
              f"python train.py --llama {args.model} makes one")
     if len(budgets or ()) > 1 and args.out:
@@ -176,26 +219,21 @@ def main(argv=None) -> None:
     if args.dry_run:
         if not budgets:
             budgets = [b for b in (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3) if b >= router.space.costs.min()]
-        rows = [(b, router.route(b) if router else model.full) for b in budgets]
+        rows = [(b, choose(args.model, model, router, b, unit)[0]) for b in budgets]
         return print(sizes_table(full, rows, dtype, context))
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     for budget in budgets:
         try:
-            out, subnet, _ = export(args.model, budget, args.out, dtype, args.format, loaded)
+            out, subnet, _ = export(args.model, budget, args.out, dtype, args.format, loaded, unit)
         except OSError as error:
             fail(f"the export at budget {budget:g} could not be written ({error.strerror or error}); nothing of it was "
                  "kept; make room, or choose another --out")
         except KeyboardInterrupt:
             fail(f"interrupted at budget {budget:g}; nothing of it was kept; run the same command again")
-        got, total = n_params(full, subnet), sum(f.stat().st_size for f in out.iterdir())
-        print(f"{out}: dim {subnet.dim}, {subnet.n_heads[0]} heads of {full.head_dim}, ffn {subnet.ffn_dim[0]}, layers "
-              f"{len(subnet.layers)} of {full.n_layers} ({' '.join(map(str, subnet.layers))})\n"
-              f"asked {budget:.3f}, got {cost(full, subnet):.3f} of the non-embedding parameters: {got:,}\n"
-              f"{n_params(full, subnet, embeddings=True):,} parameters with embeddings, {total:,} bytes")
-        if args.format == "llama" and subnet.dim != subnet.n_heads[0] * full.head_dim:
-            print(f"note: {subnet.n_heads[0]} heads of {full.head_dim} do not make {subnet.dim} channels; nanoFlex "
-                  "loads this folder, Meta's own code takes heads of another size; --format hf is read everywhere",
-                  file=sys.stderr)
+        if unit == "latency":
+            print(f"asked for {budget:.3f} of the full model's time, {load_latency(args.model, model)(subnet):.3f} by "
+                  f"{Path(args.model) / TABLE}")
+        report(out, full, subnet, args.format, f"asked {budget:.3f}, " * (unit == "params"))
 
 
 if __name__ == "__main__":

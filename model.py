@@ -96,7 +96,8 @@ class SubNet:
 
 class Gates(NamedTuple):
     """Multipliers in [0, 1] on the full network's units; None is one. A prefix of ones, then zeros: the same
-    function as the slice. Sliced passes take the part that belongs to the slice."""
+    function as the slice. Sliced passes take the part that belongs to the slice. Attention and FeedForward
+    themselves also take a gate per token, (B, T, units), as pertoken.py does."""
     dim: torch.Tensor      # (dim,)                one order of channels for the whole network
     n_heads: torch.Tensor  # (n_layers, n_heads)   group-major, as the heads of wq
     ffn_dim: torch.Tensor  # (n_layers, ffn_dim)
@@ -197,7 +198,7 @@ class Attention(nn.Module):
                     wo=self.wo.weight[:dim].unflatten(1, (g, -1, hd))[:, :, :n_heads // g].flatten(1, 3))
 
     def forward(self, x, cos, sin, n_heads, gate=None, cache=None, layer=0):
-        """x: (B, T, d); gate: (n_heads of the full layer,) or None; layer: this one's place in the cache."""
+        """x: (B, T, d); gate: ([B, T,] n_heads of the full layer) or None; layer: this one's place in the cache."""
         B, T, C = x.shape
         w = self.slices(C, n_heads)
         q = apply_rope(F.linear(x, w["wq"]).unflatten(-1, (-1, self.head_dim)), cos, sin)  # B, T, n_heads, head_dim
@@ -213,7 +214,7 @@ class Attention(nn.Module):
         y = y.transpose(1, 2)                                                              # B, T, n_heads, head_dim
         if gate is not None:  # <-- 5. gates
             g = self.groups
-            y = y * gate.unflatten(0, (g, -1))[:, :n_heads // g].flatten()[:, None].type_as(y)
+            y = y * gate.unflatten(-1, (g, -1))[..., :n_heads // g].flatten(-2)[..., None].type_as(y)
         return F.linear(self.heads(y.flatten(2)), w["wo"])                                 # B, T, dim
 
 
@@ -237,7 +238,7 @@ class FeedForward(nn.Module):
         w = self.slices(x.size(-1), ffn_dim)
         h = F.silu(F.linear(x, w["w1"])) * F.linear(x, w["w3"])  # B, T, ffn_dim
         if gate is not None:  # <-- 5. gates
-            h = h * gate[:ffn_dim].type_as(h)
+            h = h * gate[..., :ffn_dim].type_as(h)
         return F.linear(self.neurons(h), w["w2"])                # B, T, dim
 
 

@@ -148,17 +148,19 @@ class Router(nn.Module):
         return choice
 
     @torch.no_grad()
-    def route(self, budget: float) -> SubNet:
-        """The slice deployed at a budget: no noise, always the same."""
-        rows = self.space.feasible(budget)
+    def route(self, budget: float, costs: torch.Tensor | None = None) -> SubNet:
+        """The slice deployed at a budget: no noise, always the same. costs: (M,), what budget bounds in place of
+        parameters; the router, which knows parameters alone, is then asked at the mean size of what fits."""
+        rows = self.space.feasible(budget, costs)
         if budget == 1:
             return self.space.full
         if self.mode == "uniform":
-            return self.space.uniform(budget)
+            return self.space.uniform(budget, costs)
         if self.mode == "random":
-            return self.space.random(budget, self.seed)
+            return self.space.random(budget, self.seed, costs)
         if self.mode == "penalty":
             return self.argmax(self.logits(budget))
+        budget = budget if costs is None else self.space.costs[rows].mean().item()
         rows = self.between(budget, rows)
         return self.space.subnet(self.space.members[rows[(self.space.onehot[rows] @ self.logits(budget)).argmax()]])
 
@@ -175,10 +177,10 @@ class Router(nn.Module):
         return rows[inside] if inside.any() else rows
 
     @torch.no_grad()
-    def deploy(self, budget: float) -> tuple[SubNet, torch.Tensor | None]:
+    def deploy(self, budget: float, costs: torch.Tensor | None = None) -> tuple[SubNet, torch.Tensor | None]:
         """route(b) and its modulation factors (n_layers, 2). A size that no training step ran is not modulated:
         its factors would be guesses."""
-        subnet = self.route(budget)
+        subnet = self.route(budget, costs)
         known = set(zip(AXES, self.space.sizes(subnet))) <= self.seen
         return subnet, self.modulation(subnet) if known and subnet != self.space.full else None
 

@@ -4,6 +4,7 @@ Text from any Llama folder, at any budget of a supernet: one checkpoint, a famil
     python sample.py                                       the full model of out/flex
     python sample.py --budget 0.5 --prompt "def main("     the same file, half the parameters
     python sample.py --model out/flex-0.50                 the export of that slice: the same text
+    python sample.py --model out/flextron --latency 0.6    a family of flextron.py, or any supernet, by measured time
 """
 import argparse
 import codecs
@@ -16,6 +17,8 @@ from typing import Iterator
 import torch
 
 from checkpoint import TOKENIZER, load_llama
+from deployed import open_flextron
+from latency import load_latency
 from model import KVCache, Llama
 from parallel import device_of
 from router import load_router
@@ -47,7 +50,9 @@ def main(argv=None) -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.error = lambda message: fail(f"{message}; python sample.py --help lists the flags")
     p.add_argument("--model", default="out/flex", help="a supernet or any plain Llama folder")
-    p.add_argument("--budget", type=float, default=1.0, help="fraction of the full model's non-embedding parameters")
+    ask = p.add_mutually_exclusive_group()
+    ask.add_argument("--budget", type=float, default=1.0, help="fraction of the full model's non-embedding parameters")
+    ask.add_argument("--latency", type=float, help="instead: fraction of the full model's time on this machine")
     p.add_argument("--prompt", default="def ", help="text to go on from")
     p.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token")
     p.add_argument("--top-k", type=int, default=50, help="sample among the k likeliest; 0: all")
@@ -60,9 +65,13 @@ def main(argv=None) -> None:
              "expected 0 or more, 0 or more, and 1 or more")
     model = load_llama(args.model, device_of(args.device))
     router = load_router(args.model, model.config)
-    if router is None and args.budget != 1:
+    asked, unit = (args.budget, "params") if args.latency is None else (args.latency, "latency")
+    flextron = open_flextron(args.model, model, asked, unit)
+    if router is None and flextron is None and asked != 1:
         fail(f"{args.model} is a plain Llama: its only budget is 1.0; expected a folder made by train.py for others")
-    subnet, factors = router.deploy(args.budget) if router else (model.full, None)
+    costs = load_latency(args.model, model, router.space.choices).costs(router.space, asked) if (
+        router and args.latency) else None
+    subnet, factors = router.deploy(asked, costs) if router else (model.full, None)
     factors = None if factors is None else factors.to(args.device)
     tokenizer = load_tokenizer(Path(args.model) / TOKENIZER, model.config.vocab_size)
     bos, end = (tokenizer.encode_single_token(token) for token in (BOS, END))
@@ -70,7 +79,8 @@ def main(argv=None) -> None:
     prompt = [bos] + tokenizer.encode(args.prompt, disallowed_special=())
     print(args.prompt, end="", flush=True)
     start, n = time.perf_counter(), 0
-    for token in generate(model, prompt, args.max_new_tokens, subnet, factors, args.temperature, args.top_k, args.seed):
+    for token in generate(flextron or model, prompt, args.max_new_tokens, subnet, factors, args.temperature,
+                          args.top_k, args.seed):
         n += 1
         if token in (bos, end):  # the document ends here: ours with the next one's BOS, Meta's with a token of its own
             break

@@ -115,29 +115,30 @@ class Space:
         """Inverse of subnet()."""
         return subnet.dim, subnet.n_heads[0], subnet.ffn_dim[0], len(subnet.layers)
 
-    def feasible(self, budget: float) -> torch.Tensor:
+    def feasible(self, budget: float, costs: torch.Tensor | None = None) -> torch.Tensor:
         """F(b) as rows of the table; never empty: without a member within delta, the largest that fits. b = 1 is the
-        full network."""
+        full network. costs: (M,) in another currency than parameters, such as the latencies of latency.py."""
+        costs = self.costs if costs is None else costs
         if not 0 < budget <= 1:
             fail(f"budget {budget:g} found, expected a fraction of the full model in (0, 1]; try --budget 0.5")
         if budget == 1:
             return self.costs.argmax()[None]
-        fits, smallest = self.costs <= budget, self.costs.min().item()
+        fits, smallest = costs <= budget, costs.min().item()
         if not fits.any():
             fail(f"budget {budget:g} is below the smallest sub-network, {smallest:.4f} of the full model; ask for "
                  f"--budget {smallest + 5e-5:.4f} or more, or train with smaller choices")
-        near = (fits & (self.costs > budget - self.delta)).nonzero()[:, 0]
-        return near if len(near) else self.costs.masked_fill(~fits, -1).argmax()[None]
+        near = (fits & (costs > budget - self.delta)).nonzero()[:, 0]
+        return near if len(near) else costs.masked_fill(~fits, -1).argmax()[None]
 
-    def uniform(self, budget: float) -> SubNet:
+    def uniform(self, budget: float, costs: torch.Tensor | None = None) -> SubNet:
         """A choice without a router: the member of F(b) whose fractions of the full sizes differ least."""
-        rows = self.feasible(budget)
+        rows = self.feasible(budget, costs)
         fractions = self.members[rows] / torch.tensor(self.sizes(self.full))
         return self.subnet(self.members[rows[(fractions.amax(1) - fractions.amin(1)).argmin()]])
 
-    def random(self, budget: float, seed: int) -> SubNet:
+    def random(self, budget: float, seed: int, costs: torch.Tensor | None = None) -> SubNet:
         """Another: some member of F(b), a function of (seed, budget)."""
-        rows = self.feasible(budget)
+        rows = self.feasible(budget, costs)
         return self.subnet(self.members[rows[torch.randint(len(rows), (), generator=random_generator(seed, budget))]])
 
     def split(self, vector: torch.Tensor) -> list[torch.Tensor]:

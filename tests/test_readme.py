@@ -12,6 +12,8 @@ import bench
 import bench_train
 import checkpoint
 import export
+import flextron
+import latency
 import sample
 import train
 import data.prepare
@@ -19,7 +21,7 @@ import data.tasks
 import eval as evaluation
 from checkpoint import save_llama
 from model import LlamaConfig
-from tests import big_export, oracle
+from tests import big_export, flextron_oracle, oracle, token_time
 from tests.helpers import ROOT, random_llama, run
 from tests.tiny_tasks import rows_of_tasks, write_raw
 
@@ -29,11 +31,15 @@ FEWER = {"train.py": "--base-steps 3 --steps 2 --eval-windows 4 --calibration-wi
                            "--rounds 1 --device cpu",
          "bench.py": "--dim 64 --layers 2 --heads 4 --kv-heads 2 --head-dim 16 --ffn-dim 64 --seq-len 16 --rounds 1",
          "sample.py": "--max-new-tokens 5", "eval.py": "--windows 4", "tests/oracle.py": "--windows 2",
-         "tests/big_export.py": "--scale 16"}
+         "tests/big_export.py": "--scale 16", "latency.py": "--rounds 1", "tests/token_time.py": "--dim 64 --rounds 1",
+         "tests/flextron_oracle.py": "--windows 4",
+         "flextron.py": "--elastic-steps 2 --router-steps 2 --joint-steps 2 --eval-windows 4 --calibration-windows 4 "
+                        "--batch-tokens 64 --seq-len 16"}
 MAINS = {"train.py": train.main, "export.py": export.main, "eval.py": evaluation.main, "sample.py": sample.main,
          "bench.py": bench.main, "bench_train.py": bench_train.main, "data/prepare.py": data.prepare.main,
          "data/tasks.py": data.tasks.main, "checkpoint.py": checkpoint.main, "tests/oracle.py": oracle.main,
-         "tests/big_export.py": big_export.main}
+         "tests/big_export.py": big_export.main, "latency.py": latency.main, "flextron.py": flextron.main,
+         "tests/token_time.py": token_time.main, "tests/flextron_oracle.py": flextron_oracle.main}
 
 
 def commands() -> list[list[str]]:

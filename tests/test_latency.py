@@ -1,0 +1,158 @@
+"""latency.py: a table of times, interpolated; F(b) by latency; export.py --latency."""
+import dataclasses
+import functools
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import export
+import latency as timing
+from checkpoint import load_llama
+from latency import TABLE, Latency, fractions, load_latency, measure, some
+from model import SubNet
+from params import read_config
+from router import load_router
+from space import Space
+from tests.helpers import GQA, make_supernet, odd_choices, one_line_error, random_llama, random_router
+
+
+def invented(subnet: SubNet, n_layers: int = 4) -> float:
+    """A machine's time for a slice, in ms: sums of a fixed part and of every layer's parts, linear in each width."""
+    d = subnet.dim
+    return 3 + 0.05 * d + sum(0.4 + 0.02 * d + (0.11 + 0.001 * d) * h + (0.013 + 0.0002 * d) * f
+                              for h, f in zip(subnet.n_heads, subnet.ffn_dim))
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """Replaces the clock: a call takes what invented() says of the slice it runs."""
+    class Model(torch.nn.Module):
+        config = GQA
+        tok_embeddings = torch.nn.Embedding(4, 4)
+        def forward(self, x, subnet=None):
+            Model.ms = invented(subnet or SubNet.full(GQA))
+    def seconds(run, device):
+        run()
+        return Model.ms / 1000
+    monkeypatch.setattr(timing, "seconds", seconds)
+    return Model()
+
+
+def test_the_table_is_the_machine(machine):
+    """Catches a layer counted twice, a fixed part that scales with depth, an axis looked up in another's column, and
+    an interpolation that is off between grid points: on a machine whose times are linear the table is exact."""
+    table = json.loads(json.dumps(measure(machine, odd_choices(GQA), rounds=2)))
+    found, full = Latency(table, GQA.n_layers), invented(SubNet.full(GQA))
+    assert table["full_ms"] == pytest.approx(full) and table["threads"] >= 1 and table["hardware"] and table["torch"]
+    for subnet in (SubNet.full(GQA), SubNet.uniform(33, [0, 2], 4, 41), SubNet(48, (0, 1, 3), (2, 8, 4), (20, 80, 47)),
+                   SubNet.uniform(25, [1], 6, 79)):
+        assert found(subnet) == pytest.approx(invented(subnet) / full, rel=1e-6), subnet
+    space = Space(GQA, odd_choices(GQA), [2, 0, 3, 1])
+    of = found.of(space)
+    for row in range(0, len(space.members), 17):
+        assert of[row].item() == pytest.approx(found(space.subnet(space.members[row])), rel=1e-9)
+
+
+def test_noise_never_makes_a_larger_slice_faster(machine, monkeypatch):
+    """Catches a table that a router could be fooled by: a wide layer that was timed in a quiet moment."""
+    rng, quiet = np.random.default_rng(0), timing.seconds
+    monkeypatch.setattr(timing, "seconds", lambda run, device: quiet(run, device) * rng.uniform(0.6, 1.4))
+    table = measure(machine, odd_choices(GQA), rounds=1)
+    for kind in ("heads", "neurons"):
+        assert all(row == sorted(row) and max(row) <= 0 for row in table[kind])
+
+
+def test_fractions_are_of_the_same_round(monkeypatch):
+    """Catches times of one moment divided by those of another: a machine that slows down by and by must not matter."""
+    now, full, half = [1.0], lambda: 1.0, lambda: 0.5
+
+    def seconds(run, device):
+        now[0] *= 1.5 if run is full else 1.0  # every round is slower than the one before
+        return run() * now[0]
+    monkeypatch.setattr(timing, "seconds", seconds)
+    found = fractions({"full": full, "half": half}, torch.device("cpu"), 5)
+    assert found["half"] == pytest.approx(0.5) and found["full"] == pytest.approx(1000 * 1.5 ** 4)
+
+
+def test_some():
+    """Catches a grid without its ends."""
+    assert some(range(1, 33), 4) == [1, 11, 22, 32] and some([8, 4], 4) == [4, 8]
+    assert some(range(9), 9) == list(range(9))
+
+
+def slow_route(router, costs, asked):
+    """F(b) by latency, member by member: the best by the sum of its axes' logits at the mean size of what fits, among
+    those between the sizes at trained neighbours, if any."""
+    space = router.space
+    fits = [m for m in range(len(costs)) if asked - space.delta < costs[m] <= asked] or [
+        max((m for m in range(len(costs)) if costs[m] <= asked), key=lambda m: costs[m])]
+    b = sum(space.costs[m].item() for m in fits) / len(fits)
+    fits = router.between(b, torch.tensor(fits)).tolist()
+    logits = dict(zip(("dim", "n_heads", "ffn_dim", "n_layers"), space.split(router.logits(b))))
+    worth = lambda m: sum(logits[axis][space.choices[axis].index(size)].item()
+                          for axis, size in zip(logits, space.members[m].tolist()))
+    return space.subnet(space.members[max(fits, key=worth)])
+
+
+def test_routing_by_latency(machine):
+    """Catches --latency that is answered with a budget, that goes over, or that asks the router at another budget."""
+    found, router = Latency(measure(machine, odd_choices(GQA), rounds=1), GQA.n_layers), random_router(GQA)
+    router.budgets, over = [0.4, 0.8, 1.0], 0
+    with torch.no_grad():
+        for asked in (0.95, 0.8, 0.65, 0.5, 0.4):
+            costs = found.costs(router.space, asked)
+            subnet = router.route(asked, costs)
+            assert subnet == slow_route(router, costs, asked) and found(subnet) <= asked + 1e-9
+            over += router.route(asked) != subnet
+    assert over and router.route(1.0, found.of(router.space)) == SubNet.full(GQA)
+
+
+def test_export_at_a_latency(tmp_path, monkeypatch, capsys):
+    """Catches an export that measures anew each time, forgets where the table came from, or writes another slice."""
+    make_supernet(tmp_path / "flex", GQA)
+    flags = ["--model", str(tmp_path / "flex")]
+    monkeypatch.setattr(timing, "measure", functools.partial(measure, rounds=1))
+    export.main(flags + ["--latency", "0.9"])
+    table = (tmp_path / "flex" / TABLE).read_bytes()
+    measured = json.loads(table)
+    assert {"hardware", "threads", "torch", "python", "device", "rounds", "full_ms"} <= measured.keys()
+    export.main(flags + ["--latency", "0.9", "--out", str(tmp_path / "again")])
+    assert (tmp_path / "flex" / TABLE).read_bytes() == table
+    model = load_llama(tmp_path / "flex")
+    router, found = load_router(tmp_path / "flex", model.config), load_latency(tmp_path / "flex", model)
+    want = router.route(0.9, found.costs(router.space, 0.9))
+    for name in ("flex-latency-0.90", "again"):
+        assert read_config(tmp_path / name) == dataclasses.replace(want.config(model.config), context=32)
+    monkeypatch.setattr(timing, "measure", lambda *_: pytest.fail("measured again"))
+    (tmp_path / "flex" / TABLE).write_text(json.dumps(measured | dict(hardware="a calculator")))
+    capsys.readouterr()
+    export.main(flags + ["--latency", "0.9", "--dry-run"])
+    assert "a calculator" in capsys.readouterr().err
+
+
+def test_timing_a_folder(tmp_path, capsys):
+    """Catches a command that prints without writing its table, and a table that is another model's."""
+    make_supernet(tmp_path / "flex", GQA)
+    timing.main(["--model", str(tmp_path / "flex"), "--rounds", "1", "--slices", "2", "--device", "cpu"])
+    assert capsys.readouterr().out.count("%") == 2 and (tmp_path / "flex" / TABLE).is_file()
+    other = random_llama(dataclasses.replace(GQA, ffn_dim=96))
+    with one_line_error(capsys, TABLE, "python latency.py"):
+        load_latency(tmp_path / "flex", other)
+
+
+def test_mistakes_end_in_one_line(tmp_path, capsys):
+    """Catches a traceback for a latency nobody can meet, a table that is no table, a router that no latency bounds."""
+    make_supernet(tmp_path / "flex", GQA)
+    flags = ["--model", str(tmp_path / "flex"), "--dry-run"]
+    timing.main(["--model", str(tmp_path / "flex"), "--rounds", "1", "--device", "cpu"])
+    for wrong, words in ((["--latency", "0.001"], ["0.001", "fastest"]), (["--latency", "1.5"], ["1.5", "(0, 1]"]),
+                         (["--latency", "0.6", "--budget", "0.5"], ["not allowed"])):
+        with one_line_error(capsys, *words):
+            export.main(flags + wrong)
+    (tmp_path / "flex" / TABLE).write_text("{}")
+    with one_line_error(capsys, TABLE, "measures it again"):
+        export.main(flags + ["--latency", "0.6"])
+    with one_line_error(capsys, "--rounds"):
+        timing.main(["--model", str(tmp_path / "flex"), "--rounds", "0"])
