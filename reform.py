@@ -180,8 +180,10 @@ def reform_(slim: Llama, model: Llama, layers, windows: torch.Tensor, batch: int
             check_finite(gram, layer, half)
             check_finite(residual, layer, half)
             last.weight.copy_(last.weight + correction(gram, residual, damp))
-            for part in have.split(batch):
+            size = after = 0.0
+            for target, part in zip(want.split(batch), have.split(batch)):
                 part += run(part, cos, sin)
-            size, after = want.float().square().sum().item(), (want.float() - have).square().sum().item()
+                size += target.float().square().sum().item()
+                after += (target - part).float().square().sum().item()
             errors.append((before / size, after / size))
     return errors

@@ -103,13 +103,15 @@ def test_the_start_is_the_best_units_at_one_ratio():
     """Catches a start that takes the worst units, or ranks heads over all KV groups at once."""
     config, g = GQA, torch.Generator().manual_seed(3)
     scores = torch.rand(4, 8, generator=g), torch.rand(4, 80, generator=g)
-    c = Bounds.of(random_llama(config), 0.5, scores).start()
+    bounds = Bounds.of(random_llama(config), 0.5, scores)
+    c = bounds.start()
     for layer in range(4):
         kept, s = c.neurons[layer], scores[1][layer]
         assert s[kept].min() > s[~kept].max()
         for group in (slice(0, 4), slice(4, 8)):
             kept, s = c.heads[layer][group], scores[0][layer][group]
             assert kept.sum() == 2 and s[kept].min() > s[~kept].max()
+            assert sorted(bounds.heads[layer][group].tolist()) == [0, 1, 2, 3]  # or kept ones could rank under others
     assert c.layers.all() and max(c.neurons.sum(1)) - min(c.neurons.sum(1)) <= 1
 
 
