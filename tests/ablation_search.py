@@ -77,9 +77,12 @@ def main(argv=None) -> None:
     router = None if supernet is None else load_router(args.supernet, supernet.config)
     report = search.disjoint_windows(args.data, args.seq_len or min(model.config.context, 2048),
                                      model.config.vocab_size, 0, 1, 1, args.report_windows)[2]
-    print(f"dense {evaluate(model, report)[0]:.4f} | {args.generations} generations of {args.population}, "
-          f"{args.fitness_windows} fitness and {args.calibration_windows} calibration windows, seeds {args.seeds}, "
-          f"{report[1].numel():,} held-out tokens")
+    evaluate(model, report)  # warm
+    began, dense = time.process_time(), evaluate(model, report)[0]
+    ms = 1000 * (time.process_time() - began) / len(report[0])
+    print(f"dense {dense:.4f} on {report[1].numel():,} held-out tokens, {ms:.2f} CPU ms a window | {args.generations} "
+          f"generations of {args.population}, {args.fitness_windows} fitness and {args.calibration_windows} calibration "
+          f"windows, seeds {args.seeds}")
     print("budget | " + " | ".join(ROWS) + " | supernet (its cost) | costs | candidates, layers, CPU seconds per search")
     for budget in args.budgets:
         got = [losses(model, budget, seed, args) for seed in args.seeds]
