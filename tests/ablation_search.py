@@ -1,8 +1,8 @@
 """
 What each half of search.py is worth: the table that the paper lacks.
 
-    python tests/ablation_search.py                          a base, sizes .9 to .5, three seeds; half an hour on one core
-    python tests/ablation_search.py --supernet out/flex      with the trained family at the same budgets, for scale
+    python tests/ablation_search.py                        out/base at .9 to .5, three seeds; half an hour on one core
+    python tests/ablation_search.py --supernet out/flex    the trained family's losses at these budgets too, for scale
 
 Rows, each a loss on held-out text that neither search nor calibration saw:
 
@@ -81,9 +81,9 @@ def main(argv=None) -> None:
     began, dense = time.process_time(), evaluate(model, report)[0]
     ms = 1000 * (time.process_time() - began) / len(report[0])
     print(f"dense {dense:.4f} on {report[1].numel():,} held-out tokens, {ms:.2f} CPU ms a window | {args.generations} "
-          f"generations of {args.population}, {args.fitness_windows} fitness and {args.calibration_windows} calibration "
-          f"windows, seeds {args.seeds}")
-    print("budget | " + " | ".join(ROWS) + " | supernet (its cost) | costs | candidates, layers, CPU seconds per search")
+          f"generations of {args.population}, {args.fitness_windows} fitness windows, {args.calibration_windows} for "
+          f"calibration, seeds {args.seeds}")
+    print(" | ".join(("budget", *ROWS, "supernet (its cost)", "costs", "candidates, layers, CPU s of each search")))
     for budget in args.budgets:
         got = [losses(model, budget, seed, args) for seed in args.seeds]
         cells = []
@@ -96,8 +96,8 @@ def main(argv=None) -> None:
             trained = f"{evaluate(supernet, report, subnet, factors)[0]:.3f} ({cost(supernet.config, subnet):.3f})"
         costs = [c for _, both, _ in got for c in both]
         spent = [f"{s['candidates']}, {s['layers']}, {s['seconds']:.0f}" for _, _, s in got]
-        print(f"{budget:.2f} | " + " | ".join(cells) + f" | {trained} | {min(costs):.4f} to {max(costs):.4f} | "
-              + "; ".join(spent), flush=True)
+        cells += [trained, f"{min(costs):.4f} to {max(costs):.4f}", "; ".join(spent)]
+        print(f"{budget:.2f} | " + " | ".join(cells), flush=True)
 
 
 if __name__ == "__main__":
