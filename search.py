@@ -19,6 +19,7 @@ enough below a ratio of .88). As in the paper, the hidden size and the embedding
 """
 import argparse
 import hashlib
+import os
 import sys
 from pathlib import Path
 
@@ -180,7 +181,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     for flag in ("generations", "population", "fitness_windows", "calibration_windows", "report_windows", "seq_len"):
         if getattr(args, flag) is not None and getattr(args, flag) < 1:
             fail(f"--{flag.replace('_', '-')} {getattr(args, flag)} found; expected 1 or more")
-    args.out = args.out or str(Path(args.llama).resolve().parent / f"search-{args.budget:.2f}")
+    args.out = args.out or str(Path(os.path.abspath(args.llama)).parent / f"search-{args.budget:.2f}")
     return args
 
 
