@@ -19,7 +19,6 @@ enough below a ratio of .88). As in the paper, the hidden size and the embedding
 """
 import argparse
 import hashlib
-import os
 import sys
 from pathlib import Path
 
@@ -146,7 +145,8 @@ def search(model: Llama, windows, args, settings: dict, state: dict | None) -> L
         errors = reform_(small, model, subnet.layers, calibration, batch)
         passes *= 4
         rows.append(("reformed", cost(config, subnet), evaluate(small, report)[0]))
-        say(f"reformed: the last layer's error on the calibration text {errors[-1][0]:.4f} -> {errors[-1][1]:.4f}")
+        before, after = errors[-1]
+        say(f"reformed: on the calibration text the last layer's squared error {before:.2g} -> {after:.2g} of the square")
     say(f"layers {' '.join(map(str, subnet.layers))} | heads {' '.join(map(str, subnet.n_heads))} | neurons "
         f"{' '.join(map(str, subnet.ffn_dim))}")
     say(f"{'':10} {'cost':>7} {'loss':>7}   (nats on {report[1].numel():,} held-out tokens)")
@@ -181,7 +181,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     for flag in ("generations", "population", "fitness_windows", "calibration_windows", "report_windows", "seq_len"):
         if getattr(args, flag) is not None and getattr(args, flag) < 1:
             fail(f"--{flag.replace('_', '-')} {getattr(args, flag)} found; expected 1 or more")
-    args.out = args.out or str(Path(os.path.abspath(args.llama)).parent / f"search-{args.budget:.2f}")
+    source = Path(args.llama) if Path(args.llama).name not in ("", "..") else Path(args.llama).resolve()
+    args.out = args.out or str(source.with_name(f"search-{args.budget:.2f}"))
     return args
 
 

@@ -67,7 +67,7 @@ def main(argv=None) -> None:
     p.add_argument("--data", default="data/pystdlib")
     p.add_argument("--budgets", type=float, nargs="+", default=[0.9, 0.8, 0.7, 0.6, 0.5])
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    for flag, default in (("generations", 12), ("population", 40), ("fitness-windows", 16),
+    for flag, default in (("generations", 8), ("population", 40), ("fitness-windows", 16),
                           ("calibration-windows", 128), ("report-windows", 128)):
         p.add_argument(f"--{flag}", type=int, default=default)
     p.add_argument("--seq-len", type=int)
