@@ -11,22 +11,26 @@ import bench
 import checkpoint
 import export
 import sample
+import search
 import train
 import data.prepare
 import eval as evaluation
 from checkpoint import save_llama
 from model import LlamaConfig
-from tests import big_export, oracle
+from tests import ablation_search, big_export, oracle
 from tests.helpers import ROOT, random_llama, run
 
+FEW_CANDIDATES = "--generations 1 --population 4 --fitness-windows 2 --calibration-windows 4 --report-windows 2"
 FEWER = {"train.py": "--base-steps 3 --steps 2 --eval-windows 4 --calibration-windows 4 --batch-tokens 128 "
                      "--seq-len 16",
          "bench.py": "--dim 64 --layers 2 --heads 4 --kv-heads 2 --head-dim 16 --ffn-dim 64 --seq-len 16 --rounds 1",
          "sample.py": "--max-new-tokens 5", "eval.py": "--windows 4", "tests/oracle.py": "--windows 2",
-         "tests/big_export.py": "--scale 16"}
+         "tests/big_export.py": "--scale 16", "search.py": FEW_CANDIDATES,
+         "tests/ablation_search.py": FEW_CANDIDATES + " --budgets 0.6 --seeds 0"}
 MAINS = {"train.py": train.main, "export.py": export.main, "eval.py": evaluation.main, "sample.py": sample.main,
          "bench.py": bench.main, "data/prepare.py": data.prepare.main, "checkpoint.py": checkpoint.main,
-         "tests/oracle.py": oracle.main, "tests/big_export.py": big_export.main}
+         "tests/oracle.py": oracle.main, "tests/big_export.py": big_export.main,
+         "search.py": search.main, "tests/ablation_search.py": ablation_search.main}
 
 
 def commands() -> list[list[str]]:
