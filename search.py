@@ -146,7 +146,7 @@ def search(model: Llama, windows, args, settings: dict, state: dict | None) -> L
         passes *= 4
         rows.append(("reformed", cost(config, subnet), evaluate(small, report)[0]))
         before, after = errors[-1]
-        say(f"reformed: on the calibration text the last layer's squared error {before:.2g} -> {after:.2g} of the square")
+        say(f"reformed: squared error of the stream on calibration text {before:.2g} -> {after:.2g} of its square")
     say(f"layers {' '.join(map(str, subnet.layers))} | heads {' '.join(map(str, subnet.n_heads))} | neurons "
         f"{' '.join(map(str, subnet.ffn_dim))}")
     say(f"{'':10} {'cost':>7} {'loss':>7}   (nats on {report[1].numel():,} held-out tokens)")
