@@ -15,16 +15,18 @@ import export
 import flextron
 import latency
 import sample
+import search
 import train
 import data.prepare
 import data.tasks
 import eval as evaluation
 from checkpoint import save_llama
 from model import LlamaConfig
-from tests import big_export, flextron_oracle, oracle, token_time
+from tests import ablation_search, big_export, flextron_oracle, oracle, token_time
 from tests.helpers import ROOT, random_llama, run
 from tests.tiny_tasks import rows_of_tasks, write_raw
 
+FEW_CANDIDATES = "--generations 1 --population 4 --fitness-windows 2 --calibration-windows 4 --report-windows 2"
 FEWER = {"train.py": "--base-steps 3 --steps 2 --eval-windows 4 --calibration-windows 4 --batch-tokens 128 "
                      "--seq-len 16",
          "bench_train.py": "--dim 64 --layers 2 --heads 4 --kv-heads 2 --head-dim 16 --ffn-dim 64 --seq-len 16 "
@@ -32,14 +34,16 @@ FEWER = {"train.py": "--base-steps 3 --steps 2 --eval-windows 4 --calibration-wi
          "bench.py": "--dim 64 --layers 2 --heads 4 --kv-heads 2 --head-dim 16 --ffn-dim 64 --seq-len 16 --rounds 1",
          "sample.py": "--max-new-tokens 5", "eval.py": "--windows 4", "tests/oracle.py": "--windows 2",
          "tests/big_export.py": "--scale 16", "latency.py": "--rounds 1", "tests/token_time.py": "--dim 64 --rounds 1",
-         "tests/flextron_oracle.py": "--windows 4",
+         "tests/flextron_oracle.py": "--windows 4", "search.py": FEW_CANDIDATES,
+         "tests/ablation_search.py": FEW_CANDIDATES + " --budgets 0.6 --seeds 0",
          "flextron.py": "--elastic-steps 2 --router-steps 2 --joint-steps 2 --eval-windows 4 --calibration-windows 4 "
                         "--batch-tokens 64 --seq-len 16"}
 MAINS = {"train.py": train.main, "export.py": export.main, "eval.py": evaluation.main, "sample.py": sample.main,
          "bench.py": bench.main, "bench_train.py": bench_train.main, "data/prepare.py": data.prepare.main,
          "data/tasks.py": data.tasks.main, "checkpoint.py": checkpoint.main, "tests/oracle.py": oracle.main,
          "tests/big_export.py": big_export.main, "latency.py": latency.main, "flextron.py": flextron.main,
-         "tests/token_time.py": token_time.main, "tests/flextron_oracle.py": flextron_oracle.main}
+         "tests/token_time.py": token_time.main, "tests/flextron_oracle.py": flextron_oracle.main,
+         "search.py": search.main, "tests/ablation_search.py": ablation_search.main}
 
 
 def commands() -> list[list[str]]:
