@@ -53,6 +53,7 @@ class PlainBlock(nn.Module):
         self.norm1, self.norm2 = nn.RMSNorm(c.dim, c.norm_eps), nn.RMSNorm(c.dim, c.norm_eps)
 
     def forward(self, x, cos, sin):
+        """x: (B, T, dim), and so is what comes out."""
         B, T, _ = x.shape
         h = self.norm1(x)
         q, k, v = (w(h).view(B, T, -1, self.c.head_dim) for w in (self.wq, self.wk, self.wv))
@@ -72,9 +73,11 @@ class PlainLlama(nn.Module):
         self.embed, self.out = nn.Embedding(c.vocab_size, c.dim), nn.Linear(c.dim, c.vocab_size, bias=False)
         self.blocks, self.norm = nn.ModuleList(PlainBlock(c) for _ in range(c.n_layers)), nn.RMSNorm(c.dim, c.norm_eps)
         angle = torch.outer(torch.arange(length).float(), rope_frequencies(c))[:, None]
-        self.register_buffer("cos", angle.cos()), self.register_buffer("sin", angle.sin())
+        for name, table in (("cos", angle.cos()), ("sin", angle.sin())):
+            self.register_buffer(name, table, persistent=False)
 
     def forward(self, tokens, targets):
+        """(B, T) ids -> mean cross-entropy in nats."""
         x = self.embed(tokens)
         for block in self.blocks:
             x = block(x, self.cos, self.sin)
@@ -90,7 +93,8 @@ def plain_step(config: LlamaConfig, shards, args, device):
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     rows = args.batch_tokens // args.seq_len
 
-    def step(i):
+    def step(i: int) -> float:
+        """Step i; its loss."""
         optimizer.zero_grad(set_to_none=True)
         x, y = shards.batch(i, rows, 0, rows)
         for m in range(0, rows, args.micro_batch):
@@ -131,7 +135,8 @@ def our_step(config: LlamaConfig, shards, args, device, budgets, soft: float):
         compile_blocks(model)
     optimizers, got = make_optimizers(model, router, args), []
 
-    def step(i):
+    def step(i: int) -> float:
+        """Step i; the loss at budget 1."""
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
         result = train.train_step(model, model, router, shards, i, args, device)

@@ -263,7 +263,8 @@ def run(args, device) -> dict:
         pairs = shard_windows(args, flex, context, model.config.vocab_size)
     tasks, trained = encode_tasks(questions, tokenizer, window), flex.get("targets", flex.get("budgets", []))
     if flextron:
-        rows = [row_of_flextron(n, b, measured(n, b, None, None, pairs, tasks, args)) for b, n in zip(budgets, networks)]
+        rows = [row_of_flextron(n, b, measured(n, b, None, None, pairs, tasks, args))
+                for b, n in zip(budgets, networks)]
         say(widths_table(networks, rows, pairs[0][0][0].tolist() if args.text else None, tokenizer))
     else:
         rows = [row_of(model, b, *d, pairs, tasks, args) for b, d in zip(budgets, deployed)]

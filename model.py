@@ -95,9 +95,8 @@ class SubNet:
 
 
 class Gates(NamedTuple):
-    """Multipliers in [0, 1] on the full network's units; None is one. A prefix of ones, then zeros: the same
-    function as the slice. Sliced passes take the part that belongs to the slice. Attention and FeedForward
-    themselves also take a gate per token, (B, T, units), as pertoken.py does."""
+    """Multipliers in [0, 1] on the full network's units; None is one. Ones, then zeros: the function of the slice.
+    Sliced passes take their part. Attention and FeedForward also take a gate per token, (B, T, units)."""
     dim: torch.Tensor      # (dim,)                one order of channels for the whole network
     n_heads: torch.Tensor  # (n_layers, n_heads)   group-major, as the heads of wq
     ffn_dim: torch.Tensor  # (n_layers, ffn_dim)

@@ -1,8 +1,8 @@
 """
 What turns gradients into steps: who learns at which rate, how noise and rates change over a run.
 
-Three parts train, each with a learning rate and a gradient clip of its own: the Llama (4e-5 for real models), the router
-and the modulation (4e-2 at the paper's length: they are small and start from nothing).
+Three parts train, each with a learning rate and a gradient clip of its own: the Llama (4e-5 for real models), the
+router and the modulation (4e-2 at the paper's length: they are small and start from nothing).
 
     rate     0 .. warm-up .. cosine to a tenth        tau   1 -> 0.056, geometrically: softness of the choice
     soft     share of passes that teach the router    kappa 1 -> 10, linearly: logits against noise

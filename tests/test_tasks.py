@@ -101,8 +101,8 @@ def test_awkward_rows_are_read_as_they_are(desk):
 def test_hellaswag_shots_are_one_draw(tmp_path):
     """Catches a generator seeded anew for each row, ten drawn instead of eleven, a row among its own shots, an ending
     that is not the right one, text that is not cleaned."""
-    scene = lambda i: dict(activity_label=f"[header] Act {i}", ctx_a=f"Someone [title] waits {i}", ctx_b="he", label=i % 4,
-                           endings=[f"leaves  {i} {k} [step]" for k in range(4)])
+    scene = lambda i: dict(activity_label=f"[header] Act {i}", ctx_a=f"Someone [title] waits {i}", ctx_b="he",
+                           label=i % 4, endings=[f"leaves  {i} {k} [step]" for k in range(4)])
     said = lambda i, ending: f" Act {i}: Someone. waits {i} He" + (f" leaves {i} {i % 4} " if ending else "")
     train, val = [scene(i) for i in range(14)], [scene(i if i % 2 else 100 + i) for i in range(12)]
     write_jsonl(tmp_path / "hellaswag/train.jsonl", train), write_jsonl(tmp_path / "hellaswag/validation.jsonl", val)
