@@ -153,13 +153,12 @@ def our_step(config: LlamaConfig, shards, args, device, budgets, soft: float):
 # the table
 
 
-def mfu(config: LlamaConfig, seq_len: int, tokens_per_second: float, name: str) -> float | None:
-    """Share of the GPU's bf16 peak that a dense step uses: 6 FLOPs per parameter and token (the embedding's look-up is
+def mfu(config: LlamaConfig, seq_len: int, tokens_per_second: float, name: str, share: float = 1.0) -> float | None:
+    """Share of the GPU's bf16 peak that a step uses whose passes run a share of the blocks: 6 FLOPs per parameter and token (the embedding's look-up is
     none), and causal attention's 6 * layers * heads * head_dim * T. None on a device whose peak is not known here."""
     peak = next((peak for gpu, peak in PEAK.items() if gpu in name), None)
-    matrices = n_params(config, SubNet.full(config)) + config.vocab_size * config.dim
-    attention = config.n_layers * config.n_heads * config.head_dim * seq_len
-    return peak and 6 * (matrices + attention) * tokens_per_second / peak
+    blocks = n_params(config, SubNet.full(config)) + config.n_layers * config.n_heads * config.head_dim * seq_len
+    return peak and 6 * (share * blocks + config.vocab_size * config.dim) * tokens_per_second / peak
 
 
 def main(argv=None) -> None:
@@ -190,7 +189,7 @@ def main(argv=None) -> None:
     for step, run in steps.items():
         ratios = [a / b for a, b in zip(speed[step][2:], speed["dense"][2:])]
         got = statistics.mean(getattr(run, "got", [1.0])[2:] or [1.0])
-        used = mfu(config, args.seq_len, got * statistics.median(speed[step][2:]), name)
+        used = mfu(config, args.seq_len, statistics.median(speed[step][2:]), name, got)
         rows.append(dict(step=step, ratio=statistics.median(ratios), low=min(ratios), high=max(ratios), cost=got,
                          mfu=used))
         print(f"{step:>9} {rows[-1]['ratio']:17.3f} {got:24.3f} {f'{used:.1%}' if used else '-':>6}   "

@@ -15,7 +15,7 @@ import torch
 
 from checkpoint import load_tensors
 from latency import check_latency, load_latency
-from model import Llama, SubNet
+from model import Llama
 from pertoken import KINDS, Flextron, costs_of, parameters_of, timed_sizes, total
 from space import n_params
 from tokenizer import fail

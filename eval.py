@@ -8,6 +8,7 @@ What each budget is worth: validation loss, the paper's six tasks, speed; of a s
     python eval.py --speed                               tokens/s and memory of each size over the full model's
     python eval.py --plot flex.png --base out/base       a picture, with a dense Llama as a line
     torchrun --nproc_per_node=8 eval.py --tasks all      eight GPUs share the rows; the numbers are those of one
+                                                         (but mean widths of tokens that choose: the first rank's)
     python eval.py --model out/flextron --text book.txt  flextron.py's: mean widths per layer, what each token took
     python eval.py --json                                one JSON object as the last line of stdout
 
@@ -18,7 +19,6 @@ import importlib.util
 import io
 import json
 import statistics
-import sys
 from pathlib import Path
 
 import torch
@@ -128,7 +128,9 @@ def loss_table(rows: list[dict], context: int, trained) -> str:
     """Sizes and loss, a line a budget."""
     lines = [f"{'budget':>7} {'got':>6} {'dim':>5} {'heads':>5} {'ffn':>6} {'layers':>6} {'parameters':>14} "
              f"{'with emb.':>14} {'loss':>7} {'ppl':>8}   ({rows[0]['tokens']:,} tokens, windows of {context})"]
-    listed = lambda v: v if isinstance(v, int) else f"{min(v)}-{max(v)}"
+    size = lambda v: f"{v:g}" if isinstance(v, int) else f"{v:.0f}"  # a mean over tokens is no whole number
+    listed = lambda v: size(v) if not isinstance(v, list) else size(v[0]) if len(set(v)) == 1 else (
+        f"{size(min(v))}-{size(max(v))}")
     for r in rows:
         lines.append(f"{label(r, trained)} {r['got']:6.3f} {r['dim']:5d} {listed(r['n_heads']):>5} "
                      f"{listed(r['ffn_dim']):>6} {len(r['layers']):6d} {r['params']:14,} {r['params_total']:14,} "
@@ -249,7 +251,8 @@ def run(args, device) -> dict:
     budgets = asked or ([1.0, *flex["targets"]] if flextron else [b for b in TABLE_BUDGETS if b >= smallest])
     if flextron:
         if args.speed:
-            fail(f"--speed measures slices, {args.model} has none: tokens choose there; see python tests/token_time.py")
+            fail(f"--speed measures the slices of train.py's families, {args.model} is flextron.py's; for those: "
+                 f"python tests/token_time.py --model {args.model}")
         unit = "params" if args.budgets else "latency" if args.latency else flextron.unit
         networks = [deploy(flextron, args.model, b, unit) for b in budgets]
     else:
@@ -261,7 +264,10 @@ def run(args, device) -> dict:
     pairs = text_windows(args.text, tokenizer, context) if args.text else []
     if not args.text and (args.data or not args.tasks):
         pairs = shard_windows(args, flex, context, model.config.vocab_size)
-    tasks, trained = encode_tasks(questions, tokenizer, window), flex.get("targets", flex.get("budgets", []))
+    tasks = encode_tasks(questions, tokenizer, window)
+    trained = flex.get("budgets", []) if not args.latency else []
+    if flextron and unit == flextron.unit:
+        trained = flex["targets"]
     if flextron:
         rows = [row_of_flextron(n, b, measured(n, b, None, None, pairs, tasks, args))
                 for b, n in zip(budgets, networks)]
@@ -299,7 +305,7 @@ def main(argv=None) -> None:
     args = arguments(argv)
     result = run(args, setup(args.device))
     if args.json and RANK == 0:
-        print(json.dumps(result))
+        print(json.dumps(json.loads(json.dumps(result), parse_constant=lambda nan: None)))  # JSON has no NaN
     finish()
 
 

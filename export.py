@@ -200,7 +200,7 @@ def main(argv=None) -> None:
     flextron, unit = (Path(args.model) / FLEXTRON).exists(), "latency" if args.latency else "params"
     if context < 1:
         fail(f"--context {context} found; expected 1 or more tokens")
-    budgets = args.budget or args.latency or ([1.0] if router is None else None)
+    budgets = args.budget or args.latency or ([1.0] if router is None and not flextron else None)
     if router and (args.params or args.memory):
         size, what = (lambda s: n_params(full, s, embeddings=True)), "parameters"
         if args.memory:
@@ -208,7 +208,8 @@ def main(argv=None) -> None:
             what = f"bytes of weights ({str(dtype)[6:]}) and KV cache ({context:,} tokens)"
         budgets = [largest(router, size, amount(args.params or args.memory), what)]
     elif args.params or args.memory:
-        fail(f"{args.model} is a plain Llama of one size; expected a supernet's folder, made by train.py")
+        fail(f"{args.model} has no flex.pt, so no sizes to find one among; expected a supernet's folder, made by "
+             "train.py, or --budget or --latency where flextron.py made it")
     if not budgets and not args.dry_run:
         fail("no size asked for; expected --budget 0.5, --latency 0.6, --params 4B or --memory 6GB; see --dry-run")
     if router is None and not flextron and budgets != [1.0]:
@@ -218,7 +219,8 @@ def main(argv=None) -> None:
         fail(f"--out {args.out} is one folder for {len(budgets)} budgets; leave --out out: each gets one of its own")
     if args.dry_run:
         if not budgets:
-            budgets = [b for b in (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3) if b >= router.space.costs.min()]
+            smallest = router.space.costs.min() if router else 1.0
+            budgets = [b for b in (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3) if b >= smallest]
         rows = [(b, choose(args.model, model, router, b, unit)[0]) for b in budgets]
         return print(sizes_table(full, rows, dtype, context))
     signal.signal(signal.SIGTERM, signal.default_int_handler)

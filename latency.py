@@ -28,7 +28,7 @@ import torch
 
 from checkpoint import load_llama
 from model import Llama, SubNet
-from parallel import autocast, device_of
+from parallel import autocast, device_of, rank0_first
 from space import Space, choices_for, random_generator
 from tokenizer import atomic_write, fail
 
@@ -177,10 +177,14 @@ def load_latency(folder, model: Llama, choices: dict | None = None) -> Latency:
     """The table in a folder; measured and written there first if there is none."""
     path = Path(folder) / TABLE
     here = hardware(model.tok_embeddings.weight.device)
-    if not path.is_file():
-        print(f"measuring latencies on {here['hardware']}, {here['threads']} threads, into {path}", file=sys.stderr)
-        with atomic_write(path) as f:
-            f.write((json.dumps(measure(model, choices), indent=1) + "\n").encode())
+
+    def make():
+        if not path.is_file():
+            print(f"measuring latencies on {here['hardware']}, {here['threads']} threads, into {path}", file=sys.stderr)
+            with atomic_write(path) as f:
+                f.write((json.dumps(measure(model, choices), indent=1) + "\n").encode())
+
+    rank0_first(make)  # one table for all ranks, or they would take different slices
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
         found = Latency(table, model.config.n_layers)
@@ -198,6 +202,19 @@ def load_latency(folder, model: Llama, choices: dict | None = None) -> Latency:
     return found
 
 
+def choices_in(folder, model: Llama) -> dict:
+    """The sizes to measure: those that the routers in a folder choose from, or the default ones."""
+    from deployed import load_flextron  # they import this file
+    from pertoken import timed_sizes
+    from router import load_router
+    router, flextron = load_router(folder, model.config), load_flextron(folder, model)
+    try:
+        return router.space.choices if router else timed_sizes(model.config, flextron.sizes) if flextron else (
+            choices_for(model.config))
+    except ValueError as error:
+        fail(str(error))
+
+
 def main(argv=None) -> None:
     """Measures a folder's table anew, then times random slices, another shape in every layer, against it."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -208,13 +225,10 @@ def main(argv=None) -> None:
     p.add_argument("--slices", type=int, default=6, help="random slices to check the table on")
     p.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     args = p.parse_args(argv)
-    if min(args.rounds, args.slices, args.seq_len or 1) < 1:
+    if min(args.rounds, args.slices, 1 if args.seq_len is None else args.seq_len) < 1:
         fail("--rounds, --slices and --seq-len: expected 1 or more")
     model = load_llama(args.model, device_of(args.device))
-    try:
-        choices = choices_for(model.config)
-    except ValueError as error:
-        fail(str(error))
+    choices = choices_in(args.model, model)
     table = measure(model, choices, args.rounds, args.seq_len)
     with atomic_write(Path(args.model) / TABLE) as f:
         f.write((json.dumps(table, indent=1) + "\n").encode())

@@ -91,6 +91,10 @@ def plan_table(args: argparse.Namespace) -> str:
     if args.batch_tokens % (args.seq_len * args.ranks):
         fail(f"--batch-tokens {args.batch_tokens} found; expected whole sequences of --seq-len {args.seq_len}, equally "
              f"many for each of {args.ranks} ranks; try --batch-tokens {args.seq_len * 8 * args.ranks}")
+    try:
+        Space(config)
+    except ValueError as error:
+        fail(str(error))
     bf16, sequences = args.device == "cuda", args.batch_tokens // args.seq_len // args.ranks
     rows = plan(config, args, args.ranks, bf16)
     keys, micro = [k for k in rows[0] if k != "shard"], min(args.micro_batch, sequences)

@@ -70,7 +70,7 @@ def main(argv=None) -> None:
     if router is None and flextron is None and asked != 1:
         fail(f"{args.model} is a plain Llama: its only budget is 1.0; expected a folder made by train.py for others")
     costs = load_latency(args.model, model, router.space.choices).costs(router.space, asked) if (
-        router and args.latency) else None
+        router and args.latency is not None) else None
     subnet, factors = router.deploy(asked, costs) if router else (model.full, None)
     factors = None if factors is None else factors.to(args.device)
     tokenizer = load_tokenizer(Path(args.model) / TOKENIZER, model.config.vocab_size)

@@ -137,10 +137,11 @@ def search(model: Llama, windows, args, settings: dict, state: dict | None) -> L
     save = lambda state: save_tensors(Path(args.out) / RESUME, state | dict(settings=settings))
     state = evolve(model, bounds, fitness, args.generations, args.population, args.seed, state, save)
     best, config = state["parents"][0][1], model.config
-    small, subnet = slim(model, best), best.subnet(config)
     tried, passes = len(state["losses"]), len(calibration)
     rows = [("dense", 1.0, evaluate(model, report)[0]), ("start", cost(config, bounds.start().subnet(config)), evaluate(
-        slim(model, bounds.start()), report)[0]), ("searched", cost(config, subnet), evaluate(small, report)[0])]
+        slim(model, bounds.start()), report)[0])]
+    small, subnet = slim(model, best), best.subnet(config)  # only now: it and the start's would be there together
+    rows.append(("searched", cost(config, subnet), evaluate(small, report)[0]))
     if args.reform:
         errors = reform_(small, model, subnet.layers, calibration, batch)
         passes *= 4

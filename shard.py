@@ -12,7 +12,6 @@ can go on with another number of ranks or another --shard.
     torchrun --nproc_per_node=8 train.py --shard fsdp
 """
 import torch
-import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer

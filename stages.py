@@ -128,7 +128,7 @@ def gates_step(flextron: Flextron, shards, step: int, args, device, joint: bool)
 
 def surrogate_step(flextron: Flextron, surrogate: Surrogate, shards, step: int, args, device) -> dict:
     """Runs what the routers draw, no more, shows S the pairs, and sends S's gradient to the routers if S is good."""
-    losses, costs, pairs, penalties = [], [], [], []
+    losses, costs, pairs, penalties = {}, {}, [], []
     each = lambda logits, y: F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none").view(y.shape)
     for i, target in enumerate(args.targets):
         for m, (x, y, share) in enumerate(batches(shards, step, i, args, device)):
@@ -140,15 +140,15 @@ def surrogate_step(flextron: Flextron, surrogate: Surrogate, shards, step: int, 
             pairs.append((soft.flatten(0, 1).cpu(), rows.flatten().cpu(), share))
             mean = flextron.mean_cost(picks)
             penalties.append((mean / target - 1).abs() * share)
-            losses.append(excess.mean().item())
-            costs.append(mean.item())
+            losses[target] = losses.get(target, 0.0) + excess.mean().item() * share
+            costs[target] = costs.get(target, 0.0) + mean.item() * share
     for soft, rows, _ in pairs:
         surrogate.observe(soft.detach(), rows, step)
     updated = surrogate.error < args.threshold
     if updated:
         predicted = sum(surrogate(soft).mean() * share for soft, _, share in pairs)
         ((predicted + args.penalty * sum(penalties).cpu()) / len(args.targets)).backward()
-    return dict(loss=losses, cost=costs, error=surrogate.error, updated=updated)
+    return dict(loss=list(losses.values()), cost=list(costs.values()), error=surrogate.error, updated=updated)
 
 
 def train_step(flextron: Flextron, surrogate: Surrogate, shards, step: int, args, device) -> dict:

@@ -312,7 +312,7 @@ def test_folder_round_trip(desk):
 def test_killed_and_resumed(desk, tmp_path, monkeypatch, teach):
     """Catches state that resume.pt forgets: moments, the surrogate and its pairs, prices. Stopped every third step."""
     root, flags = desk
-    flags = flags + ["--router", "dynamic", "--teach", teach]
+    flags = flags + ["--router", "dynamic", "--teach", teach, "--micro-batch", "3"]
     training.main(flags + ["--out", str(tmp_path / "a")])
     stop = training.Stop
 
@@ -340,6 +340,9 @@ def test_killed_and_resumed(desk, tmp_path, monkeypatch, teach):
     assert_same(*(load_tensors(tmp_path / run / "resume.pt") for run in "ab"))          # which strings are one object
     steps = lambda folder: {r["step"]: r["loss"] for r in map(json.loads, open(folder / "log.jsonl")) if "loss" in r}
     assert steps(tmp_path / "a") == steps(tmp_path / "b")
+    costs = [r["cost"] for r in map(json.loads, open(tmp_path / "a/log.jsonl")) if "cost" in r]
+    state = load_tensors(tmp_path / "a/flextron.pt")
+    assert costs and all(len(of) == len(state["targets"]) for of in costs), "one number a target, of all micro-batches"
 
 
 def test_stages_train_what_they_should(desk, tmp_path):

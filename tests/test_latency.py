@@ -133,10 +133,13 @@ def test_export_at_a_latency(tmp_path, monkeypatch, capsys):
 
 
 def test_timing_a_folder(tmp_path, capsys):
-    """Catches a command that prints without writing its table, and a table that is another model's."""
+    """Catches a command that prints without writing its table, one of other sizes than the router's, and a table that
+    is another model's."""
     make_supernet(tmp_path / "flex", GQA)
     timing.main(["--model", str(tmp_path / "flex"), "--rounds", "1", "--slices", "2", "--device", "cpu"])
     assert capsys.readouterr().out.count("%") == 2 and (tmp_path / "flex" / TABLE).is_file()
+    table, sizes = json.loads((tmp_path / "flex" / TABLE).read_text()), odd_choices(GQA)
+    assert all(min(table[axis]) == min(sizes[axis]) for axis in ("n_heads", "ffn_dim"))
     other = random_llama(dataclasses.replace(GQA, ffn_dim=96))
     with one_line_error(capsys, TABLE, "python latency.py"):
         load_latency(tmp_path / "flex", other)
@@ -156,3 +159,6 @@ def test_mistakes_end_in_one_line(tmp_path, capsys):
         export.main(flags + ["--latency", "0.6"])
     with one_line_error(capsys, "--rounds"):
         timing.main(["--model", str(tmp_path / "flex"), "--rounds", "0"])
+    router = random_router(GQA, "penalty")
+    with one_line_error(capsys, "penalty", "latency"):
+        router.route(0.6, router.space.costs)

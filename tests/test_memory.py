@@ -89,5 +89,10 @@ def test_the_table_from_params_json_alone(tmp_path, capsys):
     assert rows["8"]["zero1"][2] == pytest.approx(rows["8"]["ddp"][2] / 8, abs=0.01)
     assert rows["8"]["fsdp"][1] == pytest.approx(rows["8"]["ddp"][1] / 8, abs=0.01)
     assert rows["8"]["fsdp"][-1] < rows["8"]["zero1"][-1] < rows["8"]["ddp"][-1]
+    with one_line_error(capsys, "another shape in every layer"):
+        (tmp_path / "per-layer").mkdir()
+        mixed = dataclasses.replace(config, ffn_dim=(8192,) * 15 + (4096,))
+        (tmp_path / "per-layer/params.json").write_text(json.dumps(params_json(mixed)))
+        train.main(["--llama", str(tmp_path / "per-layer"), "--dry-run"])
     with one_line_error(capsys, "3 ranks", "--batch-tokens"):
         train.main(["--llama", str(tmp_path), "--dry-run", "--ranks", "3"])
