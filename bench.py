@@ -123,7 +123,8 @@ def shape_of(args: argparse.Namespace) -> LlamaConfig:
     """The Llama that the flags describe."""
     sizes = (args.rounds, args.batch, args.dim, args.layers, args.heads, args.kv_heads, args.ffn_dim, args.vocab_size)
     if min(sizes) < 1 or args.seq_len < 2 or args.heads % args.kv_heads or args.head_dim < 2 or args.head_dim % 2:
-        fail("a size under 1, an odd --head-dim, or heads that do not divide among KV heads; expected a Llama's shape, as in --help")
+        fail("a size under 1, an odd --head-dim, or heads that do not divide among KV heads; expected a Llama's shape, "
+             "as in --help")
     return LlamaConfig(dim=args.dim, n_layers=args.layers, n_heads=args.heads, n_kv_heads=args.kv_heads,
                        head_dim=args.head_dim, ffn_dim=args.ffn_dim, vocab_size=args.vocab_size)
 

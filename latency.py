@@ -11,7 +11,7 @@ sums and not products: for a few widths d of the residual stream
     latency(slice) = fixed(d) + sum over its layers ( layer(d) + heads(d, n_heads) + neurons(d, ffn_dim) )
 
 where heads and neurons are what a smaller attention or MLP saves (<= 0). Everything is a fraction of the full model's
-time in the same round: what else the machine does slows both alike. The median over rounds is kept; round 0 warms up.
+time, taken right before: what else the machine does slows both alike. The median over rounds is kept; round 0 warms up.
 """
 import argparse
 import json
@@ -51,29 +51,29 @@ def hardware(device: torch.device) -> dict:
 
 
 def seconds(run, device: torch.device) -> float:
-    """Of one call."""
+    """Of one call. On one CPU thread, of that thread alone: when the machine ran something else, that is not ours."""
+    clock = time.thread_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
     if device.type == "cuda":
         torch.cuda.synchronize()
-    start = time.perf_counter()
+    start = clock()
     run()
     if device.type == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 @torch.no_grad()
 def fractions(runs: dict, device: torch.device, rounds: int) -> dict:
-    """Each call's time over that of runs["full"] in the same round, the median over rounds; and under "full" its ms."""
-    times = {key: [] for key in runs}
+    """Each call's time over that of runs["full"] right before it, the median over rounds; and under "full" its ms."""
+    full, ratios = [], {key: [] for key in runs if key != "full"}
     for r in range(rounds + 1):
-        for key, run in runs.items():
+        for key in ratios:
             with autocast(device):
-                took = seconds(run, device)
+                reference, took = seconds(runs["full"], device), seconds(runs[key], device)
             if r:
-                times[key].append(took)
-    full = times.pop("full")
-    return {key: statistics.median(t / f for t, f in zip(took, full)) for key, took in times.items()} | {
-        "full": 1000 * statistics.median(full)}
+                full.append(reference)
+                ratios[key].append(took / reference)
+    return {key: statistics.median(of) for key, of in ratios.items()} | {"full": 1000 * statistics.median(full)}
 
 
 def some(sizes, n: int) -> list[int]:
@@ -89,7 +89,7 @@ def batch_for(model: Llama, tokens: int | None = None) -> torch.Tensor:
         model.tok_embeddings.weight.device)
 
 
-def measure(model: Llama, choices: dict | None = None, rounds: int = 15, tokens: int | None = None) -> dict:
+def measure(model: Llama, choices: dict | None = None, rounds: int = 31, tokens: int | None = None) -> dict:
     """The table of a model, on its device: prefill of a batch of windows. choices: sizes per axis as choices_for()
     gives them; a few of each are measured."""
     c, device = model.config, model.tok_embeddings.weight.device
@@ -220,7 +220,7 @@ def main(argv=None) -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.error = lambda message: fail(f"{message}; python latency.py --help lists the flags")
     p.add_argument("--model", default="out/flex", help="a supernet or any plain Llama folder")
-    p.add_argument("--rounds", type=int, default=15, help="timings of each slice, of which the median counts")
+    p.add_argument("--rounds", type=int, default=31, help="timings of each slice, of which the median counts")
     p.add_argument("--seq-len", type=int, help="tokens per window (default: the model's context)")
     p.add_argument("--slices", type=int, default=6, help="random slices to check the table on")
     p.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")

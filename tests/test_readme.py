@@ -33,7 +33,8 @@ FEWER = {"train.py": "--base-steps 3 --steps 2 --eval-windows 4 --calibration-wi
                            "--rounds 1 --device cpu",
          "bench.py": "--dim 64 --layers 2 --heads 4 --kv-heads 2 --head-dim 16 --ffn-dim 64 --seq-len 16 --rounds 1",
          "sample.py": "--max-new-tokens 5", "eval.py": "--windows 4", "tests/oracle.py": "--windows 2",
-         "tests/big_export.py": "--scale 16", "latency.py": "--rounds 1", "tests/token_time.py": "--dim 64 --rounds 1",
+         "tests/big_export.py": "--scale 16", "latency.py": "--rounds 1",
+         "tests/token_time.py": "--dim 64 --rounds 1 --latency 0.9",
          "tests/flextron_oracle.py": "--windows 4", "search.py": FEW_CANDIDATES,
          "tests/ablation_search.py": FEW_CANDIDATES + " --budgets 0.6 --seeds 0",
          "flextron.py": "--elastic-steps 2 --router-steps 2 --joint-steps 2 --eval-windows 4 --calibration-windows 4 "

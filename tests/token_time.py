@@ -4,7 +4,7 @@ Does the time fall with what the tokens take? And does a static slice take the t
     python tests/token_time.py                           a random Llama: every token draws its sizes, ever smaller ones
     python tests/token_time.py --model out/flextron      static routers: --latency asked, and the time measured
 
-Times are fractions of the full model's in the same round, medians over rounds (latency.py: fractions).
+Times are fractions of the full model's right before, medians over rounds (latency.py: fractions).
 """
 import argparse
 import sys
