@@ -12,11 +12,11 @@ import argparse
 import json
 import statistics
 import sys
-import time
 
 import torch
 
 from checkpoint import load_llama
+from latency import seconds
 from model import Gates, Llama, LlamaConfig, SubNet
 from router import load_router
 from sample import generate
@@ -30,17 +30,6 @@ def prefix_gates(space: Space, subnet: SubNet, device) -> Gates:
     chosen = torch.cat([torch.tensor([float(c == size) for c in space.choices[axis]])
                         for axis, size in zip(AXES, space.sizes(subnet))])
     return space.gates(chosen.to(device))
-
-
-def timed(run, device) -> float:
-    """Seconds of one call."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    run()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def variants(model: Llama, space: Space, route, budgets, device) -> dict[tuple, dict]:
@@ -72,9 +61,9 @@ def measure(calls: dict, tokens, rounds: int, device) -> dict[tuple, dict]:
     for r in range(rounds + 1):  # round 0 warms up
         for kind, run in (("forward", forward), ("both", both)):
             for key, call in calls.items():
-                seconds = timed(lambda: run(call), device)
+                took = seconds(lambda: run(call), device)
                 if r:
-                    times[key][kind].append(seconds)
+                    times[key][kind].append(took)
     full = times[1.0, "full"]
     return {key: {kind: statistics.median(t / f for t, f in zip(times[key][kind], full[kind])) for kind in full}
             | dict(ms=1000 * statistics.median(times[key]["both"])) for key in calls}
@@ -100,8 +89,8 @@ def generation(model: Llama, calls: dict, tokens, rounds: int, device) -> dict[f
     subnets = {b: call.get("subnet", model.full) for (b, way), call in calls.items() if way in ("full", "sliced")}
     times = {(b, run): [] for b in subnets for run in (cached, recompute)}
     for r in range(rounds + 1):  # round 0 warms up
-        for (b, run), seconds in times.items():
-            seconds.append(timed(lambda: run(subnets[b]), device))
+        for (b, run), took in times.items():
+            took.append(seconds(lambda: run(subnets[b]), device))
     ratio = lambda a, b: statistics.median(x / y for x, y in zip(a[1:], b[1:]))
     return {b: dict(cached=ratio(times[b, cached], times[1.0, cached]),
                     recomputed=ratio(times[b, recompute], times[b, cached])) for b in subnets}

@@ -23,7 +23,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import train
-from bench import add_shape, shape_of, timed
+from bench import add_shape, shape_of
+from latency import seconds
 from model import Llama, LlamaConfig, SubNet, apply_rope, rope_frequencies
 from optimizer import clip_gradients, make_optimizers
 from parallel import autocast, device_of
@@ -181,7 +182,7 @@ def main(argv=None) -> None:
     speed = {name: [] for name in steps}
     for r in range(args.rounds + 2):  # two to warm up
         for name, step in steps.items():
-            speed[name].append(passes[name] * flags.batch_tokens / timed(lambda: step(r), device))
+            speed[name].append(passes[name] * flags.batch_tokens / seconds(lambda: step(r), device))
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
     print(f"{name}, torch {torch.__version__}; {args.batch} x {args.seq_len} tokens per budget and step, dim "
           f"{config.dim}, {n_params(config, SubNet.full(config)):,} parameters", file=sys.stderr)

@@ -235,43 +235,50 @@ def load_base(args, vocab_size: int, device) -> Llama | None:
     return base
 
 
+def deployed_at(args, model: Llama, router, flextron, flex: dict) -> tuple[list, list, list]:
+    """(budgets, what runs at each, budgets that were trained). What runs is a slice and its factors, or, of a folder of
+    flextron.py, a network to call in place of the model."""
+    asked = args.budgets or args.latency
+    if router is None and flextron is None and any(b != 1 for b in asked or [1.0]):
+        fail(f"{args.model} is a plain Llama: its only budget is 1.0; expected a folder made by train.py for others")
+    if flextron:
+        if args.speed:
+            fail(f"--speed measures the slices of train.py's families, {args.model} is flextron.py's; for those: "
+                 f"python tests/token_time.py --model {args.model}")
+        budgets, unit = asked or [1.0, *flex["targets"]], flextron.unit
+        unit = "params" if args.budgets else "latency" if args.latency else unit
+        return (budgets, [deploy(flextron, args.model, b, unit) for b in budgets],
+                flex["targets"] if unit == flextron.unit else [])
+    if router is None:
+        budgets = asked or [1.0]
+        return budgets, [(model.full, None)] * len(budgets), []
+    budgets = asked or [b for b in TABLE_BUDGETS if b >= router.space.costs.min()]
+    latency = load_latency(args.model, model, router.space.choices) if args.latency else None
+    return (budgets, [router.deploy(b, latency and latency.costs(router.space, b)) for b in budgets],
+            [] if args.latency else flex["budgets"])
+
+
 def run(args, device) -> dict:
     """Loads, measures, prints the tables on stderr; returns what --json prints."""
     questions = {name: load_task(name, args.task_dir, args.limit) for name in args.tasks}  # before a model is loaded
     model = load_llama(args.model, device)
     router = load_router(args.model, model.config)
-    flextron, asked = load_flextron(args.model, model), args.budgets or args.latency
-    if router is None and flextron is None and any(b != 1 for b in asked or [1.0]):
-        fail(f"{args.model} is a plain Llama: its only budget is 1.0; expected a folder made by train.py for others")
-    base = load_base(args, model.config.vocab_size, device)
+    flextron = load_flextron(args.model, model)
     flex = load_tensors(Path(args.model) / (FLEX if router else FLEXTRON)) if router or flextron else {}
+    budgets, deployed, trained = deployed_at(args, model, router, flextron, flex)
+    base = load_base(args, model.config.vocab_size, device)
     context = args.seq_len or flex.get("seq_len") or model.config.context
     window = args.seq_len or (131072 if model.config.rope_factor > 1 else model.config.context)  # as hf.py says
-    smallest = router.space.costs.min() if router else 1.0
-    budgets = asked or ([1.0, *flex["targets"]] if flextron else [b for b in TABLE_BUDGETS if b >= smallest])
-    if flextron:
-        if args.speed:
-            fail(f"--speed measures the slices of train.py's families, {args.model} is flextron.py's; for those: "
-                 f"python tests/token_time.py --model {args.model}")
-        unit = "params" if args.budgets else "latency" if args.latency else flextron.unit
-        networks = [deploy(flextron, args.model, b, unit) for b in budgets]
-    else:
-        latency = load_latency(args.model, model, router.space.choices) if args.latency and router else None
-        deployed = [router.deploy(b, latency and latency.costs(router.space, b)) if router else (model.full, None)
-                    for b in budgets]
     needed = args.text or args.tasks
     tokenizer = load_tokenizer(Path(args.model) / TOKENIZER, model.config.vocab_size) if needed else None
     pairs = text_windows(args.text, tokenizer, context) if args.text else []
     if not args.text and (args.data or not args.tasks):
         pairs = shard_windows(args, flex, context, model.config.vocab_size)
     tasks = encode_tasks(questions, tokenizer, window)
-    trained = flex.get("budgets", []) if not args.latency else []
-    if flextron and unit == flextron.unit:
-        trained = flex["targets"]
     if flextron:
-        rows = [row_of_flextron(n, b, measured(n, b, None, None, pairs, tasks, args))
-                for b, n in zip(budgets, networks)]
-        say(widths_table(networks, rows, pairs[0][0][0].tolist() if args.text else None, tokenizer))
+        rows = [row_of_flextron(d, b, measured(d, b, None, None, pairs, tasks, args))
+                for b, d in zip(budgets, deployed)]
+        say(widths_table(deployed, rows, pairs[0][0][0].tolist() if args.text else None, tokenizer))
     else:
         rows = [row_of(model, b, *d, pairs, tasks, args) for b, d in zip(budgets, deployed)]
     result = dict(model=str(args.model), context=context, rows=rows)

@@ -7,7 +7,6 @@ A figure is the median over the rounds of (the full model's time / this one's), 
 Try it:  python eval.py --speed
 """
 import statistics
-import time
 import weakref
 
 import torch
@@ -15,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
+from latency import seconds
 from model import KVCache, Llama, SubNet
 
 ROUNDS = 7
@@ -88,18 +88,10 @@ def speeds(model: Llama, subnets: list[SubNet], window: int, batch: int, device)
     tokens = torch.randint(model.config.vocab_size, (batch, prompt + new),
                            generator=torch.Generator().manual_seed(0)).to(device)
 
-    def clock() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
     def turn(native: Llama) -> tuple[float, float]:
-        cache, start = KVCache(prompt + new), clock()
-        native(tokens[:, :prompt], cache=cache)
-        middle = clock()
-        for i in range(prompt, prompt + new):
-            native(tokens[:, i:i + 1], cache=cache)
-        return middle - start, clock() - middle
+        cache = KVCache(prompt + new)
+        return (seconds(lambda: native(tokens[:, :prompt], cache=cache), device),
+                seconds(lambda: [native(tokens[:, i:i + 1], cache=cache) for i in range(prompt, prompt + new)], device))
 
     def warm(subnet: SubNet) -> Llama:  # one at a time: all sizes together may not fit
         native = slim(model, subnet, device)
@@ -113,7 +105,7 @@ def speeds(model: Llama, subnets: list[SubNet], window: int, batch: int, device)
     for _ in tqdm(range(ROUNDS), "speed", leave=False, disable=None):
         rounds.append({subnet: turn(warm(subnet)) for subnet in sizes})
     ratio = lambda subnet, part: statistics.median(r[model.full][part] / r[subnet][part] for r in rounds)
-    seconds = [statistics.median(r[model.full][part] for r in rounds) for part in (0, 1)]
+    took = [statistics.median(r[model.full][part] for r in rounds) for part in (0, 1)]
     return ([dict(prefill=ratio(s, 0), decode=ratio(s, 1), memory=memory[s] / memory[model.full]) for s in subnets],
-            dict(prefill=batch * prompt / seconds[0], decode=batch * new / seconds[1], memory=memory[model.full],
+            dict(prefill=batch * prompt / took[0], decode=batch * new / took[1], memory=memory[model.full],
                  prompt=prompt, new=new, batch=batch))
