@@ -73,13 +73,13 @@ def largest(router: Router, size, limit: float, what: str) -> float:
 
 
 def fold(model: Llama, subnet: SubNet, factors: torch.Tensor | None, dtype: torch.dtype = torch.float32) -> dict:
-    """State dict of the slice as a Llama of its own, factors (n_layers, 2) multiplied into wo and w2 in fp32 and
+    """State dict of the slice as a Llama of its own, factors (n_layers, 2[, dim]) multiplied into wo and w2 in fp32 and
     rounded to dtype once."""
     scale = {}
     if factors is not None:
         for new, old in enumerate(subnet.layers):
-            scale[f"layers.{new}.attention.wo.weight"] = factors[old, 0]
-            scale[f"layers.{new}.feed_forward.w2.weight"] = factors[old, 1]
+            rows = [f[:subnet.dim, None] if f.dim() else f for f in factors[old]]
+            scale[f"layers.{new}.attention.wo.weight"], scale[f"layers.{new}.feed_forward.w2.weight"] = rows
     state = {}
     for name, w in model.slices(subnet).items():
         if not (model.config.tied and name == "output.weight"):

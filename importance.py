@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from model import Llama, SubNet
+from space import random_generator
 
 # -----------------------------------------------------------------------------
 # ranking
@@ -98,14 +99,19 @@ def layers_by_influence(model: Llama, windows: torch.Tensor, batch: int = 8) -> 
     return influence.argsort(descending=True, stable=True).tolist()
 
 
-def rank(model: Llama, windows: torch.Tensor, depth: str = "logits") -> dict:
+def rank(model: Llama, windows: torch.Tensor, depth: str = "logits", units: str = "activation", seed: int = 0) -> dict:
     """The order of all units, best first, from calibration windows (S, T) that no evaluation sees.
 
     Returns {"dim": (dim,), "n_heads": [(n_heads,)] per layer, group-major and inside the groups,
-    "ffn_dim": [(ffn_dim,)] per layer, "layers": list}. depth: "logits" or "influence"."""
+    "ffn_dim": [(ffn_dim,)] per layer, "layers": list}. depth: "logits" or "influence". units: "activation", or one of
+    two yardsticks for it: "random" (drawn by seed) and "reversed" (worst first)."""
     T = windows.size(1)
     batch, depth_windows = max(1, 4096 // T), max(2, 2048 // T)  # few for depth: it is n_layers^2 / 2 passes
     scores = activation_scores(model, windows, batch)
+    if units != "activation":
+        draw = random_generator("units", seed)
+        other = {"random": lambda s: torch.rand(s.shape, generator=draw), "reversed": torch.neg}[units]
+        scores = {axis: [other(s) for s in of] for axis, of in scores.items()}
     best_first = lambda s: s.argsort(dim=-1, descending=True, stable=True).cpu()
     orders = {"dim": best_first(torch.stack(scores["dim"]).sum(0)),
               "ffn_dim": [best_first(s) for s in scores["ffn_dim"]], "n_heads": []}

@@ -271,6 +271,8 @@ class Block(nn.Module):
         """A sub-block's output times the layer's gate and its modulation factor."""
         # In fp32, as the residual stream: bf16 would round a factor of 1.002 to 1.
         y = y if gate is None else y.float() * gate          # <-- 5. gates (depth)
+        if factor is not None and factor.dim():              # a factor per channel: those of the slice
+            factor = factor[:y.size(-1)]
         return y if factor is None else y.float() * factor   # <-- 6. modulation
 
 
@@ -318,7 +320,7 @@ class Llama(nn.Module):
     def forward(self, tokens, targets=None, subnet=None, gates=None, factors=None, cache=None):
         """Runs the slice `subnet` (default: all of it) on tokens (B, T).
 
-        gates: Gates or None. factors: (n_layers, 2) from router.py's Modulation, or None. cache: KVCache.
+        gates: Gates or None. factors: (n_layers, 2[, dim]) from router.py's Modulation, or None. cache: KVCache.
         Returns (logits (B, T, vocab) in fp32, mean cross-entropy in nats if targets (B, T) are given, else None).
         """
         B, T = tokens.shape

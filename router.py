@@ -46,20 +46,21 @@ class Modulation(nn.Module):
     (the paper's size; frequencies of 1 to 10 radians per unit, smooth between neighbouring choices, so that a
     size between two trained ones gets a factor between theirs), f a small MLP whose last layer starts at zero and
     has no bias. s is constant for a slice: export.py folds it into wo and w2. Exactly 1 at the full network.
+    per_channel: one factor for each channel of an output, instead of one for all.
     """
     SIZE, HIDDEN = 16, 128
 
-    def __init__(self, config: LlamaConfig, seed: int = 0):
+    def __init__(self, config: LlamaConfig, seed: int = 0, per_channel: bool = False):
         super().__init__()
         self.config, self.full = config, SubNet.full(config)
         self.register_buffer("frequencies", torch.logspace(0, 1, self.SIZE // 2), persistent=False)
         generator = torch.Generator().manual_seed(seed)
         self.hidden = nn.Parameter(torch.randn(2, self.HIDDEN, 3 * self.SIZE, generator=generator) / self.SIZE)
         self.bias = nn.Parameter(torch.zeros(2, self.HIDDEN))
-        self.out = nn.Parameter(torch.zeros(2, config.n_layers, self.HIDDEN))
+        self.out = nn.Parameter(torch.zeros(2, config.n_layers, self.HIDDEN, *[config.dim] * per_channel))
 
     def f(self, subnet: SubNet) -> torch.Tensor:
-        """f(e(c)) of every kept layer, (len(layers), 2): attention, MLP."""
+        """f(e(c)) of every kept layer, (len(layers), 2[, dim]): attention, MLP."""
         c, layers = self.config, list(subnet.layers)
         n = len(layers)
         width = torch.tensor([[subnet.dim / c.dim] * n, [n / c.n_layers] * n])
@@ -69,11 +70,12 @@ class Modulation(nn.Module):
         angle = fractions.transpose(1, 2)[..., None] * self.frequencies                             # 2, n, 3, SIZE/2
         e = torch.cat((angle.sin(), angle.cos()), dim=-1).flatten(2)                                # 2, n, 3 * SIZE
         h = F.silu(e @ self.hidden.transpose(1, 2) + self.bias[:, None])                            # 2, n, HIDDEN
-        return (h * self.out[:, layers]).sum(-1).T
+        out = self.out[:, layers]                                                                   # 2, n, HIDDEN, ...
+        return (h * out).sum(-1).T if out.dim() == 3 else torch.einsum("knh,knhd->nkd", h, out)
 
     def forward(self, subnet: SubNet) -> torch.Tensor:
-        """The factors of a slice, (n_layers, 2); rows of layers that are not kept are 1."""
-        ones = torch.ones(self.config.n_layers, 2).to(self.out)
+        """The factors of a slice, (n_layers, 2[, dim]); rows of layers that are not kept are 1."""
+        ones = torch.ones(self.config.n_layers, 2, *self.out.shape[3:]).to(self.out)
         if subnet == self.full:
             return ones
         layers = list(subnet.layers)
@@ -97,7 +99,7 @@ class Router(nn.Module):
     """Budget -> SubNet of a Space. mode: constrained, penalty, uniform or random. budgets: those that are trained."""
     WIDTH = 128  # embedding and hidden size (the paper's)
 
-    def __init__(self, space: Space, mode: str = "constrained", seed: int = 0, budgets=()):
+    def __init__(self, space: Space, mode: str = "constrained", seed: int = 0, budgets=(), per_channel: bool = False):
         super().__init__()
         self.space, self.mode, self.seed, self.budgets = space, mode, seed, sorted(budgets)  # budgets: those that train
         self.embed = nn.Linear(1, self.WIDTH)
@@ -109,7 +111,7 @@ class Router(nn.Module):
             for name, p in self.named_parameters():  # last layers zero: uniform over F(b) at the start
                 zero = p.dim() == 1 or ".2." in name
                 p.copy_(torch.zeros(p.shape) if zero else torch.randn(p.shape, generator=generator) / p.size(1) ** 0.5)
-        self.modulation = Modulation(space.config, seed)
+        self.modulation = Modulation(space.config, seed, per_channel)
         self.seen: set[tuple[str, int]] = set()  # sizes that some training step ran
 
     def logits(self, budget: float) -> torch.Tensor:
@@ -181,7 +183,7 @@ class Router(nn.Module):
 
     @torch.no_grad()
     def deploy(self, budget: float, costs: torch.Tensor | None = None) -> tuple[SubNet, torch.Tensor | None]:
-        """route(b) and its modulation factors (n_layers, 2). A size that no training step ran is not modulated:
+        """route(b) and its modulation factors (n_layers, 2[, dim]). A size that no training step ran is not modulated:
         its factors would be guesses."""
         subnet = self.route(budget, costs)
         known = set(zip(AXES, self.space.sizes(subnet))) <= self.seen
@@ -197,14 +199,15 @@ def router_state(router: Router, **more) -> dict:
     pickle also remembers which equal objects are one object, so two equal runs would give two files."""
     space = router.space
     plain = dict(choices=space.choices, layer_order=space.layer_order, delta=space.delta, mode=router.mode,
-                 seed=router.seed, budgets=router.budgets, seen=sorted(router.seen), **more)
+                 seed=router.seed, budgets=router.budgets, per_channel=router.modulation.out.dim() == 4,
+                 seen=sorted(router.seen), **more)
     return dict(router=dict(router.state_dict()), **json.loads(json.dumps(plain)))
 
 
 def restore_router(config: LlamaConfig, state: dict) -> Router:
     """Inverse of router_state()."""
     space = Space(config, state["choices"], state["layer_order"], state["delta"])
-    router = Router(space, state["mode"], state["seed"], state["budgets"])
+    router = Router(space, state["mode"], state["seed"], state["budgets"], state["per_channel"])
     router.load_state_dict(state["router"], strict=True)
     router.seen = {(axis, size) for axis, size in state["seen"]}
     return router

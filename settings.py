@@ -43,6 +43,8 @@ def parse_args(argv=None, description=__doc__) -> argparse.Namespace:
     for axis in AXES:
         add(f"--{axis.replace('_', '-')}-choices", type=int, nargs="+", help=f"sizes of {axis} to choose from")
     add("--depth-by", choices=["logits", "influence"], default="logits", help="how layers are ranked")
+    add("--units-by", choices=["activation", "random", "reversed"], default="activation",
+        help="how channels, heads and neurons are ranked; random and reversed are yardsticks")
     add("--steps", type=int, default=-1, help="elastic steps (demo 450, paper 28800)")
     add("--base-steps", type=int, default=1200, help="steps of the demo's dense stage")
     add("--batch-tokens", type=int, default=-1, help="global batch in tokens, per budget and step")
@@ -63,7 +65,8 @@ def parse_args(argv=None, description=__doc__) -> argparse.Namespace:
     add("--tau-end", type=float, default=0.0561, help="temperature at the last step (starts at 1)")
     add("--kappa-end", type=float, default=10.0, help="logit scale at the last step (starts at 1)")
     add("--kd", type=float, default=0.0, help="weight of the KL to the frozen base at budgets under 1")
-    add("--no-modulation", action="store_true", help="train without policy-aware modulation")
+    add("--modulation", choices=["none", "scalar", "channel"], default="scalar",
+        help="policy-aware modulation: none, a factor per block and sub-block, or one for each of their channels")
     add("--freeze-backbone", action="store_true", help="train router and modulation only")
     add("--calibration-windows", type=int, default=-1, help="training windows that rank the units")
     add("--eval-windows", type=int, default=-1, help="validation windows")

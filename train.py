@@ -116,7 +116,7 @@ def train_step(wrapped, model, router, shards, step, args, device, teacher=None)
         choice = router.sample(budget, step, tau, kappa, args.penalty) if router else Choice(model.full)
         soft = choice.marginals is not None and draw("soft", budget) < soft_prob
         marginals = leaf(choice.marginals) if soft else None
-        modulated = choice.subnet != model.full and not args.no_modulation
+        modulated = choice.subnet != model.full and args.modulation != "none"
         factors = leaf(router.modulation(choice.subnet)) if modulated else None
         penalties += [] if choice.penalty is None else [choice.penalty / len(budgets)]
         first = i * rows + RANK * local
@@ -334,7 +334,7 @@ def elastic(args, router: Router, data, settings: dict, state: dict | None, devi
         windows = data[0].windows(args.calibration_windows)[0].to(device)
         say(f"ranking {model.config.dim} channels, heads, neurons and layers on {len(windows)} windows")
         with autocast(device):
-            orders = rank0_first(lambda: rank(model, windows, args.depth_by))
+            orders = rank0_first(lambda: rank(model, windows, args.depth_by, args.units_by, args.seed))
         sort_(model, orders)
         router.space.order_layers(orders["layers"])
     else:
@@ -404,7 +404,8 @@ def main(argv=None) -> None:
         make_folder(args.out), make_folder(args.llama)
         dense_base(dense, config, data, base, state_of_base, device)
     make_folder(args.out)
-    elastic(args, Router(space, args.router, args.seed, args.budgets), data, settings, state, device)
+    router = Router(space, args.router, args.seed, args.budgets, args.modulation == "channel")
+    elastic(args, router, data, settings, state, device)
     finish()
 
 

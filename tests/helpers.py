@@ -73,9 +73,10 @@ def odd_choices(config: LlamaConfig) -> dict[str, list[int]]:
             "ffn_dim": [20, 33, 60, config.ffn_dim], "n_layers": [2, 3, config.n_layers]}
 
 
-def random_router(config: LlamaConfig, mode: str = "constrained", seed: int = 0, choices=None) -> Router:
+def random_router(config: LlamaConfig, mode: str = "constrained", seed: int = 0, choices=None,
+                  per_channel: bool = False) -> Router:
     """A router as after a long training: every tensor random, every choice seen, layers in an order of their own."""
-    router = Router(Space(config, choices or odd_choices(config), [2, 0, 3, 1]), mode, seed)
+    router = Router(Space(config, choices or odd_choices(config), [2, 0, 3, 1]), mode, seed, (), per_channel)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in router.named_parameters():
@@ -85,12 +86,12 @@ def random_router(config: LlamaConfig, mode: str = "constrained", seed: int = 0,
     return router
 
 
-def make_supernet(folder, config: LlamaConfig, seed: int = 0) -> tuple[Llama, Router]:
+def make_supernet(folder, config: LlamaConfig, seed: int = 0, per_channel: bool = False) -> tuple[Llama, Router]:
     """A supernet's folder as train.py leaves it, of random weights; its vocabulary (560) is that of its tokenizer."""
     config = dataclasses.replace(config, vocab_size=560)
     text = "the cat sat on the mat and the dog ate the cake; def main(argv): return [line for line in argv]\n" * 3
     save_tokenizer(Path(folder) / "tokenizer.model", train_bpe([text], config.vocab_size))
-    model, router = random_llama(config, seed), random_router(config, seed=seed)
+    model, router = random_llama(config, seed), random_router(config, seed=seed, per_channel=per_channel)
     router.budgets = [0.5, 1.0]
     save_llama(folder, config, model.state_dict())
     save_tensors(Path(folder) / FLEX, router_state(router, seq_len=16))

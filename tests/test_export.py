@@ -22,12 +22,13 @@ EXPORTED = {"gqa": GQA, "mha": MHA, "tied": SHAPES["tied"], "tied mha": dataclas
             "scaled rope": dataclasses.replace(GQA, rope_factor=32.0)}
 
 
+@pytest.mark.parametrize("per_channel", [False, True])
 @pytest.mark.parametrize("shape", EXPORTED)
 @pytest.mark.parametrize("budget", [1.0, 0.77, 0.5])
-def test_export_computes_what_the_supernet_does(tmp_path, shape, budget):
-    """Invariant 2. Catches modulation that is not folded, folded twice or into the wrong layer, heads cut
+def test_export_computes_what_the_supernet_does(tmp_path, shape, budget, per_channel):
+    """Invariant 2. Catches modulation that is not folded, folded twice, into the wrong layer or channel, heads cut
     across groups, and traces of the supernet: the export is read by a Llama that knows nothing of slices."""
-    model, router = make_supernet(tmp_path / "flex", EXPORTED[shape])
+    model, router = make_supernet(tmp_path / "flex", EXPORTED[shape], per_channel=per_channel)
     before = files_of(tmp_path / "flex")
     out, subnet, _ = export(tmp_path / "flex", budget)
     assert out == tmp_path / f"flex-{budget:.2f}"

@@ -29,11 +29,25 @@ def test_first_are_the_best():
     assert all(falls(s.view(GQA.n_kv_heads, -1)) for s in scores["n_heads"])
 
 
-def test_heads_stay_with_their_kv_group():
+@pytest.mark.parametrize("units", ["activation", "random", "reversed"])
+def test_heads_stay_with_their_kv_group(units):
     """Catches a ranking over all heads at once: head h would read another group's keys."""
     model, tokens = random_llama(GQA), tokens_for(GQA)
-    for order in rank(model, tokens)["n_heads"]:
+    for order in rank(model, tokens, units=units)["n_heads"]:
         assert [h // 4 for h in order.tolist()] == [0] * 4 + [1] * 4
+
+
+def test_yardsticks_for_the_ranking():
+    """Catches a reversed order that is not, a random one that seeds do not move, and layers that follow either."""
+    model, tokens = random_llama(GQA), tokens_for(GQA)
+    orders = rank(model, tokens)
+    worst_first = rank(model, tokens, units="reversed")
+    assert worst_first["dim"].tolist() == orders["dim"].tolist()[::-1]
+    assert all(a.tolist() == b.tolist()[::-1] for a, b in zip(orders["ffn_dim"], worst_first["ffn_dim"]))
+    one, again, two = (rank(model, tokens, units="random", seed=seed) for seed in (1, 1, 2))
+    assert one["dim"].tolist() == again["dim"].tolist() != two["dim"].tolist() != orders["dim"].tolist()
+    assert one["ffn_dim"][0].tolist() != one["ffn_dim"][1].tolist()
+    assert orders["layers"] == worst_first["layers"] == one["layers"]
 
 
 def test_scores_are_the_formula():

@@ -137,21 +137,22 @@ def test_cache_equals_recomputation(shape, chunks):
     assert close(torch.cat(parts, 1), whole)
 
 
-def test_modulation_is_one_at_full_and_knows_every_axis():
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_modulation_is_one_at_full_and_knows_every_axis(per_channel):
     """Invariant 3. Catches a modulated full network, and an embedding that cannot tell two axes or depth apart."""
-    modulation, config = Modulation(GQA), GQA
-    nets = subnets(config)
-    assert torch.equal(modulation(nets["all"]), torch.ones(4, 2)), "starts as the identity"
+    modulation, config = Modulation(GQA, per_channel=per_channel), GQA
+    nets, ones = subnets(config), torch.ones(4, 2, *[GQA.dim] * per_channel)
+    assert torch.equal(modulation(nets["all"]), ones), "starts as the identity"
     with torch.no_grad():
         modulation.out.normal_()
-    assert torch.equal(modulation(SubNet.full(config)), torch.ones(4, 2))
+    assert torch.equal(modulation(SubNet.full(config)), ones)
     swapped = SubNet.uniform(config.dim, range(4), config.n_heads, config.ffn_dim // 2), SubNet.uniform(
         config.dim // 2, range(4), config.n_heads, config.ffn_dim)
     factors = [modulation(s) for s in (*swapped, nets["depth"], nets["heads"])]
     for i, a in enumerate(factors):
-        assert not torch.equal(a, torch.ones(4, 2))
+        assert not torch.equal(a, ones)
         assert all((a - b).abs().max() > 1e-3 for b in factors[:i])
-    assert torch.equal(factors[2][1], torch.ones(2)), "layer 1 is not kept: nothing to modulate"
+    assert torch.equal(factors[2][1], ones[1]), "layer 1 is not kept: nothing to modulate"
 
 
 def test_subnet_is_a_value():

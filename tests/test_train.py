@@ -188,7 +188,8 @@ def test_full_network_is_a_plain_llama(demo):
 
 @pytest.mark.parametrize("extra", [
     ["--router", "penalty"], ["--router", "uniform"], ["--router", "random"], ["--kd", "0.5"], ["--freeze-backbone"],
-    ["--extra-budgets", "1", "--soft-prob", "1"], ["--no-modulation"]])
+    ["--extra-budgets", "1", "--soft-prob", "1"], ["--modulation", "none"], ["--modulation", "channel"],
+    ["--units-by", "random"], ["--units-by", "reversed"]])
 def test_every_mode_runs_to_its_table(demo, tmp_path, extra, capsys):
     """Catches a mode that crashes at its first save or table; frozen weights that move."""
     root, flags = demo
