@@ -235,8 +235,9 @@ def train(model, router, shards, val, orders, settings: dict, args, device, stat
                     fail(f"{bad} steps in a row, up to step {step}, had a loss or gradient that is not finite; the "
                          f"last checkpoint in {args.out} stays; lower the rate:  {resume_command()} --override "
                          f"{'--lr' if router else '--base-lr'} {args.lr / 2:g}")
+            took = time.perf_counter() - clock
             if step - start >= 3:  # the first steps warm caches up
-                seconds, timed = seconds + time.perf_counter() - clock, timed + 1
+                seconds, timed = seconds + took, timed + 1
             # one line of log
             passes = result["passes"]
             for p in passes:
@@ -244,7 +245,7 @@ def train(model, router, shards, val, orders, settings: dict, args, device, stat
             bar.update()
             bar.set_postfix(loss=f"{sum(p['loss'] for p in passes) / len(passes):.3f}")
             record(step=step, lr=groups[0]["lr"], norms=norms, tau=result["tau"], kappa=result["kappa"],
-                   bad=bad, **{key: [p[key] for p in passes] for key in passes[0]})
+                   bad=bad, seconds=round(took, 4), **{key: [p[key] for p in passes] for key in passes[0]})
             if step % args.log_every == 0 or step == steps - 1:
                 say(step_line(step, result, norms, groups[0]["lr"], seconds / max(1, timed), args))
     bar.close()
