@@ -3,6 +3,7 @@ What a slice costs to run, side by side in one process: sliced, masked, and expo
 
     python bench.py                          a random Llama of dim 512 on this machine
     python bench.py --model out/flex         a folder (supernet or plain Llama)
+    python bench.py --cut depth              whole layers go, instead of a share of every axis
     python bench.py --device cuda --dim 2048 --layers 16 --heads 32 --kv-heads 8 --ffn-dim 8192 --vocab-size 128256
 
 All variants take turns in every round, so a busy machine slows them alike; a row is the median over rounds of its
@@ -23,6 +24,11 @@ from sample import generate
 from space import AXES, Space, cost
 from tokenizer import fail
 from parallel import autocast, device_of
+
+
+# which sizes a slice of random weights has to choose from
+CUTS = {"all": lambda c: {}, "width": lambda c: {"n_layers": [c.n_layers]},
+        "depth": lambda c: {axis: [getattr(c, axis)] for axis in AXES} | {"n_layers": range(1, c.n_layers + 1)}}
 
 
 def prefix_gates(space: Space, subnet: SubNet, device) -> Gates:
@@ -124,6 +130,7 @@ def main(argv=None) -> None:
     p.error = lambda message: fail(f"{message}; python bench.py --help lists the flags")
     p.add_argument("--model", help="a folder to measure (default: random weights of the shape below)")
     p.add_argument("--budgets", type=float, nargs="+", default=[0.8, 0.6, 0.4])
+    p.add_argument("--cut", choices=list(CUTS), default="all", help="what shrinks, of random weights or a plain Llama")
     add_shape(p)
     args = p.parse_args(argv)
     config, device = shape_of(args), device_of(args.device)
@@ -133,7 +140,7 @@ def main(argv=None) -> None:
     else:
         model, router = Llama(config).init_weights().to(device), None
     try:
-        space = router.space if router else Space(model.config)
+        space = router.space if router else Space(model.config, CUTS[args.cut](model.config))
     except ValueError as error:
         fail(str(error))
     route = router.route if router else space.uniform  # nobody has learned what to cut: shrink all axes alike

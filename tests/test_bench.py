@@ -73,3 +73,14 @@ def test_mfu():
     flops = 6 * weights + 3 * scores / T
     assert bench_train.mfu(c, T, 1e12, "NVIDIA H100 80GB HBM3") == pytest.approx(flops * 1e12 / 989e12)
     assert bench_train.mfu(c, T, 1e12, "cpu") is None
+
+
+@pytest.mark.parametrize("cut", bench.CUTS)
+def test_what_shrinks(cut, capsys):
+    """Catches a depth-only slice with fewer channels, or a width-only one with fewer layers."""
+    c = LlamaConfig(dim=64, n_layers=4, n_heads=4, n_kv_heads=2, head_dim=16, ffn_dim=64, vocab_size=99)
+    space = bench.Space(c, bench.CUTS[cut](c))
+    subnet = space.uniform(0.55)
+    assert (len(subnet.layers) == 4 or cut != "width") and (subnet.dim == 64) == (cut == "depth")
+    bench.main([*SHAPE, "--layers", "4", "--rounds", "1", "--json", "--device", "cpu", "--cut", cut, "--budgets", "0.55"])
+    assert json.loads(capsys.readouterr().out)["rows"][1]["cost"] == pytest.approx(bench.cost(c, subnet))
