@@ -1,0 +1,226 @@
+"""
+The tables of RESULTS.md and the picture of README.md, from the runs of results.sh.
+
+    python results.py --collect out/results    reads the runs into assets/results.json, and then as below
+    python results.py                          the tables as Markdown, and assets/family.png, from assets/results.json
+
+A cell over several seeds is their mean (smallest to largest); losses are nats per token on the same held-out text.
+Runs that are not there are left out; results.sh makes them.
+"""
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+
+from model import SubNet
+from params import PARAMS, read_config
+from space import n_params
+from tokenizer import atomic_write, fail
+
+ASSETS = Path(__file__).resolve().parent / "assets"
+SEEDS, TRAINED = (0, 1, 2), (1.0, 0.8, 0.6, 0.4)
+INSTEAD = {("depth", 0.6): 0.65}  # whole layers buy nothing at .6
+
+# -----------------------------------------------------------------------------
+# reading the runs
+
+
+def spent(folder: Path) -> dict:
+    """What a run's log says it took: optimizer steps, tokens, training FLOPs, seconds in steps.
+
+    FLOPs are 6 per parameter and token of what ran (a soft pass runs everything), the embedding's look-up is none, and
+    6 * layers * heads * head_dim * T for causal attention, which shrinks with the share of parameters that ran."""
+    header, *records = [json.loads(line) for line in open(folder / "log.jsonl", encoding="utf-8")]
+    steps = {r["step"]: r for r in records if "loss" in r}.values()  # a resumed run repeats some
+    config, settings = read_config(folder), header["settings"]
+    attention = sum(config.per_layer("n_heads")) * config.head_dim * settings["seq_len"]
+    blocks = n_params(config, SubNet.full(config)) + attention
+    ran = [1.0 if soft else got for r in steps for soft, got in zip(r["soft"], r["got"])]
+    flops = 6 * settings["batch_tokens"] * sum(share * blocks + config.vocab_size * config.dim for share in ran)
+    return dict(steps=len(steps), tokens=len(ran) * settings["batch_tokens"], flops=flops,
+                seconds=round(sum(r.get("seconds", 0) for r in steps), 1), commit=header["commit"],
+                torch=header["torch"], device=header["device"])
+
+
+def collect(folder) -> dict:
+    """All finished runs of a folder of results.sh: name -> what it took and its rows of eval.py."""
+    keep = ("budget", "got", "params", "dim", "n_heads", "ffn_dim", "layers", "loss")
+    runs = {}
+    for path in sorted(Path(folder).glob("*.json")):
+        if (path.with_suffix("") / PARAMS).exists():
+            found = json.loads(path.read_text().splitlines()[-1])
+            runs[path.stem] = spent(path.with_suffix("")) | dict(
+                context=found["context"], tokens_scored=found["rows"][0]["tokens"],
+                rows=[{k: round(row[k], 5) if k == "loss" else row[k] for k in keep} for row in found["rows"]])
+    return runs or fail(f"{folder} holds no finished run; expected what results.sh leaves; run: bash results.sh")
+
+
+# -----------------------------------------------------------------------------
+# tables
+
+
+class Runs:
+    """Look-ups in results.json by name and budget."""
+
+    def __init__(self, runs: dict):
+        self.runs = runs
+        self.budgets = [row["budget"] for row in runs["router-0"]["rows"]]
+
+    def row(self, name: str, budget: float) -> dict:
+        return next(row for row in self.runs[name]["rows"] if row["budget"] == budget)
+
+    def seeds(self, name: str) -> list[str]:
+        """The runs of a row over seeds that are there, or the one run of that name."""
+        return [n for n in (name, *(f"{name}-{s}" for s in SEEDS)) if n in self.runs]
+
+    def values(self, name: str, budget: float = 1.0, key: str = "loss") -> list[float]:
+        return [self.row(n, budget)[key] for n in self.seeds(name)]
+
+    def mean(self, name: str, budgets=None) -> list[float]:
+        """Mean loss of every seed over budgets (default: those of the 13 that were not trained)."""
+        budgets = budgets or [b for b in self.budgets if b not in TRAINED]
+        return [statistics.mean(self.row(n, b)["loss"] for b in budgets) for n in self.seeds(name)]
+
+    def at(self, name: str, got: float) -> float:
+        """The loss of a run at a cost, linear between the neighbours that it has."""
+        points = sorted({(row["got"], row["loss"]) for row in self.runs[name]["rows"]})
+        below, above = [p for p in points if p[0] <= got][-1:] or points[:1], [p for p in points if p[0] >= got][:1]
+        (x, a), (y, b) = below[0], (above or points[-1:])[0]
+        return a if x == y else a + (b - a) * (got - x) / (y - x)
+
+
+def cell(values: list[float], digits: int = 3) -> str:
+    """Mean and range."""
+    if not values:
+        return "-"
+    text = [f"{v:.{digits}f}" for v in (statistics.mean(values), min(values), max(values))]
+    return text[0] if len(set(text)) == 1 else f"{text[0]} ({text[1]} to {text[2]})"
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    """A table."""
+    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
+
+
+def family_table(r: Runs) -> str:
+    """Row 1: every budget of the family, and the models that trained alone."""
+    alone = lambda kind, b: cell(r.values(f"{kind}-{b:.2f}")) if b in TRAINED else ""
+    return markdown(["budget", "got", "parameters", "family", "alone, its own tokens", "alone, all tokens",
+                     "from scratch, all tokens and the base's"],
+                    [[f"{b:.2f}" + "*" * (b in TRAINED), cell(r.values("router", b, "got")),
+                      f"{r.row('router-0', b)['params']:,}", cell(r.values("router", b)),
+                      alone("same", b), alone("whole", b), alone("scratch", b)] for b in r.budgets])
+
+
+def cost_table(r: Runs) -> str:
+    """Row 1: what the family cost and what four models that train alone cost, of seed 0."""
+    family, rows = r.runs["router-0"], []
+    for name, kind in (("the family", None), ("four alone, each its own tokens", "same"),
+                       ("four alone, each all tokens", "whole"),
+                       ("four from scratch, each all tokens and the base's", "scratch")):
+        names = ["router-0"] if kind is None else [f"{kind}-{b:.2f}-0" for b in TRAINED]
+        if all(n in r.runs for n in names):
+            total = {k: sum(r.runs[n][k] for n in names) for k in ("tokens", "flops", "seconds")}
+            rows.append([name, f"{total['tokens'] / 1e6:.2f}M", f"{total['flops']:.2e}",
+                         f"{total['flops'] / family['flops']:.2f}",
+                         f"{total['seconds'] / family['seconds']:.2f}" if family["seconds"] else "-"])
+    return markdown(["", "tokens", "FLOPs", "FLOPs over the family's", "time over the family's"], rows)
+
+
+def budget_table(r: Runs) -> str:
+    """Row 2: how near penalty and constrained come, and the loss of both at what the penalty got."""
+    rows, seeds = [], [s for s in SEEDS if f"penalty-{s}" in r.runs]
+    for b in r.budgets:
+        same = [r.at(f"router-{s}", r.row(f"penalty-{s}", b)["got"]) for s in seeds]
+        rows.append([f"{b:.2f}" + "*" * (b in TRAINED), cell(r.values("router", b, "got")),
+                     cell(r.values("penalty", b, "got")), cell(r.values("penalty", b)), cell(same)])
+    off = {name: [r.row(f"{name}-{s}", b)["got"] - b for s in seeds for b in r.budgets]
+           for name in ("router", "penalty")}
+    mean, over = ({name: of(gaps) for name, gaps in off.items()} for of in (
+        lambda gaps: cell([abs(gap) for gap in gaps]), lambda gaps: sum(gap > 1e-9 for gap in gaps)))
+    head = ["asked", "constrained got", "penalty got", "penalty's loss", "constrained's loss at that cost"]
+    return (f"{markdown(head, rows)}\n\n|got - asked|: constrained {mean['router']}, penalty {mean['penalty']}; "
+            f"over what was asked: {over['router']} and {over['penalty']} of {len(off['router'])}.")
+
+
+def rows_table(r: Runs, names: dict[str, str]) -> str:
+    """Rows 3 to 7: a line per run: loss (and what was got) at the trained budgets, and the mean of the others."""
+    rows = []
+    for name, label in names.items():
+        if found := r.seeds(name):
+            trained = [INSTEAD.get((name, b), b) for b in TRAINED]
+            rows.append([label, str(len(found)), *(f"{cell(r.values(name, b))} [{cell(r.values(name, b, 'got'))}]"
+                                                   for b in trained), cell(r.mean(name))])
+    return markdown(["", "seeds", *(f"loss at {b:g} [got]" for b in TRAINED), "mean at 9 budgets never trained"], rows)
+
+
+TABLES = {
+    "1. The family, and models that train alone": family_table,
+    "1. What they cost": cost_table,
+    "2. Meeting a budget": budget_table,
+    "3. Modulation": {"router-0": "a factor per block and sub-block (default)", "modulation-none": "none",
+                      "modulation-channel": "a factor per channel"},
+    "4. What chooses, and from what": {
+        "router": "router (default)", "uniform": "uniform shrink", "random": "a random member",
+        "frozen": "router alone, weights frozen", "width": "width, heads, MLP", "depth": "depth alone"},
+    "5. What teaches the router": {
+        "router-0": "soft share 1, rate 1.4e-3, kappa to 10, tau to .056 (default)", "soft-0": "soft share 0",
+        "soft-0.25": "soft share .25", "router-lr-4e-4": "rate 4e-4 (the paper's x .01)",
+        "router-lr-4e-3": "rate 4e-3 (x .1)", "router-lr-4e-2": "rate 4e-2 (x 1)", "kappa-1": "kappa stays 1",
+        "tau-1": "tau stays 1"},
+    "6. Distillation": {"router-0": "cross-entropy (default)", "kd-0.5": "half, half", "kd-1": "KL to the base alone"},
+    "7. Importance": {"router-0": "activation; layers by logits (default)", "units-random": "units at random",
+                      "units-reversed": "units worst first", "depth-by-influence": "layers by block influence"}}
+
+
+def draw(r: Runs, path: Path) -> None:
+    """Loss against parameters: one elastic run, and every model that trained alone."""
+    from matplotlib.figure import Figure
+    axes = (figure := Figure(figsize=(7, 4.2), layout="constrained")).add_subplot()
+    rows = sorted(r.runs["router-0"]["rows"], key=lambda row: row["params"])
+    axes.plot([row["params"] / 1e6 for row in rows], [row["loss"] for row in rows], color="tab:blue", zorder=3,
+              label=f"one elastic run, {r.runs['router-0']['tokens'] / 1e6:.1f}M tokens")
+    for trained, face in ((True, "tab:blue"), (False, "white")):
+        some = [row for row in rows if (row["budget"] in TRAINED) == trained]
+        axes.scatter([row["params"] / 1e6 for row in some], [row["loss"] for row in some], s=22, zorder=4,
+                     edgecolors="tab:blue", facecolors=face)
+    for kind, label, colour, mark in (("same", "alone, its share of those tokens", "tab:orange", "v"),
+                                      ("whole", "alone, all of those tokens", "tab:red", "s"),
+                                      ("scratch", "from scratch, those and the base's", "tab:gray", "x")):
+        points = [(r.row(n, 1.0)["params"] / 1e6, r.row(n, 1.0)["loss"])
+                  for b in TRAINED for n in r.seeds(f"{kind}-{b:.2f}")]
+        if points:
+            axes.scatter(*zip(*points), label=label, color=colour, marker=mark, s=22, zorder=2)
+    axes.set(xlabel="parameters without embeddings, millions", ylabel="loss on held-out text, nats per token")
+    axes.legend(frameon=False)
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=150)
+
+
+def main(argv=None) -> None:
+    """Prints all tables; collects first if asked to; draws if matplotlib is there."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--collect", metavar="DIR", help="folder of results.sh's runs to read into results.json first")
+    p.add_argument("--assets", type=Path, default=ASSETS, help="folder of results.json and family.png")
+    args = p.parse_args(argv)
+    path = args.assets / "results.json"
+    if args.collect:
+        runs = collect(args.collect)
+        args.assets.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as file:
+            file.write((json.dumps(runs, indent=None, separators=(",", ":")).replace('"rows":', '\n "rows":')
+                        .replace('},"', '},\n"') + "\n").encode())
+    if not path.is_file():
+        fail(f"{path} does not exist; expected the numbers of results.sh's runs; run: bash results.sh")
+    runs = Runs(json.loads(path.read_text()))
+    for title, table in TABLES.items():
+        print(f"## {title}\n\n{table(runs) if callable(table) else rows_table(runs, table)}\n")
+    try:
+        draw(runs, args.assets / "family.png")
+    except ImportError:
+        print(f"{args.assets / 'family.png'} was not drawn: pip install matplotlib", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

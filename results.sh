@@ -1,0 +1,75 @@
+#!/usr/bin/env bash
+# Every run behind the first half of RESULTS.md: trains it into out/results/NAME and evaluates it into NAME.json, two at
+# a time on one thread each. What is there is not run again, what was stopped goes on. Then results.py makes the tables.
+#
+#     bash results.sh            all of it; RESULTS.md says how long that takes
+#     bash results.sh width      only the runs whose names contain "width" (and what they start from)
+#     bash results.sh --list     print the runs, run nothing
+#
+# OUT=out/results; ASSETS=assets, where results.py writes; JOBS=2; LLAMA=folder of another dense Llama to start from;
+# STEPS=450, those of a family; FLAGS for every training. So the page of another model, on one GPU:
+#     LLAMA=Llama-3.2-1B STEPS=5000 FLAGS="--data data/web" JOBS=1 OUT=out/1b ASSETS=out/1b bash results.sh
+set -euo pipefail
+cd "$(dirname "$0")"
+export OUT=${OUT:-out/results} FLAGS=${FLAGS:-} STEPS=${STEPS:-450} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+export AT="1.0 0.95 0.9 0.85 0.8 0.75 0.7 0.65 0.6 0.55 0.5 0.45 0.4"  # 13 budgets; 1.0, 0.8, 0.6 and 0.4 are trained
+
+runs() {  # NAME FLAGS of train.py
+    for s in 0 1 2; do
+        echo "router-$s --seed $s"
+        # 1. A family against models that train alone, of the shapes that router-0 chose: on the tokens that their size
+        #    got in the family, and on those of the whole family
+        for b in 1.00 0.80 0.60 0.40; do
+            echo "same-$b-$s --llama $OUT/cut-$b --budgets 1.0 --seed $s"
+            echo "whole-$b-$s --llama $OUT/cut-$b --budgets 1.0 --steps $((4 * STEPS)) --seed $s"
+        done
+        # 2. Two ways to meet a budget
+        echo "penalty-$s --router penalty --seed $s"
+        # 4. What chooses, and from what; depth alone has nothing at .6: .65 buys 5 of 8 layers
+        echo "frozen-$s --freeze-backbone --seed $s"
+        echo "random-$s --router random --seed $s"
+        echo "uniform-$s --router uniform --seed $s"
+        echo "width-$s --n-layers-choices 8 --seed $s"
+        echo "depth-$s --dim-choices 128 --n-heads-choices 8 --ffn-dim-choices 384 --n-layers-choices 1 2 3 4 5 6 7 8" \
+             "--budgets 1.0 0.8 0.65 0.4 --seed $s"
+    done
+    # 1. and from fresh weights, on the tokens of the whole family and the demo's base
+    for b in 1.00 0.80 0.60 0.40; do
+        echo "scratch-$b-0 --llama $OUT/scratch-$b --budgets 1.0 --steps $((4 * STEPS + 1200)) --lr 3e-3"
+    done
+    # 3. Modulation
+    for kind in none channel; do echo "modulation-$kind --modulation $kind"; done
+    # 5. What teaches the router, and how fast
+    for share in 0 0.25; do echo "soft-$share --soft-prob $share"; done
+    for rate in 4e-4 4e-3 4e-2; do echo "router-lr-$rate --router-lr $rate"; done
+    echo "kappa-1 --kappa-end 1"
+    echo "tau-1 --tau-end 1"
+    # 6. Distillation
+    for share in 0.5 1; do echo "kd-$share --kd $share"; done
+    # 7. Importance
+    for order in random reversed; do echo "units-$order --units-by $order"; done
+    echo "depth-by-influence --depth-by influence"
+}
+
+run() {  # NAME FLAGS: train from the base, if FLAGS name no other start, and evaluate
+    [ -s "$OUT/$1.json" ] && return
+    local name=$1 start=${LLAMA:-$OUT/base}
+    shift
+    case "$name $*" in
+        *--llama*) start="" ;;
+        router-0*) start=${LLAMA:-} ;;  # the first one trains the demo's base
+    esac
+    # shellcheck disable=SC2086  # FLAGS and AT are lists of words
+    python train.py --out "$OUT/$name" --steps "$STEPS" ${start:+--llama "$start"} $FLAGS "$@" \
+        --eval-every 1000000 --resume >>"$OUT/$name.log" 2>&1 &&
+        python eval.py --model "$OUT/$name" --budgets $AT --json >"$OUT/$name.part" 2>>"$OUT/$name.log" &&
+        mv "$OUT/$name.part" "$OUT/$name.json" && echo "$name: done" || { echo "$name: see $OUT/$name.log"; return 1; }
+}
+export -f run
+
+[ "${1:-}" = --list ] && { runs; exit; }
+mkdir -p "$OUT"
+run router-0 --seed 0
+[ -e "$OUT/cut-0.40" ] || python tests/alone.py --model "$OUT/router-0" --base "${LLAMA:-$OUT/base}" --out "$OUT"
+runs | grep -e "${1:-}" | xargs -P "${JOBS:-2}" -I{} bash -c 'run {}'
+python results.py --collect "$OUT" --assets "${ASSETS:-assets}"
