@@ -139,6 +139,8 @@ def main(argv=None) -> None:
         router = load_router(args.model, model.config)
     else:
         model, router = Llama(config).init_weights().to(device), None
+    if router and args.cut != "all":
+        fail(f"--cut {args.cut} found; {args.model} has a router, which chooses what to cut; leave --cut out")
     try:
         space = router.space if router else Space(model.config, CUTS[args.cut](model.config))
     except ValueError as error:

@@ -31,7 +31,7 @@ from parallel import autocast, device_of
 from router import Router
 from settings import parse_args
 from shard import compile_blocks, compiled_graphs
-from space import Space, cost, n_params
+from space import Space, cost, n_params, train_flops
 from tokenizer import fail
 
 # bf16 without sparsity, for MFU: NVIDIA's data sheets, FLOP/s
@@ -155,12 +155,10 @@ def our_step(config: LlamaConfig, shards, args, device, budgets, soft: float):
 
 
 def mfu(config: LlamaConfig, seq_len: int, tokens_per_second: float, name: str, share: float = 1.0) -> float | None:
-    """What part of the GPU's bf16 peak a step uses whose passes run a share of the blocks: 6 FLOPs per parameter and
-    token (the embedding's look-up is none), and causal attention's 6 * layers * heads * head_dim * T. None on a device
-    whose peak is not known here."""
+    """What part of the GPU's bf16 peak a step uses whose passes run a share of the blocks. None on a device whose peak
+    is not known here."""
     peak = next((peak for gpu, peak in PEAK.items() if gpu in name), None)
-    blocks = n_params(config, SubNet.full(config)) + config.n_layers * config.n_heads * config.head_dim * seq_len
-    return peak and 6 * (share * blocks + config.vocab_size * config.dim) * tokens_per_second / peak
+    return peak and train_flops(config, seq_len, share) * tokens_per_second / peak
 
 
 def main(argv=None) -> None:

@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 
 from model import Llama, LlamaConfig, SubNet
-from params import PARAMS, family, params_json, read_config
+from params import PARAMS, family, params_json, published_tying, read_config
 from space import Space, n_params
 from tokenizer import atomic_write, fail
 
@@ -248,8 +248,8 @@ def describe(folder) -> dict[str, str]:
     if paths:
         shards, _, c = open_shards(folder, c)
         dtype = ", ".join(sorted({str(t.dtype).removeprefix("torch.") for t in shards[0].values()}))
-    elif c.vocab_size == 128256 and c.rope_factor == 32:
-        c = replace(c, tied=True)  # Llama 3.2's small ones
+    else:
+        c = published_tying(c)
     try:
         costs = Space(c).costs
         slices = f"{len(costs):,} of cost {costs.min():.3f} to {costs.max():.3f}"

@@ -185,7 +185,8 @@ def main(argv=None) -> None:
     p.error = lambda message: fail(f"{message}; python export.py --help lists the flags")
     ask = p.add_mutually_exclusive_group()
     ask.add_argument("--budget", type=float, nargs="+", help="fractions of the full model's non-embedding parameters")
-    ask.add_argument("--latency", type=float, nargs="+", help="instead: fractions of the full model's time")
+    ask.add_argument("--latency", type=float, nargs="+", help="instead: fractions of the full model's time, by "
+                     "latency.json; without one, the CPU's (for a GPU, python latency.py --device cuda first)")
     ask.add_argument("--params", help="instead: at most so many parameters, embeddings included, such as 4.0B")
     ask.add_argument("--memory", help="instead: at most so much for weights and KV cache, such as 6GB")
     p.add_argument("--context", type=int, help="tokens in the KV cache, batch 1 (default: the model's window)")

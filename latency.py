@@ -173,6 +173,15 @@ def check_latency(asked: float, smallest: float) -> None:
              f"--latency {smallest + 5e-5:.4f} or more")
 
 
+def save_table(path: Path, table: dict) -> None:
+    """Writes a table beside its Llama, or one line about why not."""
+    try:
+        with atomic_write(path) as f:
+            f.write((json.dumps(table, indent=1) + "\n").encode())
+    except OSError as error:
+        fail(f"{path} cannot be written ({error.strerror or error}); copy the Llama into a folder of yours")
+
+
 def load_latency(folder, model: Llama, choices: dict | None = None) -> Latency:
     """The table in a folder; measured and written there first if there is none."""
     path = Path(folder) / TABLE
@@ -181,8 +190,7 @@ def load_latency(folder, model: Llama, choices: dict | None = None) -> Latency:
     def make():
         if not path.is_file():
             print(f"measuring latencies on {here['hardware']}, {here['threads']} threads, into {path}", file=sys.stderr)
-            with atomic_write(path) as f:
-                f.write((json.dumps(measure(model, choices), indent=1) + "\n").encode())
+            save_table(path, measure(model, choices))
 
     rank0_first(make)  # one table for all ranks, or they would take different slices
     try:
@@ -230,8 +238,7 @@ def main(argv=None) -> None:
     model = load_llama(args.model, device_of(args.device))
     choices = choices_in(args.model, model)
     table = measure(model, choices, args.rounds, args.seq_len)
-    with atomic_write(Path(args.model) / TABLE) as f:
-        f.write((json.dumps(table, indent=1) + "\n").encode())
+    save_table(Path(args.model) / TABLE, table)
     latency, L, generator = Latency(table, model.config.n_layers), model.config.n_layers, random_generator("slices")
     pick = lambda sizes: [sizes[k] for k in torch.randint(len(sizes), (L,), generator=generator).tolist()]
     subnets = [SubNet(pick(choices["dim"])[0], range(L), pick(choices["n_heads"]), pick(choices["ffn_dim"]))

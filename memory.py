@@ -14,7 +14,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from model import Llama, LlamaConfig, SubNet
-from params import read_config
+from params import published_tying, read_config
 from shard import KINDS
 from space import Space, n_params
 from tokenizer import fail
@@ -87,7 +87,7 @@ def plan(config: LlamaConfig, args: argparse.Namespace, ranks: int, bf16: bool) 
 
 def plan_table(args: argparse.Namespace) -> str:
     """plan() to read, in GB (1e9 bytes)."""
-    config = LlamaConfig(context=args.seq_len) if args.demo else read_config(args.llama)
+    config = LlamaConfig(context=args.seq_len) if args.demo else published_tying(read_config(args.llama))
     if args.batch_tokens % (args.seq_len * args.ranks):
         fail(f"--batch-tokens {args.batch_tokens} found; expected whole sequences of --seq-len {args.seq_len}, equally "
              f"many for each of {args.ranks} ranks; try --batch-tokens {args.seq_len * 8 * args.ranks}")

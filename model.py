@@ -106,7 +106,7 @@ class Gates(NamedTuple):
 NO_GATES = Gates(None, None, None, None)
 
 class KVCache:
-    """Keys and values of the tokens so far, (B, n_kv_heads, max_len, head_dim) per layer, grown in place."""
+    """Keys and values of the tokens so far, (B, n_kv_heads, max_len, head_dim) per layer, filled in place."""
 
     def __init__(self, max_len: int):
         self.max_len, self.length, self.layers = max_len, 0, {}

@@ -8,6 +8,7 @@ the factor from the model that has this shape. Our own files say all of it.
 """
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 from model import LlamaConfig
@@ -67,6 +68,11 @@ def read_config(folder) -> LlamaConfig:
     except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
         fail(f"{path} is not the params.json of a Llama ({type(error).__name__}: {error}); expected JSON with dim, "
              "n_layers, n_heads, vocab_size; copy it again from its source")
+
+
+def published_tying(config: LlamaConfig) -> LlamaConfig:
+    """The config, tied if it is one of Llama 3.2's small ones: their params.json does not say it, their weights do."""
+    return replace(config, tied=config.tied or (config.vocab_size, config.rope_factor) == (128256, 32))
 
 
 def params_json(config: LlamaConfig) -> dict:

@@ -75,7 +75,7 @@ def check_finite(gram: torch.Tensor, layer: int, half: str) -> None:
 # the score
 
 
-def spread(gram: torch.Tensor, damp: float = DAMP) -> torch.Tensor:
+def inverse_diagonal(gram: torch.Tensor, damp: float = DAMP) -> torch.Tensor:
     """1 / [(2 G)^-1]_jj for every input j, (n,), of a Gram (n, n) damped by a share of its mean diagonal; if rounding
     leaves it indefinite all the same, by ten times as much."""
     mean = gram.diagonal().mean().clamp_min(1e-20)
@@ -88,7 +88,7 @@ def spread(gram: torch.Tensor, damp: float = DAMP) -> torch.Tensor:
 
 def score_half(block: Block, half: str, grams: dict) -> torch.Tensor:
     """Phi of a half's units from the Grams of its inputs: (n_heads,) or (ffn_dim,)."""
-    inside, outside = spread(grams["in"]), spread(grams["out"])
+    inside, outside = inverse_diagonal(grams["in"]), inverse_diagonal(grams["out"])
     rows = lambda w: w.weight.float().square() @ inside                      # sum over j of Phi_ij
     columns = lambda w: w.weight.float().square().sum(0) * outside           # sum over i of Phi_ij
     if half == "feed_forward":

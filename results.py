@@ -13,31 +13,26 @@ import statistics
 import sys
 from pathlib import Path
 
-from model import SubNet
 from params import PARAMS, read_config
-from space import n_params
+from space import train_flops
 from tokenizer import atomic_write, fail
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 SEEDS, TRAINED = (0, 1, 2), (1.0, 0.8, 0.6, 0.4)
 INSTEAD = {("depth", 0.6): 0.65}  # whole layers buy nothing at .6
+FREE = (0.95, 0.9, 0.85, 0.75, 0.7, 0.55, 0.5, 0.45)  # budgets that no run trained
 
 # -----------------------------------------------------------------------------
 # reading the runs
 
 
 def spent(folder: Path) -> dict:
-    """What a run's log says it took: optimizer steps, tokens, training FLOPs, seconds in steps.
-
-    FLOPs are 6 per parameter and token of what ran (a soft pass runs everything), the embedding's look-up is none, and
-    6 * layers * heads * head_dim * T for causal attention, which shrinks with the share of parameters that ran."""
+    """What a run's log says it took: optimizer steps, tokens, training FLOPs (a soft pass runs everything), seconds."""
     header, *records = [json.loads(line) for line in open(folder / "log.jsonl", encoding="utf-8")]
     steps = {r["step"]: r for r in records if "loss" in r}.values()  # a resumed run repeats some
     config, settings = read_config(folder), header["settings"]
-    attention = sum(config.per_layer("n_heads")) * config.head_dim * settings["seq_len"]
-    blocks = n_params(config, SubNet.full(config)) + attention
     ran = [1.0 if soft else got for r in steps for soft, got in zip(r["soft"], r["got"])]
-    flops = 6 * settings["batch_tokens"] * sum(share * blocks + config.vocab_size * config.dim for share in ran)
+    flops = settings["batch_tokens"] * sum(train_flops(config, settings["seq_len"], share) for share in ran)
     return dict(steps=len(steps), tokens=len(ran) * settings["batch_tokens"], flops=flops,
                 seconds=round(sum(r.get("seconds", 0) for r in steps), 1), commit=header["commit"],
                 torch=header["torch"], device=header["device"])
@@ -64,6 +59,8 @@ class Runs:
     """Look-ups in results.json by name and budget."""
 
     def __init__(self, runs: dict):
+        if "router-0" not in runs:
+            fail(f"no run router-0 among {len(runs)}, which the others are compared with; bash results.sh router-0")
         self.runs = runs
         self.budgets = [row["budget"] for row in runs["router-0"]["rows"]]
 
@@ -77,10 +74,9 @@ class Runs:
     def values(self, name: str, budget: float = 1.0, key: str = "loss") -> list[float]:
         return [self.row(n, budget)[key] for n in self.seeds(name)]
 
-    def mean(self, name: str, budgets=None) -> list[float]:
-        """Mean loss of every seed over budgets (default: those of the 13 that were not trained)."""
-        budgets = budgets or [b for b in self.budgets if b not in TRAINED]
-        return [statistics.mean(self.row(n, b)["loss"] for b in budgets) for n in self.seeds(name)]
+    def free(self, name: str) -> list[float]:
+        """Mean loss of every seed over the budgets that were not trained."""
+        return [statistics.mean(self.row(n, b)["loss"] for b in FREE) for n in self.seeds(name)]
 
     def at(self, name: str, got: float) -> float:
         """The loss of a run at a cost, linear between the neighbours that it has."""
@@ -104,13 +100,20 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
 
 
 def family_table(r: Runs) -> str:
-    """Row 1: every budget of the family, and the models that trained alone."""
-    alone = lambda kind, b: cell(r.values(f"{kind}-{b:.2f}")) if b in TRAINED else ""
-    return markdown(["budget", "got", "parameters", "family", "alone, its own tokens", "alone, all tokens",
-                     "from scratch, all tokens and the base's"],
+    """Row 1: every budget of the family; sizes are seed 0's."""
+    return markdown(["budget", "got", "parameters", "loss"],
                     [[f"{b:.2f}" + "*" * (b in TRAINED), cell(r.values("router", b, "got")),
-                      f"{r.row('router-0', b)['params']:,}", cell(r.values("router", b)),
-                      alone("same", b), alone("whole", b), alone("scratch", b)] for b in r.budgets])
+                      f"{r.row('router-0', b)['params']:,}", cell(r.values("router", b))] for b in r.budgets])
+
+
+def alone_table(r: Runs) -> str:
+    """Row 1: the trained members of the family of seed 0, and models of their shapes that trained alone."""
+    kinds = {"same": "alone: its own tokens", "whole": "alone: all tokens", "large": "alone: all tokens, large steps",
+             "scratch": "from scratch: all tokens and the base's"}
+    return markdown(["parameters", "in the family (all seeds)", *kinds.values()],
+                    [[f"{r.row('router-0', b)['params']:,}", f"{r.row('router-0', b)['loss']:.3f} "
+                      f"({cell(r.values('router', b))})", *(cell(r.values(f"{kind}-{b:.2f}")) for kind in kinds)]
+                     for b in TRAINED])
 
 
 def cost_table(r: Runs) -> str:
@@ -118,6 +121,7 @@ def cost_table(r: Runs) -> str:
     family, rows = r.runs["router-0"], []
     for name, kind in (("the family", None), ("four alone, each its own tokens", "same"),
                        ("four alone, each all tokens", "whole"),
+                       ("four alone, each all tokens in large steps", "large"),
                        ("four from scratch, each all tokens and the base's", "scratch")):
         names = ["router-0"] if kind is None else [f"{kind}-{b:.2f}-0" for b in TRAINED]
         if all(n in r.runs for n in names):
@@ -151,13 +155,18 @@ def rows_table(r: Runs, names: dict[str, str]) -> str:
         if found := r.seeds(name):
             trained = [INSTEAD.get((name, b), b) for b in TRAINED]
             rows.append([label, str(len(found)), *(f"{cell(r.values(name, b))} [{cell(r.values(name, b, 'got'))}]"
-                                                   for b in trained), cell(r.mean(name))])
-    return markdown(["", "seeds", *(f"loss at {b:g} [got]" for b in TRAINED), "mean at 9 budgets never trained"], rows)
+                                                   for b in trained), cell(r.free(name))])
+    head = ["", "seeds", *(f"loss at {b:g} [got]" for b in TRAINED), f"mean at {len(FREE)} budgets never trained"]
+    return markdown(head, rows)
 
 
 TABLES = {
-    "1. The family, and models that train alone": family_table,
+    "1. The family": family_table,
+    "1. Models that train alone": alone_table,
     "1. What they cost": cost_table,
+    "1. More and smaller steps, the same tokens": {
+        "router-0": "450 steps of 1,024 tokens per budget (default)", "batch-512": "900 of 512",
+        "batch-256": "1,800 of 256"},
     "2. Meeting a budget": budget_table,
     "3. Modulation": {"router-0": "a factor per block and sub-block (default)", "modulation-none": "none",
                       "modulation-channel": "a factor per channel"},
@@ -201,6 +210,7 @@ def draw(r: Runs, path: Path) -> None:
 def main(argv=None) -> None:
     """Prints all tables; collects first if asked to; draws if matplotlib is there."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.error = lambda message: fail(f"{message}; python results.py --help lists the flags")
     p.add_argument("--collect", metavar="DIR", help="folder of results.sh's runs to read into results.json first")
     p.add_argument("--assets", type=Path, default=ASSETS, help="folder of results.json and family.png")
     args = p.parse_args(argv)

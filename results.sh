@@ -3,22 +3,30 @@
 # a time on one thread each. What is there is not run again, what was stopped goes on. Then results.py makes the tables.
 #
 #     bash results.sh            all of it; RESULTS.md says how long that takes
-#     bash results.sh width      only the runs whose names contain "width" (and what they start from)
+#     bash results.sh width      only the runs whose names begin so (and what they start from)
 #     bash results.sh --list     print the runs, run nothing
 #
-# OUT=out/results; ASSETS=assets, where results.py writes; JOBS=2; LLAMA=folder of another dense Llama to start from;
-# STEPS=450, those of a family; FLAGS for every training. So the page of another model, on one GPU:
-#     LLAMA=Llama-3.2-1B STEPS=5000 FLAGS="--data data/web" JOBS=1 OUT=out/1b ASSETS=out/1b bash results.sh
+# What can be set, with the demo's values. Another Llama on one GPU, for example:
+#     LLAMA=Llama-3.2-1B DIM=2048 HEADS=32 FFN=8192 LAYERS=16 STEPS=5000 BATCH=131072 FLAGS="--data data/web" \
+#         SCRATCH="--steps 25000 --lr 3e-4" JOBS=1 OUT=out/1b bash results.sh
 set -euo pipefail
 cd "$(dirname "$0")"
-export OUT=${OUT:-out/results} FLAGS=${FLAGS:-} STEPS=${STEPS:-450} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+export OUT=${OUT:-out/results}         # where runs go
+ONLY=${1:-}                            # results of a part do not replace the committed ones
+ASSETS=${ASSETS:-$([ -z "$ONLY${LLAMA:-}" ] && echo assets || echo "$OUT")}
+export LLAMA=${LLAMA:-}                # what training starts from; none: the demo trains its base
+DIM=${DIM:-128} HEADS=${HEADS:-8} FFN=${FFN:-384} LAYERS=${LAYERS:-8}  # its shape
+export STEPS=${STEPS:-450} BATCH=${BATCH:-1024}  # of a family: steps, tokens per budget and step
+SCRATCH=${SCRATCH:---steps $((4 * STEPS + 1200)) --lr 3e-3}  # from fresh weights: the base's tokens and its rate
+export FLAGS=${FLAGS:-}                # for every training
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 export AT="1.0 0.95 0.9 0.85 0.8 0.75 0.7 0.65 0.6 0.55 0.5 0.45 0.4"  # 13 budgets; 1.0, 0.8, 0.6 and 0.4 are trained
 
 runs() {  # NAME FLAGS of train.py
     for s in 0 1 2; do
         echo "router-$s --seed $s"
         # 1. A family against models that train alone, of the shapes that router-0 chose: on the tokens that their size
-        #    got in the family, and on those of the whole family
+        #    got in the family, and on those of the whole family, in four times as many steps
         for b in 1.00 0.80 0.60 0.40; do
             echo "same-$b-$s --llama $OUT/cut-$b --budgets 1.0 --seed $s"
             echo "whole-$b-$s --llama $OUT/cut-$b --budgets 1.0 --steps $((4 * STEPS)) --seed $s"
@@ -29,13 +37,18 @@ runs() {  # NAME FLAGS of train.py
         echo "frozen-$s --freeze-backbone --seed $s"
         echo "random-$s --router random --seed $s"
         echo "uniform-$s --router uniform --seed $s"
-        echo "width-$s --n-layers-choices 8 --seed $s"
-        echo "depth-$s --dim-choices 128 --n-heads-choices 8 --ffn-dim-choices 384 --n-layers-choices 1 2 3 4 5 6 7 8" \
-             "--budgets 1.0 0.8 0.65 0.4 --seed $s"
+        echo "width-$s --n-layers-choices $LAYERS --seed $s"
+        echo "depth-$s --dim-choices $DIM --n-heads-choices $HEADS --ffn-dim-choices $FFN --n-layers-choices" \
+             "$(seq -s " " "$LAYERS") --budgets 1.0 0.8 0.65 0.4 --seed $s"
     done
-    # 1. and from fresh weights, on the tokens of the whole family and the demo's base
+    # 1. or in as many steps as the family, four times as large; and from fresh weights, on the base's tokens too
     for b in 1.00 0.80 0.60 0.40; do
-        echo "scratch-$b-0 --llama $OUT/scratch-$b --budgets 1.0 --steps $((4 * STEPS + 1200)) --lr 3e-3"
+        echo "large-$b-0 --llama $OUT/cut-$b --budgets 1.0 --batch-tokens $((4 * BATCH))"
+        echo "scratch-$b-0 --llama $OUT/scratch-$b --budgets 1.0 $SCRATCH"
+    done
+    # 1. A family with more and smaller steps, the same tokens
+    for n in 2 4; do
+        echo "batch-$((BATCH / n)) --steps $((n * STEPS)) --batch-tokens $((BATCH / n)) --router-lr 1.436e-3"
     done
     # 3. Modulation
     for kind in none channel; do echo "modulation-$kind --modulation $kind"; done
@@ -53,23 +66,24 @@ runs() {  # NAME FLAGS of train.py
 
 run() {  # NAME FLAGS: train from the base, if FLAGS name no other start, and evaluate
     [ -s "$OUT/$1.json" ] && return
-    local name=$1 start=${LLAMA:-$OUT/base}
+    local name=$1 start=${LLAMA:-$OUT/base} at=$AT
     shift
     case "$name $*" in
-        *--llama*) start="" ;;
-        router-0*) start=${LLAMA:-} ;;  # the first one trains the demo's base
+        *--llama*) start="" at=1.0 ;;
+        router-0*) start=$LLAMA ;;  # the first one trains the demo's base
     esac
-    # shellcheck disable=SC2086  # FLAGS and AT are lists of words
-    python train.py --out "$OUT/$name" --steps "$STEPS" ${start:+--llama "$start"} $FLAGS "$@" \
+    # shellcheck disable=SC2086  # FLAGS and at are lists of words
+    python train.py --out "$OUT/$name" --steps "$STEPS" --batch-tokens "$BATCH" ${start:+--llama "$start"} $FLAGS "$@" \
         --eval-every 1000000 --resume >>"$OUT/$name.log" 2>&1 &&
-        python eval.py --model "$OUT/$name" --budgets $AT --json >"$OUT/$name.part" 2>>"$OUT/$name.log" &&
+        python eval.py --model "$OUT/$name" --budgets $at --json >"$OUT/$name.part" 2>>"$OUT/$name.log" &&
         mv "$OUT/$name.part" "$OUT/$name.json" && echo "$name: done" || { echo "$name: see $OUT/$name.log"; return 1; }
 }
 export -f run
 
-[ "${1:-}" = --list ] && { runs; exit; }
+[ "$ONLY" = --list ] && { runs; exit; }
+runs | grep -e "^$ONLY" >/dev/null || { echo "no run begins with $ONLY; see bash results.sh --list" >&2 && exit 2; }
 mkdir -p "$OUT"
 run router-0 --seed 0
-[ -e "$OUT/cut-0.40" ] || python tests/alone.py --model "$OUT/router-0" --base "${LLAMA:-$OUT/base}" --out "$OUT"
-runs | grep -e "${1:-}" | xargs -P "${JOBS:-2}" -I{} bash -c 'run {}'
-python results.py --collect "$OUT" --assets "${ASSETS:-assets}"
+[ -e "$OUT/scratch-1.00" ] || python tests/alone.py --model "$OUT/router-0" --base "${LLAMA:-$OUT/base}" --out "$OUT"
+runs | grep -e "^$ONLY" | xargs -P "${JOBS:-2}" -I{} bash -c 'run {}'
+python results.py --collect "$OUT" --assets "$ASSETS"

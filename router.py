@@ -101,7 +101,7 @@ class Router(nn.Module):
 
     def __init__(self, space: Space, mode: str = "constrained", seed: int = 0, budgets=(), per_channel: bool = False):
         super().__init__()
-        self.space, self.mode, self.seed, self.budgets = space, mode, seed, sorted(budgets)  # budgets: those that train
+        self.space, self.mode, self.seed, self.budgets = space, mode, seed, sorted(budgets)
         self.embed = nn.Linear(1, self.WIDTH)
         self.axes = nn.ModuleDict({axis: nn.Sequential(
             nn.Linear(self.WIDTH, self.WIDTH), nn.SiLU(), nn.Linear(self.WIDTH, len(space.choices[axis])))

@@ -29,7 +29,7 @@ from candidates import Bounds, Candidate, arranged, check_budget, slim, swapped
 from checkpoint import RESUME, TOKENIZER, WEIGHTS, load_llama, resume_state, save_llama, save_tensors
 from data.shards import Shards
 from model import Llama
-from parallel import device_of, say
+from parallel import WORLD, device_of, say
 from params import PARAMS, read_config
 from reform import reform_, unit_scores
 from space import cost, random_generator
@@ -197,6 +197,8 @@ def fingerprint(model: Llama, data) -> str:
 def main(argv=None) -> None:
     """A Llama folder in, a smaller one out."""
     args = parse_args(argv)
+    if WORLD > 1:
+        fail(f"{WORLD} processes found; search.py runs in one: start it with python, not torchrun")
     out, source, config = Path(args.out), Path(args.llama), read_config(args.llama)
     if not all(isinstance(getattr(config, axis), int) for axis in ("n_heads", "n_kv_heads", "ffn_dim")):
         fail(f"{source} has another shape in every layer already; expected a uniform Llama, such as its source")

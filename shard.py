@@ -95,3 +95,7 @@ def load_optimizer_state(optimizer, state: dict) -> None:
         isinstance(p, DTensor) and t.shape == p.shape) else t
     moments = {i: {k: split(t, params[i]) for k, t in of.items()} for i, of in state["state"].items()}
     optimizer.load_state_dict(state | dict(state=moments))
+    if isinstance(optimizer, ZeroRedundancyOptimizer):
+        for p, of in optimizer.optim.state.items():  # it leaves AdamW's step on the CPU; fused AdamW wants it beside p
+            of["step"] = of["step"].to(p.device)
+        optimizer.state.clear()                      # and a second copy of all moments here

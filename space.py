@@ -45,6 +45,13 @@ def cost(config: LlamaConfig, subnet: SubNet) -> float:
     return n_params(config, subnet) / n_params(config, SubNet.full(config))
 
 
+def train_flops(config: LlamaConfig, seq_len: int, share: float = 1.0) -> float:
+    """FLOPs of a training pass per token when a share of the blocks runs: 6 per parameter (the embedding's look-up is
+    none), and 6 * layers * heads * head_dim * T for causal attention."""
+    attention = sum(config.per_layer("n_heads")) * config.head_dim * seq_len
+    return 6 * (share * (n_params(config, SubNet.full(config)) + attention) + config.vocab_size * config.dim)
+
+
 def kv_groups(config: LlamaConfig) -> int:
     """Groups that query heads cannot leave: one per KV head; in MHA, where KV heads come along, a single one."""
     return config.n_kv_heads if config.n_heads > config.n_kv_heads else 1

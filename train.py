@@ -1,7 +1,8 @@
 """
 Trains one Llama so that every prefix of it is a good Llama, and a router that picks the prefix for a budget.
 
-LLaMaFlex (ICLR 2025) Sec. 3: every step runs every budget, each on its own tokens, and sums the losses (Eq. 8).
+LLaMaFlex (ICLR 2025) Sec. 3: every step runs every budget, each on its own tokens; its loss is their mean (Eq. 8 has
+the sum: the same to AdamW, but not to --clip).
 
     python train.py                                     the demo: text of this machine, two CPU cores, minutes
     torchrun --nproc_per_node=2 train.py                the same on two processes
@@ -15,6 +16,7 @@ import contextlib
 import json
 import math
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -95,8 +97,8 @@ def train_step(wrapped, model, router, shards, step, args, device, teacher=None)
     optimal, so its gradient says next to nothing about what leaving the unit out would cost.
 
     The router is not inside DDP. What it gives to the model, marginals and modulation factors, are leaves of the
-    model's graph; when all budgets are done their gradients (a few hundred numbers) are averaged over the ranks and
-    sent back through the router, once. The model's gradients accumulate over the budgets and are averaged once too,
+    model's graph; when all budgets are done their gradients (short vectors) are averaged over the ranks and sent
+    back through the router, once. The model's gradients accumulate over the budgets and are averaged once too,
     during the last pass: b = 1, because it reaches every weight.
     """
     draw = lambda *what: torch.rand((), generator=random_generator(args.seed, step, *what)).item()
@@ -172,7 +174,9 @@ def save(model, router, optimizers, step: int, bad: int, orders, settings: dict,
 def resume_command() -> str:
     """The command line that goes on with this run."""
     start = ["python"] if WORLD == 1 else ["torchrun", f"--nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', WORLD)}"]
-    return " ".join([*start, *sys.argv, *([] if "--resume" in sys.argv else ["--resume"])])
+    if WORLD > int(os.environ.get("LOCAL_WORLD_SIZE", WORLD)):  # several machines: how they meet, torchrun does not say
+        start = ["torchrun", "..."]
+    return shlex.join([*start, *sys.argv, *([] if "--resume" in sys.argv else ["--resume"])])
 
 
 def train(model, router, shards, val, orders, settings: dict, args, device, state=None, teacher=None) -> None:
@@ -328,7 +332,7 @@ def dense_base(args, config: LlamaConfig, data, settings: dict, state: dict | No
 def elastic(args, router: Router, data, settings: dict, state: dict | None, device) -> None:
     """Ranks, sorts and trains the Llama in args.llama into args.out, then prints the table of budgets."""
     model = load_llama(args.llama, device)
-    model.config = replace(model.config, context=args.seq_len)
+    model.config = replace(model.config, context=max(model.config.context, args.seq_len))
     if state is None:
         if args.resume:
             say(f"{Path(args.out) / RESUME} does not exist: starting at step 0")
@@ -361,7 +365,7 @@ def table(model, router, orders: dict, val, args) -> None:
     for b in sorted({b for b in TABLE_BUDGETS if b >= smallest} | set(args.budgets), reverse=True):
         subnet, factors = router.deploy(b)
         rows.append([b, subnet, *evaluate(model, val, subnet, factors)])
-    model.load_state_dict(load_llama(args.llama).state_dict())
+    model.load_state_dict(load_llama(args.llama, dtype=None).state_dict())  # as the file has it: a map, not a copy
     sort_(model, orders)
     say(f"\n{'budget':>7} {'got':>6} {'dim':>5} {'heads':>5} {'ffn':>6} {'layers':>6} {'parameters':>14} "
         f"{'before':>7} {'after':>7} {'tok/s':>9}   (* trained; loss in nats on {val[1].numel():,} held-out tokens)")

@@ -18,12 +18,14 @@ from checkpoint import RESUME, TOKENIZER, load_llama, load_tensors, new_folder, 
 from export import OURS, fold  # noqa: E402
 from importance import sort_  # noqa: E402
 from model import Llama  # noqa: E402
-from router import load_router  # noqa: E402
+from router import FLEX, load_router  # noqa: E402
+from tokenizer import fail  # noqa: E402
 
 
 def main(argv=None) -> None:
     """Writes two folders per trained budget."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.error = lambda message: fail(f"{message}; python tests/alone.py --help lists the flags")
     p.add_argument("--model", default="out/flex", help="a family, with its resume.pt")
     p.add_argument("--base", default="out/base", help="the Llama that it was trained from")
     p.add_argument("--out", default="out/alone")
@@ -31,6 +33,8 @@ def main(argv=None) -> None:
     args = p.parse_args(argv)
     base, tokenizer = load_llama(args.base), Path(args.base) / TOKENIZER
     router = load_router(args.model, base.config)
+    if router is None or not (Path(args.model) / RESUME).exists():
+        fail(f"{args.model} has no {FLEX} or no {RESUME}; expected a family as train.py leaves it")
     sort_(base, load_tensors(Path(args.model) / RESUME)["orders"])
     for budget in router.budgets:
         subnet = router.route(budget)

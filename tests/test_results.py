@@ -13,7 +13,7 @@ import results
 from settings import parse_args
 from tests.helpers import ROOT, one_line_error
 
-TINY = "--base-steps 2 --eval-windows 2 --calibration-windows 2 --batch-tokens 32 --seq-len 16"
+TINY = "--base-steps 2 --eval-windows 2 --calibration-windows 2 --seq-len 16"
 
 
 def listed() -> dict[str, list[str]]:
@@ -30,7 +30,7 @@ def test_every_run_has_flags_that_exist_and_a_place_in_a_table(monkeypatch):
     for name, flags in runs.items():
         parse_args(flags)
         kind = name if name in shown else name.rpartition("-")[0]
-        assert kind in shown | {"penalty"} or kind.split("-")[0] in ("same", "whole", "scratch"), name
+        assert kind in shown | {"penalty"} or kind.split("-")[0] in ("same", "whole", "large", "scratch"), name
     done = subprocess.run(["bash", "results.sh", "--list"], cwd=ROOT, capture_output=True, text=True).stdout
     assert len(runs) == len(done.splitlines())
     for name in shown:
@@ -52,11 +52,11 @@ def test_tables_say_what_the_runs_were(tmp_path, capsys):
     r = results.Runs(runs)
     assert r.values("router", 0.4) == [pytest.approx(2.61 + s / 10) for s in range(3)]
     assert results.cell(r.values("router", 0.4)) == "2.710 (2.610 to 2.810)"
-    free = [b for b in r.budgets if b not in results.TRAINED]
-    assert len(free) == 9 and r.mean("units-random") == [pytest.approx(3 + 1.01 - statistics.mean(free))]
+    assert {*results.FREE, *results.TRAINED, 0.65} == {*r.budgets}
+    assert r.free("units-random") == [pytest.approx(3 + 1.01 - statistics.mean(results.FREE))]
     assert r.at("router-1", 0.5) == pytest.approx(2.6) and r.at("router-1", 0.1) == pytest.approx(2.71)
     assert "8.0" in results.cost_table(r).splitlines()[-1] and "10.0" in results.cost_table(r).splitlines()[-1]
-    assert "7.000" in results.family_table(r)
+    assert "7.000" in results.alone_table(r) and "2.710 (2.610" in results.family_table(r)
     table = results.budget_table(r)
     assert "penalty 0.020" in table and "constrained 0.010" in table and "0 and 13 of 13" in table
     assert "2.580" in next(line for line in table.splitlines() if line.startswith("| 0.50")), "2.1 + 1 - (.5 + .02)"
@@ -82,7 +82,7 @@ def test_a_page_of_tiny_runs(tmp_path):
     subprocess.run([sys.executable, *prepare, "--out", str(tmp_path / "data")], cwd=ROOT, check=True,
                    capture_output=True)
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # results.sh says `python`
-    env = os.environ | dict(PATH=path, OUT=str(tmp_path / "out"), ASSETS=str(tmp_path), STEPS="2",
+    env = os.environ | dict(PATH=path, OUT=str(tmp_path / "out"), ASSETS=str(tmp_path), STEPS="2", BATCH="32",
                             FLAGS=f"{TINY} --data {tmp_path / 'data'}")
     page = lambda: subprocess.run(["bash", "results.sh", "whole-0.40-1"], cwd=ROOT, env=env, capture_output=True,
                                   text=True)

@@ -200,7 +200,7 @@ def test_a_singular_gram_is_damped_and_a_broken_one_named(capsys):
     assert all(after <= before for before, after in reform_(small, model, c.subnet(GQA).layers, tokens, 1))
     assert all(p.isfinite().all() for p in small.parameters())
     indefinite = torch.ones(3, 3) - 0.5 * torch.eye(3)                          # as rounding could leave it
-    assert reform.spread(indefinite).isfinite().all()
+    assert reform.inverse_diagonal(indefinite).isfinite().all()
     with torch.no_grad():
         model.layers[2].attention.wo.weight[3, 3] = float("nan")
     with one_line_error(capsys, "layer 2, feed_forward", "not finite"):
@@ -211,7 +211,7 @@ def test_grams_are_fp32_where_forwards_are_not(monkeypatch):
     """Catches a Gram made under autocast: with 8 bits, sums of thousands of tokens lose what tells units apart."""
     seen, half = [], lambda device: torch.autocast("cpu", torch.bfloat16)
     monkeypatch.setattr(reform, "autocast", half)
-    for name in ("spread", "correction"):
+    for name in ("inverse_diagonal", "correction"):
         monkeypatch.setattr(reform, name, lambda *args, call=getattr(reform, name): (seen.extend(args), call(*args))[1])
     model, tokens, c = random_llama(GQA), tokens_for(GQA), some(GQA, 0.6)
     unit_scores(model, tokens, 2)
