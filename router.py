@@ -170,16 +170,18 @@ class Router(nn.Module):
         return self.space.subnet(self.space.members[rows[(self.space.onehot[rows] @ self.logits(budget)).argmax()]])
 
     def between(self, budget: float, rows: torch.Tensor) -> torch.Tensor:
-        """At a budget that was not trained, the members whose sizes lie between those of its trained neighbours, if
-        there are any. Elsewhere the interpolated logits may combine sizes that never ran together, and were seen to:
-        a larger model, 0.1 worse than a smaller one."""
+        """At a budget that was not trained, the members whose sizes are nearest to those between its trained neighbours:
+        between them, if there are any. Elsewhere the interpolated logits may combine sizes that never ran together, and
+        were seen to: a larger model, 0.1 worse than a smaller one. Distances are sums over axes of fractions of the full
+        size."""
         smaller, larger = [b for b in self.budgets if b < budget], [b for b in self.budgets if b > budget]
         if budget in self.budgets or not smaller or not larger:
             return rows
         ends = torch.tensor([self.space.sizes(self.route(b)) for b in (smaller[-1], larger[0])])
         members = self.space.members[rows]
-        inside = ((members >= ends.amin(0)) & (members <= ends.amax(0))).all(1)
-        return rows[inside] if inside.any() else rows
+        outside = (ends.amin(0) - members).clamp(min=0) + (members - ends.amax(0)).clamp(min=0)
+        distance = (outside.double() / torch.tensor(self.space.sizes(self.space.full))).sum(1)
+        return rows[distance <= distance.min() + 1e-9]
 
     @torch.no_grad()
     def deploy(self, budget: float, costs: torch.Tensor | None = None) -> tuple[SubNet, torch.Tensor | None]:
