@@ -27,14 +27,15 @@ FREE = (0.95, 0.9, 0.85, 0.75, 0.7, 0.55, 0.5, 0.45)  # budgets that no run trai
 
 
 def spent(folder: Path) -> dict:
-    """What a run's log says it took: optimizer steps, tokens, training FLOPs (a soft pass runs everything), seconds."""
+    """What a run's log says it took: optimizer steps, tokens, training FLOPs (a soft pass runs everything), and seconds:
+    those of its median step, times the steps, since other programs on the machine slow some of them."""
     header, *records = [json.loads(line) for line in open(folder / "log.jsonl", encoding="utf-8")]
     steps = {r["step"]: r for r in records if "loss" in r}.values()  # a resumed run repeats some
     config, settings = read_config(folder), header["settings"]
     ran = [1.0 if soft else got for r in steps for soft, got in zip(r["soft"], r["got"])]
     flops = settings["batch_tokens"] * sum(train_flops(config, settings["seq_len"], share) for share in ran)
     return dict(steps=len(steps), tokens=len(ran) * settings["batch_tokens"], flops=flops,
-                seconds=round(sum(r.get("seconds", 0) for r in steps), 1), commit=header["commit"],
+                seconds=round(statistics.median(r.get("seconds", 0) for r in steps) * len(steps), 1), commit=header["commit"],
                 torch=header["torch"], device=header["device"])
 
 
