@@ -314,6 +314,8 @@ def make_folder(path) -> None:
     """mkdir -p, or one line about why not."""
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
+        if not os.access(path, os.W_OK):
+            raise PermissionError(13, "Permission denied")
     except OSError as error:
         fail(f"{path} cannot be made a folder ({error.strerror}); choose another --out")
 

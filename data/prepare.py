@@ -42,7 +42,8 @@ def find_files(root: Path, skip: re.Pattern) -> list[tuple[str, Path]]:
     found = [(path.relative_to(base).as_posix(), path) for path in paths if path.is_file()]
     found = sorted((key, path) for key, path in found if key.removesuffix(".gz").endswith(KINDS)
                    and not any(skip.fullmatch(part) for part in key.split("/")))
-    return found or bpe.fail(f"{root}: found no text, expected --input {' '.join(KINDS)} (or .gz)")
+    what = "found no text" if root.exists() else "no such file or folder"
+    return found or bpe.fail(f"{root}: {what}, expected --input {' '.join(KINDS)} (or .gz)")
 
 def read_file(key: str, path: Path) -> Iterator[tuple[str, str]]:
     """(key, text) of each document in a file; UnicodeDecodeError if it is not UTF-8."""
@@ -148,7 +149,11 @@ def main(argv=None) -> None:
     add("--out", metavar="DIR", help="made or replaced (default: data/NAME of the first input)")
     add("--val-fraction", type=float, default=0.05, help="share of the documents held out")
     add("--shard-tokens", type=int, default=100_000_000, help="tokens in a shard, at most")
-    prepare(**vars(parser.parse_args(argv)))
+    args = parser.parse_args(argv)
+    try:
+        prepare(**vars(args))
+    except OSError as error:
+        bpe.fail(f"{error.filename or args.out}: {error.strerror or error}; nothing was kept")
 
 if __name__ == "__main__":
     main()
