@@ -1,5 +1,6 @@
 """
-A folder of flextron.py in use: a budget or a latency in, a network to call out, and what its tokens took.
+A folder in use: a budget or a latency in, what runs at it out: a slice (slice_at) of train.py's family or of a plain
+Llama, or (the rest of this file) flextron.py's network to call, and what its tokens took.
 
     python eval.py --model out/flextron --budgets 0.6 --text notes.txt
     python sample.py --model out/flextron --latency 0.6
@@ -17,10 +18,25 @@ from checkpoint import load_tensors
 from latency import check_latency, load_latency
 from model import Llama
 from pertoken import KINDS, Flextron, costs_of, parameters_of, timed_sizes, total
+from router import Router
 from space import n_params
 from tokenizer import fail
 
 FLEXTRON = "flextron.pt"
+
+
+def slice_at(folder, model: Llama, router: Router | None, asked: float, unit: str = "params") -> tuple:
+    """(slice, factors) that a fraction of the full model's parameters buys, or (unit latency) of its measured time. A
+    plain Llama (router None) is its own only slice."""
+    if router is None and asked != 1:
+        fail(f"{folder} is a plain Llama, it has no flex.pt: its only budget is 1.0; expected a folder made by train.py; "
+             f"python train.py --llama {folder} makes one")
+    if router is None or unit == "params":
+        return router.deploy(asked) if router else (model.full, None)
+    if router.mode == "penalty":
+        fail(f"{folder} was trained with --router penalty, whose choice no latency bounds; expected a constrained "
+             "router; ask for a budget")
+    return router.deploy(asked, load_latency(folder, model, router.space.choices).costs(router.space, asked))
 
 # -----------------------------------------------------------------------------
 # called in place of a Llama

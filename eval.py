@@ -26,8 +26,7 @@ from tqdm import tqdm
 
 from checkpoint import TOKENIZER, load_llama, load_tensors
 from data.shards import Shards
-from deployed import FLEXTRON, deploy, load_flextron, row_of_flextron, widths_table
-from latency import load_latency
+from deployed import FLEXTRON, deploy, load_flextron, row_of_flextron, slice_at, widths_table
 from likelihood import TOKENS, score
 from model import Llama, SubNet
 from parallel import RANK, finish, rank0_first, say, setup
@@ -239,8 +238,6 @@ def deployed_at(args, model: Llama, router, flextron, flex: dict) -> tuple[list,
     """(budgets, what runs at each, budgets that were trained). What runs is a slice and its factors, or, of a folder of
     flextron.py, a network to call in place of the model."""
     asked = args.budgets or args.latency
-    if router is None and flextron is None and any(b != 1 for b in asked or [1.0]):
-        fail(f"{args.model} is a plain Llama: its only budget is 1.0; expected a folder made by train.py for others")
     if flextron:
         if args.speed:
             fail(f"--speed measures the slices of train.py's families, {args.model} is flextron.py's; for those: "
@@ -249,13 +246,10 @@ def deployed_at(args, model: Llama, router, flextron, flex: dict) -> tuple[list,
         unit = "params" if args.budgets else "latency" if args.latency else unit
         return (budgets, [deploy(flextron, args.model, b, unit) for b in budgets],
                 flex["targets"] if unit == flextron.unit else [])
-    if router is None:
-        budgets = asked or [1.0]
-        return budgets, [(model.full, None)] * len(budgets), []
-    budgets = asked or [b for b in TABLE_BUDGETS if b >= router.space.costs.min()]
-    latency = load_latency(args.model, model, router.space.choices) if args.latency else None
-    return (budgets, [router.deploy(b, latency and latency.costs(router.space, b)) for b in budgets],
-            [] if args.latency else flex["budgets"])
+    budgets = asked or ([b for b in TABLE_BUDGETS if b >= router.space.costs.min()] if router else [1.0])
+    unit = "latency" if args.latency else "params"
+    return (budgets, [slice_at(args.model, model, router, b, unit) for b in budgets],
+            flex["budgets"] if router and not args.latency else [])
 
 
 def run(args, device) -> dict:

@@ -21,7 +21,7 @@ import torch
 
 import hf
 from checkpoint import RESUME, TOKENIZER, WEIGHTS, load_llama, new_folder, save_llama
-from deployed import FLEXTRON, open_flextron
+from deployed import FLEXTRON, open_flextron, slice_at
 from latency import TABLE, load_latency
 from model import Llama, LlamaConfig, SubNet
 from params import PARAMS
@@ -91,22 +91,13 @@ def fold(model: Llama, subnet: SubNet, factors: torch.Tensor | None, dtype: torc
 
 
 def choose(folder, model: Llama, router: Router | None, asked: float, unit: str = "params") -> tuple:
-    """(slice, factors) that a fraction of the full model's parameters buys, or (unit latency) of its measured time: of
-    train.py's router, of flextron.py's static ones, or the whole of a plain Llama."""
+    """slice_at(), and the same of flextron.py's static routers."""
     if network := open_flextron(folder, model, asked, unit):
         if network.subnet is None:
             fail(f"{folder} has dynamic routers: every token takes its own width, and no slice is what they choose; "
                  "expected static ones (python flextron.py --router static), or --budget 1.0")
         return network.subnet, None
-    if router is None and asked != 1:
-        fail(f"{folder} is a plain Llama, it has no flex.pt; expected a folder made by train.py, or --budget 1.0; "
-             f"python train.py --llama {folder} makes one")
-    if router is None or unit == "params":
-        return router.deploy(asked) if router else (model.full, None)
-    if router.mode == "penalty":
-        fail(f"{folder} was trained with --router penalty, whose choice no latency bounds; expected a constrained "
-             "router; ask for a --budget")
-    return router.deploy(asked, load_latency(folder, model, router.space.choices).costs(router.space, asked))
+    return slice_at(folder, model, router, asked, unit)
 
 
 def load(folder, dtype: torch.dtype | None) -> tuple[Llama, Router | None, torch.dtype]:
@@ -213,9 +204,6 @@ def main(argv=None) -> None:
              "train.py, or --budget or --latency where flextron.py made it")
     if not budgets and not args.dry_run:
         fail("no size asked for; expected --budget 0.5, --latency 0.6, --params 4B or --memory 6GB; see --dry-run")
-    if router is None and not flextron and budgets != [1.0]:
-        fail(f"{args.model} is a plain Llama, it has no flex.pt; expected a folder made by train.py, or --budget 1.0; "
-             f"python train.py --llama {args.model} makes one")
     if len(budgets or ()) > 1 and args.out:
         fail(f"--out {args.out} is one folder for {len(budgets)} budgets; leave --out out: each gets one of its own")
     if args.dry_run:
@@ -224,6 +212,8 @@ def main(argv=None) -> None:
             budgets = [b for b in (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3) if b >= smallest]
         rows = [(b, choose(args.model, model, router, b, unit)[0]) for b in budgets]
         return print(sizes_table(full, rows, dtype, context))
+    for budget in budgets:  # what cannot be had is refused before anything is written
+        choose(args.model, model, router, budget, unit)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     for budget in budgets:
         try:

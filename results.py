@@ -27,16 +27,16 @@ FREE = (0.95, 0.9, 0.85, 0.75, 0.7, 0.55, 0.5, 0.45)  # budgets that no run trai
 
 
 def spent(folder: Path) -> dict:
-    """What a run's log says it took: optimizer steps, tokens, training FLOPs (a soft pass runs everything), and seconds:
-    those of its median step, times the steps, since other programs on the machine slow some of them."""
+    """What a run's log says it took: optimizer steps, tokens, training FLOPs (a soft pass runs everything), seconds:
+    those of its median step, times the steps, since other programs slow some of them."""
     header, *records = [json.loads(line) for line in open(folder / "log.jsonl", encoding="utf-8")]
     steps = {r["step"]: r for r in records if "loss" in r}.values()  # a resumed run repeats some
     config, settings = read_config(folder), header["settings"]
     ran = [1.0 if soft else got for r in steps for soft, got in zip(r["soft"], r["got"])]
     flops = settings["batch_tokens"] * sum(train_flops(config, settings["seq_len"], share) for share in ran)
     return dict(steps=len(steps), tokens=len(ran) * settings["batch_tokens"], flops=flops,
-                seconds=round(statistics.median(r.get("seconds", 0) for r in steps) * len(steps), 1), commit=header["commit"],
-                torch=header["torch"], device=header["device"])
+                seconds=round(statistics.median(r.get("seconds", 0) for r in steps) * len(steps), 1),
+                commit=header["commit"], torch=header["torch"], device=header["device"])
 
 
 def collect(folder) -> dict:
@@ -49,6 +49,9 @@ def collect(folder) -> dict:
             runs[path.stem] = spent(path.with_suffix("")) | dict(
                 context=found["context"], tokens_scored=found["rows"][0]["tokens"],
                 rows=[{k: round(row[k], 5) if k == "loss" else row[k] for k in keep} for row in found["rows"]])
+            if (speed := path.with_suffix(".speed")).exists():
+                for row, timed in zip(runs[path.stem]["rows"], json.loads(speed.read_text().splitlines()[-1])["rows"]):
+                    row["speed"] = {k: round(v, 3) for k, v in timed["speed"].items()}
     return runs or fail(f"{folder} holds no finished run; expected what results.sh leaves; run: bash results.sh")
 
 
@@ -161,6 +164,17 @@ def rows_table(r: Runs, names: dict[str, str]) -> str:
     return markdown(head, rows)
 
 
+def speed_table(r: Runs) -> str:
+    """Row 8: what a slice costs to run, as an export, over the full model; width and depth alone at similar sizes."""
+    rows = []
+    for name, label in (("router-0", "router"), ("width-0", "width alone"), ("depth-0", "depth alone")):
+        for row in r.runs.get(name, {}).get("rows", ()):
+            if "speed" in row and (name == "router-0" or row["budget"] in (0.8, 0.65, 0.4)):
+                rows.append([label, f"{row['budget']:.2f}", f"{row['got']:.3f}", f"{row['loss']:.3f}",
+                             *(f"{row['speed'][k]:.2f}" for k in ("prefill", "decode", "memory"))])
+    return markdown(["", "budget", "got", "loss", "prefill, tokens/s", "decode, tokens/s", "memory"], rows)
+
+
 TABLES = {
     "1. The family": family_table,
     "1. Models that train alone": alone_table,
@@ -173,7 +187,8 @@ TABLES = {
                       "modulation-channel": "a factor per channel"},
     "4. What chooses, and from what": {
         "router": "router (default)", "uniform": "uniform shrink", "random": "a random member",
-        "frozen": "router alone, weights frozen", "width": "width, heads, MLP", "depth": "depth alone"},
+        "frozen": "router alone, weights frozen", "width": "width, heads, MLP",
+        "depth": "depth alone (.65 in place of .6)"},
     "5. What teaches the router": {
         "router-0": "soft share 1, rate 1.4e-3, kappa to 10, tau to .056 (default)", "soft-0": "soft share 0",
         "soft-0.25": "soft share .25", "router-lr-4e-4": "rate 4e-4 (the paper's x .01)",
@@ -181,7 +196,8 @@ TABLES = {
         "tau-1": "tau stays 1"},
     "6. Distillation": {"router-0": "cross-entropy (default)", "kd-0.5": "half, half", "kd-1": "KL to the base alone"},
     "7. Importance": {"router-0": "activation; layers by logits (default)", "units-random": "units at random",
-                      "units-reversed": "units worst first", "depth-by-influence": "layers by block influence"}}
+                      "units-reversed": "units worst first", "depth-by-influence": "layers by block influence"},
+    "8. What a budget costs to run, over the full model": speed_table}
 
 
 def draw(r: Runs, path: Path) -> None:

@@ -86,4 +86,12 @@ mkdir -p "$OUT"
 run router-0 --seed 0
 [ -e "$OUT/scratch-1.00" ] || python tests/alone.py --model "$OUT/router-0" --base "${LLAMA:-$OUT/base}" --out "$OUT"
 runs | grep -e "^$ONLY" | xargs -P "${JOBS:-2}" -I{} bash -c 'run {}'
+for name in router-0 width-0 depth-0; do  # 8. What a budget costs to run: one at a time, on a quiet machine
+    [ ! -s "$OUT/$name.json" ] || [ -s "$OUT/$name.speed" ] || {
+        # shellcheck disable=SC2086
+        python eval.py --model "$OUT/$name" --budgets $AT --windows 1 --speed --json \
+            >"$OUT/$name.part" 2>>"$OUT/$name.log"
+        mv "$OUT/$name.part" "$OUT/$name.speed"
+    }
+done
 python results.py --collect "$OUT" --assets "$ASSETS"

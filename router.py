@@ -161,9 +161,7 @@ class Router(nn.Module):
         if self.mode == "random":
             return self.space.random(budget, self.seed, costs)
         if self.mode == "penalty":
-            if costs is not None:
-                fail("a router trained with --router penalty found, whose choice no latency bounds; expected a "
-                     "constrained one; ask for a budget")
+            assert costs is None, "a penalty router's choice is bounded by nothing"
             return self.argmax(self.logits(budget))
         budget = budget if costs is None else self.space.costs[rows].mean().item()
         rows = self.between(budget, rows)

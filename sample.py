@@ -17,8 +17,7 @@ from typing import Iterator
 import torch
 
 from checkpoint import TOKENIZER, load_llama
-from deployed import open_flextron
-from latency import load_latency
+from deployed import open_flextron, slice_at
 from model import KVCache, Llama
 from parallel import device_of
 from router import load_router
@@ -67,11 +66,7 @@ def main(argv=None) -> None:
     router = load_router(args.model, model.config)
     asked, unit = (args.budget, "params") if args.latency is None else (args.latency, "latency")
     flextron = open_flextron(args.model, model, asked, unit)
-    if router is None and flextron is None and asked != 1:
-        fail(f"{args.model} is a plain Llama: its only budget is 1.0; expected a folder made by train.py for others")
-    costs = load_latency(args.model, model, router.space.choices).costs(router.space, asked) if (
-        router and args.latency is not None) else None
-    subnet, factors = router.deploy(asked, costs) if router else (model.full, None)
+    subnet, factors = (None, None) if flextron else slice_at(args.model, model, router, asked, unit)
     factors = None if factors is None else factors.to(args.device)
     tokenizer = load_tokenizer(Path(args.model) / TOKENIZER, model.config.vocab_size)
     bos, end = (tokenizer.encode_single_token(token) for token in (BOS, END))

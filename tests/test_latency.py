@@ -9,11 +9,11 @@ import torch
 
 import export
 import latency as timing
-from checkpoint import load_llama
+from checkpoint import load_llama, save_tensors
 from latency import TABLE, Latency, fractions, load_latency, measure, some
 from model import SubNet
 from params import read_config
-from router import load_router
+from router import load_router, router_state
 from space import Space
 from tests.helpers import GQA, make_supernet, odd_choices, one_line_error, random_llama, random_router
 
@@ -159,6 +159,8 @@ def test_mistakes_end_in_one_line(tmp_path, capsys):
         export.main(flags + ["--latency", "0.6"])
     with one_line_error(capsys, "--rounds"):
         timing.main(["--model", str(tmp_path / "flex"), "--rounds", "0"])
-    router = random_router(GQA, "penalty")
+    save_tensors(tmp_path / "flex/flex.pt", router_state(random_router(GQA, "penalty"), seq_len=16))
+    (tmp_path / "flex" / TABLE).unlink()
     with one_line_error(capsys, "penalty", "latency"):
-        router.route(0.6, router.space.costs)
+        export.main(flags + ["--latency", "0.6"])
+    assert not (tmp_path / "flex" / TABLE).exists(), "measured before it was refused"

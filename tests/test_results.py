@@ -65,6 +65,24 @@ def test_tables_say_what_the_runs_were(tmp_path, capsys):
     assert "units at random" in capsys.readouterr().out
 
 
+def test_the_picture(tmp_path):
+    """Catches a picture that lacks a kind of model, or is not drawn."""
+    pytest.importorskip("matplotlib")
+    runs = {"router-0": fake_run(2), "whole-0.60-2": fake_run(1, lambda b: 0.6)}
+    sizes = []
+    for names in (["router-0"], list(runs)):
+        results.draw(results.Runs({n: runs[n] for n in names}), tmp_path / "family.png")
+        sizes.append((tmp_path / "family.png").read_bytes())
+    assert all(s.startswith(b"\x89PNG") for s in sizes) and sizes[0] != sizes[1]
+
+
+def test_the_page_has_the_tables():
+    """Catches a number in RESULTS.md that the committed runs do not say."""
+    page, r = (ROOT / "RESULTS.md").read_text(), results.Runs(json.loads((ROOT / "assets/results.json").read_text()))
+    for title, table in results.TABLES.items():
+        assert (table(r) if callable(table) else results.rows_table(r, table)) in page, title
+
+
 def test_nothing_there_is_one_line(tmp_path, capsys):
     """Catches a traceback where runs are missing."""
     with one_line_error(capsys, "results.sh"):
