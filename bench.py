@@ -21,6 +21,7 @@ from latency import seconds
 from model import Gates, Llama, LlamaConfig, SubNet
 from router import load_router
 from sample import generate
+from speed import slim
 from space import AXES, Space, cost
 from tokenizer import fail
 from parallel import autocast, device_of
@@ -43,11 +44,9 @@ def variants(model: Llama, space: Space, route, budgets, device) -> dict[tuple, 
     calls = {(1.0, "full"): dict(model=model, kwargs={})}
     for b in sorted((b for b in budgets if b < 1), reverse=True):
         subnet = route(b)
-        native = Llama(subnet.config(model.config)).to(device)
-        native.load_state_dict({k: v.detach().clone() for k, v in model.slices(subnet).items()})
         calls[b, "sliced"] = dict(model=model, kwargs=dict(subnet=subnet), subnet=subnet)
         calls[b, "masked"] = dict(model=model, kwargs=dict(gates=prefix_gates(space, subnet, device)), subnet=subnet)
-        calls[b, "exported"] = dict(model=native, kwargs={}, subnet=subnet)
+        calls[b, "exported"] = dict(model=slim(model, subnet, device, torch.float32), kwargs={}, subnet=subnet)
     return calls
 
 

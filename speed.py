@@ -68,11 +68,11 @@ def peak_memory(native: Llama, run, device) -> int:
 # speed
 
 
-def slim(model: Llama, subnet: SubNet, device) -> Llama:
-    """The slice as a Llama of its own, as it is deployed: in bf16 on CUDA."""
+def slim(model: Llama, subnet: SubNet, device, dtype: torch.dtype | None = None) -> Llama:
+    """The slice as a Llama of its own, as it is deployed: in bf16 on CUDA (or in dtype)."""
     with torch.device("meta"):
         native = Llama(subnet.config(model.config))
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     native.load_state_dict({name: w.detach().to(dtype, copy=True, memory_format=torch.contiguous_format)
                             for name, w in model.slices(subnet).items()}, assign=True)
     native.tie()
