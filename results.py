@@ -112,12 +112,12 @@ def family_table(r: Runs) -> str:
 
 def alone_table(r: Runs) -> str:
     """Row 1: the trained members of the family of seed 0, and models of their shapes that trained alone."""
-    kinds = {"same": "alone: its own tokens", "whole": "alone: all tokens", "large": "alone: all tokens, large steps",
-             "scratch": "from scratch: all tokens and the base's"}
-    return markdown(["parameters", "in the family (all seeds)", *kinds.values()],
-                    [[f"{r.row('router-0', b)['params']:,}", f"{r.row('router-0', b)['loss']:.3f} "
-                      f"({cell(r.values('router', b))})", *(cell(r.values(f"{kind}-{b:.2f}")) for kind in kinds)]
-                     for b in TRAINED])
+    kinds = {"same": "alone, own tokens: 450 x 1,024", "small": "1,800 x 256", "scratch": "from scratch: 3,000 x 1,024",
+             "large": "alone, all tokens: 450 x 4,096", "whole": "1,800 x 1,024"}
+    families = {"router-0": "family: 450 x 4 x 1,024", "steps-x4": "family: 1,800 x 4 x 256"}
+    return markdown(["parameters", *families.values(), *kinds.values()],
+                    [[f"{r.row('router-0', b)['params']:,}", *(cell(r.values(name, b)) for name in families),
+                      *(cell(r.values(f"{kind}-{b:.2f}")) for kind in kinds)] for b in TRAINED])
 
 
 def cost_table(r: Runs) -> str:
@@ -125,7 +125,6 @@ def cost_table(r: Runs) -> str:
     family, rows = r.runs["router-0"], []
     for name, kind in (("the family", None), ("four alone, each its own tokens", "same"),
                        ("four alone, each all tokens", "whole"),
-                       ("four alone, each all tokens in large steps", "large"),
                        ("four from scratch, each all tokens and the base's", "scratch")):
         names = ["router-0"] if kind is None else [f"{kind}-{b:.2f}-0" for b in TRAINED]
         if all(n in r.runs for n in names):
@@ -180,8 +179,8 @@ TABLES = {
     "1. Models that train alone": alone_table,
     "1. What they cost": cost_table,
     "1. More and smaller steps, the same tokens": {
-        "router-0": "450 steps of 1,024 tokens per budget (default)", "batch-512": "900 of 512",
-        "batch-256": "1,800 of 256"},
+        "router-0": "450 steps of 1,024 tokens per budget (default)", "steps-x2": "900 of 512",
+        "steps-x4": "1,800 of 256"},
     "2. Meeting a budget": budget_table,
     "3. Modulation": {"router-0": "a factor per block and sub-block (default)", "modulation-none": "none",
                       "modulation-channel": "a factor per channel"},
@@ -204,16 +203,20 @@ def draw(r: Runs, path: Path) -> None:
     """Loss against parameters: one elastic run, and every model that trained alone."""
     from matplotlib.figure import Figure
     axes = (figure := Figure(figsize=(7, 4.2), layout="constrained")).add_subplot()
-    rows = sorted(r.runs["router-0"]["rows"], key=lambda row: row["params"])
-    axes.plot([row["params"] / 1e6 for row in rows], [row["loss"] for row in rows], color="tab:blue", zorder=3,
-              label=f"one elastic run, {r.runs['router-0']['tokens'] / 1e6:.1f}M tokens")
-    for trained, face in ((True, "tab:blue"), (False, "white")):
-        some = [row for row in rows if (row["budget"] in TRAINED) == trained]
-        axes.scatter([row["params"] / 1e6 for row in some], [row["loss"] for row in some], s=22, zorder=4,
-                     edgecolors="tab:blue", facecolors=face)
-    for kind, label, colour, mark in (("same", "alone, its share of those tokens", "tab:orange", "v"),
-                                      ("whole", "alone, all of those tokens", "tab:red", "s"),
-                                      ("scratch", "from scratch, those and the base's", "tab:gray", "x")):
+    million = r.runs["router-0"]["tokens"] / 1e6
+    lines = [(n, "tab:blue", f"one elastic run, {million:.1f}M tokens: every size") for n in ("router-0",)]
+    lines += [(n, "tab:cyan", "the same in more, smaller steps") for n in ("steps-x4",) if n in r.runs]
+    for name, colour, label in lines:
+        rows = sorted(r.runs[name]["rows"], key=lambda row: row["params"])
+        axes.plot([row["params"] / 1e6 for row in rows], [row["loss"] for row in rows], color=colour, label=label)
+        for trained, face in ((True, colour), (False, "white")):
+            some = [row for row in rows if (row["budget"] in TRAINED) == trained]
+            axes.scatter([row["params"] / 1e6 for row in some], [row["loss"] for row in some], s=22, zorder=4,
+                         edgecolors=colour, facecolors=face)
+    for kind, label, colour, mark in (
+            ("same", f"one model alone, {million / 4:.1f}M tokens: a quarter of the cost", "tab:orange", "v"),
+            ("whole", f"one model alone, {million:.1f}M tokens, more steps: up to 1.4 times the cost", "tab:red", "s"),
+            ("scratch", "one model from scratch", "tab:gray", "x")):
         points = [(r.row(n, 1.0)["params"] / 1e6, r.row(n, 1.0)["loss"])
                   for b in TRAINED for n in r.seeds(f"{kind}-{b:.2f}")]
         if points:

@@ -26,7 +26,7 @@ runs() {  # NAME FLAGS of train.py
     for s in 0 1 2; do
         echo "router-$s --seed $s"
         # 1. A family against models that train alone, of the shapes that router-0 chose: on the tokens that their size
-        #    got in the family, and on those of the whole family, in four times as many steps
+        #    got in the family, in as many steps, and on those of the whole family, in four times as many
         for b in 1.00 0.80 0.60 0.40; do
             echo "same-$b-$s --llama $OUT/cut-$b --budgets 1.0 --seed $s"
             echo "whole-$b-$s --llama $OUT/cut-$b --budgets 1.0 --steps $((4 * STEPS)) --seed $s"
@@ -41,14 +41,16 @@ runs() {  # NAME FLAGS of train.py
         echo "depth-$s --dim-choices $DIM --n-heads-choices $HEADS --ffn-dim-choices $FFN --n-layers-choices" \
              "$(seq -s " " "$LAYERS") --budgets 1.0 0.8 0.65 0.4 --seed $s"
     done
-    # 1. or in as many steps as the family, four times as large; and from fresh weights, on the base's tokens too
+    # 1. The first in four times as many steps, the second in as many as the family; and from fresh weights, on the
+    #    base's tokens too
     for b in 1.00 0.80 0.60 0.40; do
+        echo "small-$b-0 --llama $OUT/cut-$b --budgets 1.0 --steps $((4 * STEPS)) --batch-tokens $((BATCH / 4))"
         echo "large-$b-0 --llama $OUT/cut-$b --budgets 1.0 --batch-tokens $((4 * BATCH))"
         echo "scratch-$b-0 --llama $OUT/scratch-$b --budgets 1.0 $SCRATCH"
     done
     # 1. A family with more and smaller steps, the same tokens
     for n in 2 4; do
-        echo "batch-$((BATCH / n)) --steps $((n * STEPS)) --batch-tokens $((BATCH / n)) --router-lr 1.436e-3"
+        echo "steps-x$n --steps $((n * STEPS)) --batch-tokens $((BATCH / n)) --router-lr 1.436e-3"
     done
     # 3. Modulation
     for kind in none channel; do echo "modulation-$kind --modulation $kind"; done
