@@ -131,7 +131,8 @@ def cost_table(r: Runs) -> str:
             total = {k: sum(r.runs[n][k] for n in names) for k in ("tokens", "flops", "seconds")}
             rows.append([name, f"{total['tokens'] / 1e6:.2f}M", f"{total['flops']:.2e}",
                          f"{total['flops'] / family['flops']:.2f}",
-                         f"{total['seconds'] / family['seconds']:.2f}" if family["seconds"] else "-"])
+                         f"{total['seconds'] / family['seconds']:.2f}" if all(r.runs[n]["seconds"] for n in names)
+                         else "-"])
     return markdown(["", "tokens", "FLOPs", "FLOPs over the family's", "time over the family's"], rows)
 
 
