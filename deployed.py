@@ -29,7 +29,7 @@ def slice_at(folder, model: Llama, router: Router | None, asked: float, unit: st
     """(slice, factors) that a fraction of the full model's parameters buys, or (unit latency) of its measured time. A
     plain Llama (router None) is its own only slice."""
     if router is None and asked != 1:
-        fail(f"{folder} is a plain Llama, it has no flex.pt: its only budget is 1.0; expected a folder made by train.py; "
+        fail(f"{folder} is a plain Llama, it has no flex.pt: its only budget is 1.0; expected a folder of train.py's; "
              f"python train.py --llama {folder} makes one")
     if router is None or unit == "params":
         return router.deploy(asked) if router else (model.full, None)

@@ -168,10 +168,9 @@ class Router(nn.Module):
         return self.space.subnet(self.space.members[rows[(self.space.onehot[rows] @ self.logits(budget)).argmax()]])
 
     def between(self, budget: float, rows: torch.Tensor) -> torch.Tensor:
-        """At a budget that was not trained, the members whose sizes are nearest to those between its trained neighbours:
-        between them, if there are any. Elsewhere the interpolated logits may combine sizes that never ran together, and
-        were seen to: a larger model, 0.1 worse than a smaller one. Distances are sums over axes of fractions of the full
-        size."""
+        """At a budget that was not trained, the members with sizes between those of its trained neighbours, or nearest
+        to that (distances are sums of fractions over axes). Elsewhere the interpolated logits may combine sizes that
+        never ran together, and were seen to: a larger model, 0.1 worse than a smaller one."""
         smaller, larger = [b for b in self.budgets if b < budget], [b for b in self.budgets if b > budget]
         if budget in self.budgets or not smaller or not larger:
             return rows

@@ -82,5 +82,6 @@ def test_what_shrinks(cut, capsys):
     space = bench.Space(c, bench.CUTS[cut](c))
     subnet = space.uniform(0.55)
     assert (len(subnet.layers) == 4 or cut != "width") and (subnet.dim == 64) == (cut == "depth")
-    bench.main([*SHAPE, "--layers", "4", "--rounds", "1", "--json", "--device", "cpu", "--cut", cut, "--budgets", "0.55"])
+    flags = ["--layers", "4", "--rounds", "1", "--json", "--device", "cpu", "--cut", cut, "--budgets", "0.55"]
+    bench.main([*SHAPE, *flags])
     assert json.loads(capsys.readouterr().out)["rows"][1]["cost"] == pytest.approx(bench.cost(c, subnet))
