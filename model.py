@@ -268,10 +268,11 @@ class Block(nn.Module):
 
     @staticmethod
     def scaled(y, gate, factor):
-        """A sub-block's output times the layer's gate and its modulation factor."""
-        # In fp32, as the residual stream: bf16 would round a factor of 1.002 to 1.
+        """A sub-block's output times the layer's gate and its modulation factor, in fp32 (bf16 rounds 1.002 to 1)."""
         y = y if gate is None else y.float() * gate          # <-- 5. gates (depth)
-        return y if factor is None else y.float() * (factor[:y.size(-1)] if factor.dim() else factor)  # <-- 6. modulation
+        if factor is not None and factor.dim():              # one per channel: those of the slice
+            factor = factor[:y.size(-1)]
+        return y if factor is None else y.float() * factor   # <-- 6. modulation
 
 
 # -----------------------------------------------------------------------------
