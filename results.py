@@ -113,7 +113,7 @@ def family_table(r: Runs) -> str:
 def alone_table(r: Runs) -> str:
     """Row 1: the trained members of the family of seed 0, and models of their shapes that trained alone."""
     kinds = {"same": "alone, own tokens: 450 x 1,024", "small": "1,800 x 256", "scratch": "from scratch: 3,000 x 1,024",
-             "large": "alone, all tokens: 450 x 4,096", "whole": "1,800 x 1,024"}
+             "large": "alone, all tokens: 450 x 4,096", "whole": "1,800 x 1,024", "high": "at 3e-3"}
     families = {"router-0": "family: 450 x 4 x 1,024", "steps-x4": "family: 1,800 x 4 x 256"}
     return markdown(["parameters", *families.values(), *kinds.values()],
                     [[f"{r.row('router-0', b)['params']:,}", *(cell(r.values(name, b)) for name in families),
@@ -179,9 +179,10 @@ TABLES = {
     "1. The family": family_table,
     "1. Models that train alone": alone_table,
     "1. What they cost": cost_table,
-    "1. More and smaller steps, the same tokens": {
+    "1. More and smaller steps, and a higher rate, the same tokens": {
         "router-0": "450 steps of 1,024 tokens per budget (default)", "steps-x2": "900 of 512",
-        "steps-x4": "1,800 of 256"},
+        "steps-x4": "1,800 of 256",
+        "lr-3e-3": "450 of 1,024, the Llama's rate 3e-3 instead of 1e-3"},
     "2. Meeting a budget": budget_table,
     "3. Modulation": {"router-0": "a factor per block and sub-block (default)", "modulation-none": "none",
                       "modulation-channel": "a factor per channel"},
@@ -203,7 +204,7 @@ TABLES = {
 def draw(r: Runs, path: Path) -> None:
     """Loss against parameters: one elastic run, and every model that trained alone."""
     from matplotlib.figure import Figure
-    axes = (figure := Figure(figsize=(7, 4.2), layout="constrained")).add_subplot()
+    axes = (figure := Figure(figsize=(7, 5.4), layout="constrained")).add_subplot()
     million = r.runs["router-0"]["tokens"] / 1e6
     lines = [(n, "tab:blue", f"one elastic run, {million:.1f}M tokens: every size") for n in ("router-0",)]
     lines += [(n, "tab:cyan", "the same in more, smaller steps") for n in ("steps-x4",) if n in r.runs]
@@ -215,15 +216,15 @@ def draw(r: Runs, path: Path) -> None:
             axes.scatter([row["params"] / 1e6 for row in some], [row["loss"] for row in some], s=22, zorder=4,
                          edgecolors=colour, facecolors=face)
     for kind, label, colour, mark in (
-            ("same", f"one model alone, {million / 4:.1f}M tokens: a quarter of the cost", "tab:orange", "v"),
-            ("whole", f"one model alone, {million:.1f}M tokens, more steps: up to 1.4 times the cost", "tab:red", "s"),
-            ("scratch", "one model from scratch", "tab:gray", "x")):
+            ("same", f"models alone, {million / 4:.1f}M tokens each: four cost what the family costs", "tab:orange", "v"),
+            ("whole", f"models alone, {million:.1f}M tokens each: four cost 3.8 times that", "tab:red", "s"),
+            ("scratch", "from scratch, on those tokens and the base's", "tab:gray", "x")):
         points = [(r.row(n, 1.0)["params"] / 1e6, r.row(n, 1.0)["loss"])
                   for b in TRAINED for n in r.seeds(f"{kind}-{b:.2f}")]
         if points:
             axes.scatter(*zip(*points), label=label, color=colour, marker=mark, s=22, zorder=2)
     axes.set(xlabel="parameters without embeddings, millions", ylabel="loss on held-out text, nats per token")
-    axes.legend(frameon=False)
+    figure.legend(loc="outside lower center", frameon=False)
     with atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=150)
 

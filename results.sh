@@ -41,14 +41,16 @@ runs() {  # NAME FLAGS of train.py
         echo "depth-$s --dim-choices $DIM --n-heads-choices $HEADS --ffn-dim-choices $FFN --n-layers-choices" \
              "$(seq -s " " "$LAYERS") --budgets 1.0 0.8 0.65 0.4 --seed $s"
     done
-    # 1. The first in four times as many steps, the second in as many as the family; and from fresh weights, on the
-    #    base's tokens too
+    # 1. The first in four times as many steps, the second in as many as the family, or at three times the rate; and
+    #    from fresh weights, on the base's tokens too
     for b in 1.00 0.80 0.60 0.40; do
         echo "small-$b-0 --llama $OUT/cut-$b --budgets 1.0 --steps $((4 * STEPS)) --batch-tokens $((BATCH / 4))"
         echo "large-$b-0 --llama $OUT/cut-$b --budgets 1.0 --batch-tokens $((4 * BATCH))"
+        echo "high-$b-0 --llama $OUT/cut-$b --budgets 1.0 --steps $((4 * STEPS)) --lr 3e-3"
         echo "scratch-$b-0 --llama $OUT/scratch-$b --budgets 1.0 $SCRATCH"
     done
-    # 1. A family with more and smaller steps, the same tokens
+    # 1. A family at three times the rate, and with more and smaller steps, the same tokens
+    echo "lr-3e-3 --lr 3e-3"
     for n in 2 4; do
         echo "steps-x$n --steps $((n * STEPS)) --batch-tokens $((BATCH / n)) --router-lr 1.436e-3"
     done

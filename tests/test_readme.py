@@ -4,6 +4,7 @@ import importlib.util
 import json
 import re
 import shlex
+import shutil
 import sys
 
 import pytest
@@ -14,6 +15,7 @@ import checkpoint
 import export
 import flextron
 import latency
+import results
 import sample
 import search
 import train
@@ -33,7 +35,7 @@ FEWER = {"train.py": "--base-steps 3 --steps 2 --eval-windows 4 --calibration-wi
                            "--rounds 1 --device cpu",
          "bench.py": "--dim 64 --layers 2 --heads 4 --kv-heads 2 --head-dim 16 --ffn-dim 64 --seq-len 16 --rounds 1",
          "sample.py": "--max-new-tokens 5", "eval.py": "--windows 4", "tests/oracle.py": "--windows 2",
-         "tests/big_export.py": "--scale 16", "latency.py": "--rounds 1",
+         "tests/big_export.py": "--scale 16", "latency.py": "--rounds 1", "results.py": "--assets .",
          "tests/token_time.py": "--dim 64 --rounds 1 --latency 0.9",
          "tests/flextron_oracle.py": "--windows 4", "search.py": FEW_CANDIDATES,
          "tests/ablation_search.py": FEW_CANDIDATES + " --budgets 0.6 --seeds 0",
@@ -64,6 +66,7 @@ def desk(tmp_path_factory):
     for i in range(30):
         (desk / "notes" / f"{i}.md").write_text(prose[i * 5000:(i + 1) * 5000])
     (desk / "book.txt").write_text(prose)
+    shutil.copy(ROOT / "assets/results.json", desk)
     with gzip.open(desk / "web.jsonl.gz", "wt") as f:
         f.writelines(json.dumps({"text": prose[i * 100:i * 100 + 900]}) + "\n" for i in range(40))
     write_raw(desk / "data/tasks", rows_of_tasks(12, long=20))
