@@ -216,8 +216,8 @@ def draw(r: Runs, path: Path) -> None:
             axes.scatter([row["params"] / 1e6 for row in some], [row["loss"] for row in some], s=22, zorder=4,
                          edgecolors=colour, facecolors=face)
     for kind, label, colour, mark in (
-            ("same", f"models alone, {million / 4:.1f}M tokens each: four cost what the family costs", "tab:orange", "v"),
-            ("whole", f"models alone, {million:.1f}M tokens each: four cost 3.8 times that", "tab:red", "s"),
+            ("same", f"models alone, {million / 4:.1f}M tokens each: four cost what it costs", "tab:orange", "v"),
+            ("whole", f"models alone, {million:.1f}M tokens each: four cost 3.8 times as much", "tab:red", "s"),
             ("scratch", "from scratch, on those tokens and the base's", "tab:gray", "x")):
         points = [(r.row(n, 1.0)["params"] / 1e6, r.row(n, 1.0)["loss"])
                   for b in TRAINED for n in r.seeds(f"{kind}-{b:.2f}")]

@@ -45,6 +45,7 @@ MAINS = {"train.py": train.main, "export.py": export.main, "eval.py": evaluation
          "bench.py": bench.main, "bench_train.py": bench_train.main, "data/prepare.py": data.prepare.main,
          "data/tasks.py": data.tasks.main, "checkpoint.py": checkpoint.main, "tests/oracle.py": oracle.main,
          "tests/big_export.py": big_export.main, "latency.py": latency.main, "flextron.py": flextron.main,
+         "results.py": results.main,
          "tests/token_time.py": token_time.main, "tests/flextron_oracle.py": flextron_oracle.main,
          "search.py": search.main, "tests/ablation_search.py": ablation_search.main}
 
