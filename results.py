@@ -206,9 +206,10 @@ def draw(r: Runs, path: Path) -> None:
     from matplotlib.figure import Figure
     axes = (figure := Figure(figsize=(7, 5.4), layout="constrained")).add_subplot()
     million = r.runs["router-0"]["tokens"] / 1e6
-    lines = [(n, "tab:blue", f"one elastic run, {million:.1f}M tokens: every size") for n in ("router-0",)]
-    lines += [(n, "tab:cyan", "the same in more, smaller steps") for n in ("steps-x4",) if n in r.runs]
-    for name, colour, label in lines:
+    for name, colour, label in (("router-0", "tab:blue", f"one elastic run, {million:.1f}M tokens: every size"),
+                                ("steps-x4", "tab:cyan", "the same in more, smaller steps")):
+        if name not in r.runs:
+            continue
         rows = sorted(r.runs[name]["rows"], key=lambda row: row["params"])
         axes.plot([row["params"] / 1e6 for row in rows], [row["loss"] for row in rows], color=colour, label=label)
         for trained, face in ((True, colour), (False, "white")):
@@ -216,9 +217,12 @@ def draw(r: Runs, path: Path) -> None:
             axes.scatter([row["params"] / 1e6 for row in some], [row["loss"] for row in some], s=22, zorder=4,
                          edgecolors=colour, facecolors=face)
     for kind, label, colour, mark in (
-            ("same", f"models alone, {million / 4:.1f}M tokens each: four cost what it costs", "tab:orange", "v"),
-            ("whole", f"models alone, {million:.1f}M tokens each: four cost 3.8 times as much", "tab:red", "s"),
+            ("same", f"models alone, {million / 4:.1f}M tokens each", "tab:orange", "v"),
+            ("whole", f"models alone, {million:.1f}M tokens each", "tab:red", "s"),
             ("scratch", "from scratch, on those tokens and the base's", "tab:gray", "x")):
+        four = [r.runs[n]["flops"] for b in TRAINED if (n := f"{kind}-{b:.2f}-0") in r.runs]
+        if len(four) == len(TRAINED):
+            label += f" (the four of them: {sum(four) / r.runs['router-0']['flops']:.2g} times the run's FLOPs)"
         points = [(r.row(n, 1.0)["params"] / 1e6, r.row(n, 1.0)["loss"])
                   for b in TRAINED for n in r.seeds(f"{kind}-{b:.2f}")]
         if points:
@@ -241,8 +245,8 @@ def main(argv=None) -> None:
         runs = collect(args.collect)
         args.assets.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as file:
-            file.write((json.dumps(runs, indent=None, separators=(",", ":")).replace('"rows":', '\n "rows":')
-                        .replace('},"', '},\n"') + "\n").encode())
+            lines = [f"{json.dumps(name)}: {json.dumps(run)}" for name, run in runs.items()]  # a line a run
+            file.write(("{" + ",\n".join(lines) + "}\n").encode())
     if not path.is_file():
         fail(f"{path} does not exist; expected the numbers of results.sh's runs; run: bash results.sh")
     runs = Runs(json.loads(path.read_text()))
