@@ -24,18 +24,22 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from checkpoint import TOKENIZER, load_llama, load_tensors
+from plumbing.checkpoint import TOKENIZER, load_llama, load_tensors
 from data.shards import Shards
-from deployed import FLEXTRON, deploy, load_flextron, row_of_flextron, slice_at, widths_table
-from likelihood import TOKENS, score
+from flextron.deployed import FLEXTRON, deploy, load_flextron, row_of_flextron, widths_table
+from plumbing.family import slice_at
+from tasks.likelihood import TOKENS, score
 from model import Llama, SubNet
-from parallel import RANK, finish, rank0_first, say, setup
+from plumbing.parallel import RANK, finish, rank0_first, say, setup
 from router import FLEX, load_router
 from space import cost, n_params
-from speed import speeds
-from tasks import TASKS, Request, load_task, metrics, requests_of
-from tokenizer import atomic_write, encode_document, fail, load_tokenizer
-from train import TABLE_BUDGETS, evaluate
+from bench.speed import speeds
+from tasks.questions import TASKS, Request, load_task, metrics, requests_of
+from plumbing.files import atomic_write
+from data.tokenizer import encode_document, load_tokenizer
+from plumbing.errors import fail
+from train import TABLE_BUDGETS
+from eval import evaluate
 
 # -----------------------------------------------------------------------------
 # loss

@@ -19,15 +19,18 @@ from pathlib import Path
 
 import torch
 
-import hf
-from checkpoint import RESUME, TOKENIZER, WEIGHTS, load_llama, new_folder, save_llama
-from deployed import FLEXTRON, open_flextron, slice_at
-from latency import TABLE, load_latency
+import plumbing.hf as hf
+from plumbing.checkpoint import RESUME, TOKENIZER, WEIGHTS, load_llama, save_llama
+from plumbing.files import new_folder
+from flextron.deployed import FLEXTRON, open_flextron
+from plumbing.family import slice_at
+from plumbing.latency import TABLE, load_latency
 from model import Llama, LlamaConfig, SubNet
-from params import PARAMS
+from plumbing.params import PARAMS
 from router import Router, load_router
 from space import cost, n_params
-from tokenizer import fail, load_tokenizer
+from plumbing.errors import fail
+from data.tokenizer import load_tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 OURS = {"llama": {PARAMS, WEIGHTS, TOKENIZER},

@@ -13,7 +13,7 @@ import torch
 
 from model import Llama
 from router import Router
-from shard import adamw, whole
+from plumbing.sharding import adamw, whole
 
 
 def lr_factor(step: int, steps: int, warmup: float, start: float = 0.0) -> float:

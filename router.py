@@ -28,10 +28,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from checkpoint import load_tensors
+from plumbing.checkpoint import load_tensors
 from model import LlamaConfig, SubNet
 from space import AXES, Space, random_generator
-from tokenizer import fail
+from plumbing.errors import fail
 
 FLEX = "flex.pt"
 

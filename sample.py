@@ -16,12 +16,14 @@ from typing import Iterator
 
 import torch
 
-from checkpoint import TOKENIZER, load_llama
-from deployed import open_flextron, slice_at
+from plumbing.checkpoint import TOKENIZER, load_llama
+from flextron.deployed import open_flextron
+from plumbing.family import slice_at
 from model import KVCache, Llama
-from parallel import device_of
+from plumbing.parallel import device_of
 from router import load_router
-from tokenizer import BOS, END, fail, load_tokenizer
+from data.tokenizer import BOS, END, load_tokenizer
+from plumbing.errors import fail
 
 
 @torch.no_grad()

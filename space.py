@@ -16,7 +16,7 @@ import math
 import torch
 
 from model import Gates, LlamaConfig, SubNet
-from tokenizer import fail
+from plumbing.errors import fail
 
 AXES = ("dim", "n_heads", "ffn_dim", "n_layers")
 

@@ -29,20 +29,45 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from checkpoint import RESUME, TOKENIZER, load_llama, resume_state, save_llama, save_tensors
+from plumbing.checkpoint import (
+    RESUME,
+    TOKENIZER,
+    load_llama,
+    resume_state,
+    save_llama,
+    save_tensors,
+)
 from data.prepare import prepare
 from data.shards import Shards
 from importance import rank, sort_
 from model import Llama, LlamaConfig, SubNet
 from optimizer import clip_gradients, lr_factor, make_optimizers, schedule
-from memory import plan_table
-from params import read_config
-from parallel import RANK, WORLD, Stop, autocast, finish, mean_over_ranks, rank0_first, say, setup
+from plumbing.memory import plan_table
+from plumbing.params import read_config
+from plumbing.parallel import (
+    RANK,
+    WORLD,
+    Stop,
+    autocast,
+    finish,
+    mean_over_ranks,
+    rank0_first,
+    say,
+    setup,
+)
 from router import FLEX, Choice, Router, restore_router, router_state
-from settings import MAY_DIFFER, OVERRIDES, parse_args
-from shard import compile_blocks, compiled_graphs, load_optimizer_state, model_state, optimizer_state, shard
+from plumbing.settings import MAY_DIFFER, OVERRIDES, parse_args
+from plumbing.sharding import (
+    compile_blocks,
+    compiled_graphs,
+    load_optimizer_state,
+    model_state,
+    optimizer_state,
+    shard,
+)
 from space import AXES, Space, cost, n_params, random_generator
-from tokenizer import fail, load_tokenizer
+from plumbing.errors import fail
+from data.tokenizer import load_tokenizer
 
 TABLE_BUDGETS = [1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4]
 

@@ -25,7 +25,7 @@ from typing import Iterable, Iterator
 import numpy as np
 from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import tokenizer as bpe
+import data.tokenizer as bpe
 from data.shards import write_shard
 
 KINDS = (".txt", ".md", ".py", ".jsonl")             # each may have .gz behind it

@@ -24,7 +24,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from tokenizer import atomic_write, fail
+from plumbing.files import atomic_write
+from plumbing.errors import fail
 
 HEADER = 256 * 4                                            # bytes
 FORMATS = {(20240520, 1): np.dtype("<u2"), (20240801, 7): np.dtype("<u4")}

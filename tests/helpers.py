@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from checkpoint import save_llama, save_tensors
+from plumbing.checkpoint import save_llama, save_tensors
 from model import Gates, Llama, LlamaConfig, SubNet
 from router import FLEX, Router, router_state
 from space import AXES, Space
-from tokenizer import save_tokenizer, train_bpe
+from data.tokenizer import save_tokenizer, train_bpe
 
 ROOT = Path(__file__).resolve().parent.parent
 GQA = LlamaConfig(dim=48, n_layers=4, n_heads=8, n_kv_heads=2, head_dim=8, ffn_dim=80, vocab_size=97, context=32)

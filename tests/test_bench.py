@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-import bench
-import bench_train
+import bench.slices as bench
+import bench.steps as bench_train
 from model import LlamaConfig
 from tests.helpers import GQA, close, one_line_error, random_llama, tokens_for
 

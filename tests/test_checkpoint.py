@@ -7,12 +7,13 @@ import shutil
 import pytest
 import torch
 
-import checkpoint
-from checkpoint import load_llama, load_tensors, new_folder, save_llama, save_tensors
+import plumbing.checkpoint as checkpoint
+from plumbing.checkpoint import load_llama, load_tensors, save_llama, save_tensors
+from plumbing.files import new_folder
 from model import LlamaConfig
-from params import params_json, read_config
+from plumbing.params import params_json, read_config
 from tests.helpers import GQA, MHA, SHAPES, close, files_of, one_line_error, random_llama, run, tokens_for
-from tokenizer import atomic_write
+from plumbing.files import atomic_write
 
 UNEVEN = dataclasses.replace(GQA, n_heads=(8, 2, 6, 4), n_kv_heads=(2, 2, 1, 4), ffn_dim=(80, 13, 41, 7))
 WRITTEN = SHAPES | {"rope 32": dataclasses.replace(GQA, rope_factor=32.0),

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from model import Gates
-from shard import compile_blocks, compiled_graphs
+from plumbing.sharding import compile_blocks, compiled_graphs
 from space import Space
 from tests.helpers import GQA, ROOT, close, random_llama, run, tokens_for
 from tests.test_shard import log

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 import eval as evaluation
-from checkpoint import load_llama, save_llama
+from plumbing.checkpoint import load_llama, save_llama
 from data.shards import write_shard
 from export import export
 from model import LlamaConfig
-from speed import Peak
+from bench.speed import Peak
 from tests.helpers import GQA, MHA, SHAPES, make_supernet, one_line_error, random_llama
-from tokenizer import BOS, load_tokenizer
+from data.tokenizer import BOS, load_tokenizer
 
 TEXT = "the dog sat on the cake: def ate(mat): return cat <|eot_id|> naïve 日本 🐈\n  and [line] for line in argv"
 KEYS = {"budget", "got", "params", "params_total", "dim", "layers", "n_heads", "ffn_dim", "loss", "tokens"}

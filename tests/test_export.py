@@ -10,7 +10,7 @@ import torch
 
 import eval as evaluation
 import export as exporting
-from checkpoint import load_llama, load_tensors, save_llama
+from plumbing.checkpoint import load_llama, load_tensors, save_llama
 from export import export, fold
 from model import SubNet
 from space import cost

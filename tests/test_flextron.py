@@ -8,17 +8,27 @@ import pytest
 import torch
 
 import eval as evaluation
-import flextron as training
+import flextron.__main__ as training
 import sample
-from checkpoint import load_llama, load_tensors, save_llama
+from plumbing.checkpoint import load_llama, load_tensors, save_llama
 from data.shards import write_shard
-from deployed import Deployed, deploy, flextron_state, load_flextron, restore_flextron
+from flextron.deployed import Deployed, deploy, flextron_state, load_flextron, restore_flextron
 from model import KVCache, LlamaConfig, SubNet
-from pertoken import KINDS, Flextron, Noise, attend, costs_of, feed, parameters_of, sizes_for, total
+from flextron.network import (
+    KINDS,
+    Flextron,
+    Noise,
+    attend,
+    costs_of,
+    feed,
+    parameters_of,
+    sizes_for,
+    total,
+)
 from space import cost, random_generator
-from stages import Surrogate
+from flextron.stages import Surrogate
 from tests.helpers import GQA, MHA, SHAPES, close, files_of, make_supernet, one_line_error, random_llama, tokens_for
-from tokenizer import save_tokenizer, train_bpe
+from data.tokenizer import save_tokenizer, train_bpe
 
 NOISE = Noise(0.7, 2.0, (0, 5, 0.6))
 

@@ -7,14 +7,14 @@ import pytest
 import torch
 
 import export as exporting
-import hf
-from checkpoint import load_llama, save_llama, save_tensors
+import plumbing.hf as hf
+from plumbing.checkpoint import load_llama, save_llama, save_tensors
 from export import export
 from model import LlamaConfig
-from params import params_json
+from plumbing.params import params_json
 from sample import generate
 from tests.helpers import GQA, SHAPES, close, files_of, make_supernet, one_line_error, random_llama, tokens_for
-from tokenizer import BOS, END, encode_document, load_tokenizer, save_tokenizer, train_bpe
+from data.tokenizer import BOS, END, encode_document, load_tokenizer, save_tokenizer, train_bpe
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 needs_transformers = pytest.mark.skipif(

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 import export
-import latency as timing
-from checkpoint import load_llama, save_tensors
-from latency import TABLE, Latency, fractions, load_latency, measure, some
+import plumbing.latency as timing
+from plumbing.checkpoint import load_llama, save_tensors
+from plumbing.latency import TABLE, Latency, fractions, load_latency, measure, some
 from model import SubNet
-from params import read_config
+from plumbing.params import read_config
 from router import load_router, router_state
 from space import Space
 from tests.helpers import GQA, make_supernet, odd_choices, one_line_error, random_llama, random_router

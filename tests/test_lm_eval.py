@@ -13,14 +13,14 @@ from pathlib import Path
 import pytest
 
 import eval as evaluation
-from checkpoint import TOKENIZER, load_llama
+from plumbing.checkpoint import TOKENIZER, load_llama
 from export import export
-from likelihood import score
+from tasks.likelihood import score
 from router import load_router
-from tasks import TASKS, load_task, requests_of
+from tasks.questions import TASKS, load_task, requests_of
 from tests.helpers import GQA, make_supernet
 from tests.tiny_tasks import SUBJECTS, rows_of_tasks, write_hf, write_jsonl, write_raw
-from tokenizer import load_tokenizer
+from data.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("lm_eval", "transformers")),

@@ -7,12 +7,12 @@ import sys
 import pytest
 import torch
 
-import memory
-import settings
+import plumbing.memory as memory
+import plumbing.settings as settings
 import train
-from checkpoint import save_llama
+from plumbing.checkpoint import save_llama
 from model import LlamaConfig, SubNet
-from params import params_json
+from plumbing.params import params_json
 from space import n_params
 from tests.helpers import GQA, one_line_error, random_llama, run
 from tests.test_train import demo  # noqa: F401 (a fixture)

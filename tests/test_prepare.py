@@ -14,7 +14,7 @@ from data import prepare as module
 from data.prepare import documents, find_files, is_val, prepare
 from data.shards import Shards, read_shard
 from test_tokenizer import one_line
-from tokenizer import BOS, load_tokenizer, save_tokenizer, train_bpe
+from data.tokenizer import BOS, load_tokenizer, save_tokenizer, train_bpe
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = [f"part{k % 3}/file{k:02d}.txt" for k in range(60)]

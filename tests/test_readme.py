@@ -9,22 +9,22 @@ import sys
 
 import pytest
 
-import bench
-import bench_train
-import checkpoint
+import bench.slices as bench
+import bench.steps as bench_train
+import plumbing.checkpoint as checkpoint
 import export
-import flextron
-import latency
-import results
+import flextron.__main__ as flextron
+import plumbing.latency as latency
+import bench.results as results
 import sample
-import search
+import search.__main__ as search
 import train
 import data.prepare
-import data.tasks
+import tasks.download
 import eval as evaluation
-from checkpoint import save_llama
+from plumbing.checkpoint import save_llama
 from model import LlamaConfig
-from tests import ablation_search, big_export, flextron_oracle, oracle, token_time
+from bench import ablation_search, big_export, flextron_oracle, oracle, token_time
 from tests.helpers import ROOT, random_llama, run
 from tests.tiny_tasks import rows_of_tasks, write_raw
 

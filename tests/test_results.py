@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-import results
-from settings import parse_args
+import bench.results as results
+from plumbing.settings import parse_args
 from tests.helpers import ROOT, one_line_error
 
 TINY = "--base-steps 2 --eval-windows 2 --calibration-windows 2 --seq-len 16"

@@ -9,7 +9,7 @@ import re
 import pytest
 import torch
 
-from checkpoint import load_tensors, save_tensors
+from plumbing.checkpoint import load_tensors, save_tensors
 from model import Llama, SubNet
 from optimizer import lr_factor, schedule
 from router import Router, load_router, restore_router, router_state

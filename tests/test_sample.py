@@ -5,11 +5,11 @@ import pytest
 import torch
 
 import sample
-from checkpoint import load_llama, save_llama
+from plumbing.checkpoint import load_llama, save_llama
 from export import export
 from sample import generate
 from tests.helpers import GQA, MHA, SHAPES, make_supernet, one_line_error, random_llama, subnets
-from tokenizer import BOS, load_tokenizer
+from data.tokenizer import BOS, load_tokenizer
 
 PROMPT = [3, 1, 4, 1, 5]
 

@@ -5,21 +5,21 @@ import shutil
 import pytest
 import torch
 
-import candidates
-import checkpoint
+import search.candidates as candidates
+import plumbing.checkpoint as checkpoint
 import eval as evaluation
 import export
-import reform
+import search.reform as reform
 import sample
-import search
-from candidates import Bounds, Candidate, arranged, resized, slim, swapped
-from checkpoint import load_llama, save_llama
+import search.__main__ as search
+from search.candidates import Bounds, Candidate, arranged, resized, slim, swapped
+from plumbing.checkpoint import load_llama, save_llama
 from data.shards import Shards, write_shard
 from model import Gates, LlamaConfig, SubNet
-from reform import admm, correction, reform_, unit_scores
+from search.reform import admm, correction, reform_, unit_scores
 from space import cost, kv_groups, n_params, random_generator
 from tests.helpers import GQA, MHA, SHAPES, close, files_of, one_line_error, random_llama, run, tokens_for
-from tokenizer import save_tokenizer, train_bpe
+from data.tokenizer import save_tokenizer, train_bpe
 
 FEW = ["--generations", "3", "--population", "10", "--fitness-windows", "3", "--calibration-windows", "6",
        "--report-windows", "4", "--device", "cpu"]

@@ -4,7 +4,7 @@ import json
 import pytest
 import torch
 
-from checkpoint import load_tensors
+from plumbing.checkpoint import load_tensors
 from tests.helpers import ROOT, run
 from tests.test_train import TINY, demo, gradients, parts  # noqa: F401 (a fixture)
 

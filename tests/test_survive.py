@@ -11,9 +11,9 @@ import time
 import pytest
 import torch
 
-import checkpoint
+import plumbing.checkpoint as checkpoint
 import train
-from checkpoint import load_tensors
+from plumbing.checkpoint import load_tensors
 from tests.helpers import ROOT, files_of, run
 from tests.test_train import RUN, TINY, demo  # noqa: F401 (a fixture)
 

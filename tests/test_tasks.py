@@ -17,15 +17,15 @@ import pytest
 import torch
 
 import eval as evaluation
-import tasks
-from checkpoint import TOKENIZER, load_llama
+import tasks.questions as tasks
+from plumbing.checkpoint import TOKENIZER, load_llama
 from data import tasks as downloads
-from likelihood import batches_of, score
+from tasks.likelihood import batches_of, score
 from router import load_router
-from tasks import TASKS, Question, load_task, metrics, requests_of
+from tasks.questions import TASKS, Question, load_task, metrics, requests_of
 from tests.helpers import GQA, ROOT, make_supernet, one_line_error, run
 from tests.tiny_tasks import rows_of_tasks, write_hf, write_jsonl, write_raw
-from tokenizer import BOS, load_tokenizer
+from data.tokenizer import BOS, load_tokenizer
 
 WINDOW = 960
 

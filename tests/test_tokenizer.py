@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import regex
 
-import tokenizer as bpe
+import data.tokenizer as bpe
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = Path(bpe.__file__).read_text(encoding="utf-8") + "naïve café, 東京東京 🙂🙂 aaaa aaa aaaaa 1234\r\n"

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import train
-from checkpoint import load_llama, load_tensors
+from plumbing.checkpoint import load_llama, load_tensors
 from data.prepare import prepare
 from data.shards import Shards
 from model import Llama, LlamaConfig

@@ -1,0 +1,1 @@
+"""Flextron (ICML 2024), on the Llama of model.py. See README.md."""

@@ -1,0 +1,93 @@
+"""
+One process, or as many as torchrun started: who we are, which device is ours, and what the ranks tell each other.
+
+    python train.py                                   RANK 0 of 1, nothing is initialised
+    torchrun --nproc_per_node=8 train.py              eight ranks, NCCL on GPUs, gloo on CPUs
+"""
+import contextlib
+import os
+import signal
+import sys
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from plumbing.errors import fail
+
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def device_of(kind: str) -> torch.device:
+    """This rank's device of a kind: cpu or cuda."""
+    if kind == "cpu":
+        return torch.device("cpu")
+    gpus, local = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", 0))
+    wanted = max(local + 1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # every rank finds out, the first one says so
+    if wanted > gpus:
+        fail(f"--device cuda needs {wanted} GPUs, but this torch sees {gpus}; use --device cpu, or fewer processes")
+    torch.cuda.set_device(local)
+    torch.set_float32_matmul_precision("high")
+    return torch.device("cuda", local)
+
+
+def setup(kind: str) -> torch.device:
+    """Joins the process group if torchrun started us, and returns this rank's device."""
+    device = device_of(kind)
+    if "RANK" in os.environ and not dist.is_initialized():
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timedelta(hours=1))
+    return device
+
+
+def autocast(device: torch.device):
+    """bf16 on CUDA; fp32, bit for bit repeatable, on the CPU."""
+    return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def mean_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
+    """In place, the mean over ranks."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+        tensor /= WORLD
+    return tensor
+
+
+def rank0_first(work):
+    """Runs work() on rank 0 while the others wait, and gives its (plain) result to all."""
+    result = [work() if RANK == 0 else None]
+    if dist.is_initialized():
+        dist.broadcast_object_list(result)
+    return result[0]
+
+
+def say(*parts) -> None:
+    """One line of progress on stderr, from rank 0, that a progress bar survives."""
+    if RANK == 0:
+        tqdm.write(" ".join(map(str, parts)), file=sys.stderr)
+
+
+def finish() -> None:
+    """Leaves the process group, all ranks together: a rank that goes first can abort the others."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+class Stop:
+    """SIGTERM and SIGINT as a wish: the step is finished and saved first. A second one ends the process at once."""
+
+    def __init__(self):
+        self.wished = False
+
+    def __enter__(self):
+        self.before = {number: signal.signal(number, self.wish) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def wish(self, number, frame):
+        self.wished = True
+        self.__exit__()
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)

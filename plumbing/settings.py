@@ -1,0 +1,119 @@
+"""
+train.py's command line: every flag, the defaults of the demo and of the paper, and what is refused at once.
+
+    python train.py --help
+"""
+import argparse
+import os
+
+import torch
+
+from model import LlamaConfig, SubNet
+from plumbing.params import read_config
+from plumbing.parallel import WORLD
+from space import AXES, n_params
+from plumbing.errors import fail
+
+# Llamas under SMALL non-embedding parameters get the demo's settings, others the paper's.
+SMALL = 100e6
+DEMO = dict(steps=450, batch_tokens=1024, seq_len=128, lr=1e-3, eval_windows=128,
+            calibration_windows=64, eval_every=150, save_every=150)
+PAPER = dict(steps=28800, batch_tokens=128 * 4096, seq_len=4096, lr=4e-5, eval_windows=64,
+             calibration_windows=128, eval_every=1000, save_every=1000)
+MAY_BE_ZERO = {"seed", "extra_budgets", "weight_decay", "soft_prob", "kd", "penalty", "warmup", "router_start"}
+MAY_DIFFER = {"resume", "override", "out", "shard", "activation_checkpointing", "device", "micro_batch", "eval_every",
+              "save_every", "log_every", "max_bad_steps", "compile", "dry_run", "ranks"}  # in a resumed run
+SHARES = {"warmup", "router_start", "soft_prob", "soft_end", "kd", "tau_end"}  # between 0 and 1
+OVERRIDES = {"steps", "base_steps", "lr", "base_lr", "router_lr", "modulation_lr", "clip", "weight_decay"}
+
+
+def parse_args(argv=None, description=__doc__) -> argparse.Namespace:
+    """The command line. A default of -1 means: derived, and printed at the start."""
+    p = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.error = lambda message: fail(f"{message}; python train.py --help lists the flags")
+    add = p.add_argument
+    add("--llama", help="raw Llama folder to start from (default: train the demo's base)")
+    add("--data", help="folder of shards from data/prepare.py (default: the Python standard library)")
+    add("--out", default="out/flex", help="folder of the supernet; the demo's base goes beside it, in base/")
+    add("--budgets", type=float, nargs="+", default=[1.0, 0.8, 0.6, 0.4], help="trained in every step")
+    add("--extra-budgets", type=int, default=0, help="more of them per step, drawn between the smallest and 1")
+    add("--router", choices=["constrained", "penalty", "uniform", "random"], default="constrained",
+        help="how a budget becomes a slice; uniform and random are baselines without a router")
+    add("--penalty", type=float, default=1.0, help="lambda of --router penalty")
+    for axis in AXES:
+        add(f"--{axis.replace('_', '-')}-choices", type=int, nargs="+", help=f"sizes of {axis} to choose from")
+    add("--depth-by", choices=["logits", "influence"], default="logits", help="how layers are ranked")
+    add("--units-by", choices=["activation", "random", "reversed"], default="activation",
+        help="how channels, heads and neurons are ranked; random and reversed are yardsticks")
+    add("--steps", type=int, default=-1, help="elastic steps (demo 450, paper 28800)")
+    add("--base-steps", type=int, default=1200, help="steps of the demo's dense stage")
+    add("--batch-tokens", type=int, default=-1, help="global batch in tokens, per budget and step")
+    add("--micro-batch", type=int, default=-1, help="sequences per forward and rank (default: 8192 tokens)")
+    add("--seq-len", type=int, default=-1, help="tokens per sequence (demo 128, paper 4096)")
+    add("--lr", type=float, default=-1, help="Llama's learning rate (demo 1e-3, paper 4e-5)")
+    add("--base-lr", type=float, default=3e-3, help="learning rate of the demo's dense stage")
+    add("--router-lr", type=float, default=-1, help="default: the paper's 4e-2 at its 28800 steps, "
+        "4e-2 * (steps / 28800)^0.8 in shorter runs, 1.4e-3 in the demo")
+    add("--modulation-lr", type=float, default=-1, help="default: the router's")
+    add("--warmup", type=float, default=0.1, help="of the learning rates, share of the steps")
+    add("--router-start", type=float, default=0.12, help="share of the steps before the router learns: until then "
+        "slices are drawn from all that fit")
+    add("--weight-decay", type=float, default=0.1, help="on the Llama's matrices")
+    add("--clip", type=float, default=1.0, help="gradient norm, for Llama, router and modulation apart")
+    add("--soft-prob", type=float, default=1.0, help="share of soft passes when the router starts")
+    add("--soft-end", type=float, default=0.45, help="share of the steps at which the last soft passes run")
+    add("--tau-end", type=float, default=0.0561, help="temperature at the last step (starts at 1)")
+    add("--kappa-end", type=float, default=10.0, help="logit scale at the last step (starts at 1)")
+    add("--kd", type=float, default=0.0, help="weight of the KL to the frozen base at budgets under 1")
+    add("--modulation", choices=["none", "scalar", "channel"], default="scalar",
+        help="policy-aware modulation: none, a factor per block and sub-block, or one for each of their channels")
+    add("--freeze-backbone", action="store_true", help="train router and modulation only")
+    add("--calibration-windows", type=int, default=-1, help="training windows that rank the units")
+    add("--eval-windows", type=int, default=-1, help="validation windows")
+    add("--eval-every", type=int, default=-1, help="steps between evaluations of the trained budgets")
+    add("--save-every", type=int, default=-1, help="steps between checkpoints")
+    add("--log-every", type=int, default=10, help="steps between printed lines")
+    add("--seed", type=int, default=0, help="of weights, data order and noise")
+    add("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--shard", choices=["ddp", "zero1", "fsdp"], default="ddp", help="what torchrun's processes share (shard.py)")
+    add("--activation-checkpointing", action="store_true", help="recompute blocks in backward: less memory, more time")
+    add("--compile", action="store_true", help="torch.compile every block; CPUs need a C++ compiler")
+    add("--dry-run", action="store_true", help="print what the run will take on every GPU, from params.json, and stop")
+    add("--ranks", type=int, default=WORLD, help="of --dry-run: how many processes torchrun will start")
+    add("--resume", action="store_true", help="go on from --out's resume.pt")
+    add("--override", action="store_true", help=f"and let these differ: {', '.join(sorted(OVERRIDES))}")
+    add("--max-bad-steps", type=int, default=10, help="steps in a row whose loss or gradient is not finite (they are "
+        "skipped) before the run stops")
+    return derive_and_check(p.parse_args(argv))
+
+
+def derive_and_check(args: argparse.Namespace) -> argparse.Namespace:
+    """Fills in what is -1; what can be refused is refused here, before anything is trained."""
+    args.demo = args.llama is None
+    config = LlamaConfig() if args.demo else read_config(args.llama)
+    derived = DEMO if n_params(config, SubNet.full(config)) < SMALL else PAPER
+    derive = lambda name, value: setattr(args, name, value) if getattr(args, name) == -1 else None
+    for name, value in derived.items():
+        derive(name, value)
+    derive("router_lr", 4e-2 * min(1.0, max(1, args.steps) / PAPER["steps"]) ** 0.8)
+    derive("modulation_lr", args.router_lr)
+    derive("micro_batch", max(1, 8192 // max(1, args.seq_len)))
+    for name, value in vars(args).items():
+        lowest = 0 if name in MAY_BE_ZERO else 1 if type(value) is int else 1e-12
+        highest = 1 if name in SHARES else float("inf")
+        if type(value) in (int, float) and not lowest <= value <= highest:
+            fail(f"--{name.replace('_', '-')} {value:g} found; expected {lowest:g} or more"
+                 f"{', and at most 1' if name in SHARES else ''}")
+    if args.soft_prob > 0 and args.soft_end <= args.router_start and len(args.budgets) > 1:
+        fail(f"--soft-end {args.soft_end:g} found, --router-start is {args.router_start:g}; expected a larger one: "
+             "soft passes teach the router between the two")
+    for name in ("data", "llama"):  # one folder, one name: a resumed run compares them
+        setattr(args, name, getattr(args, name) and os.path.normpath(getattr(args, name)))
+    args.budgets = sorted(set(args.budgets), reverse=True)
+    if any(not 0 < b <= 1 for b in args.budgets) or 1.0 not in args.budgets:
+        fail(f"--budgets {' '.join(map(str, args.budgets))} found; expected fractions in (0, 1] and 1.0, the full "
+             "model, among them; try --budgets 1.0 0.8 0.6 0.4")
+    if args.batch_tokens % (args.seq_len * WORLD):
+        fail(f"--batch-tokens {args.batch_tokens} found; expected whole sequences of --seq-len {args.seq_len}, equally "
+             f"many for each of {WORLD} processes; try --batch-tokens {args.seq_len * 8 * WORLD}")
+    return args

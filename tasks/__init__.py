@@ -1,0 +1,1 @@
+"""The paper's six benchmark tasks. See README.md."""
