@@ -1,19 +1,20 @@
 """
-What a slice costs in time: measured on this machine for a grid of widths, interpolated between them (Flextron's
-look-up table of latencies).
+What a slice costs in time: measured on this machine for a grid of widths, interpolated between them
+(Flextron's look-up table of latencies).
 
-    python latency.py --model out/flex            measures, writes out/flex/latency.json, checks it on fresh slices
+    python -m bench.latency --model out/flex      measures, writes out/flex/latency.json, checks it on fresh slices
     python export.py --latency 0.6                the slice whose forward takes at most 0.6 of the full model's time
 
-A layer's time is that of its attention plus that of its MLP, and layers run one after the other, so the table holds
-sums and not products: for a few widths d of the residual stream
+A layer's time is that of its attention plus that of its MLP, and layers run one after the other. So
+the table holds sums and not products: for a few widths d of the residual stream
 
-    latency(slice) = fixed(d) + sum over its layers ( layer(d) + heads(d, n_heads) + neurons(d, ffn_dim) )
+    latency(slice) = fixed(d) + sum over its layers ( layer(d) + heads(d, n_heads) + neurons(d,
+    ffn_dim) )
 
-where heads and neurons are what a smaller attention or MLP saves (<= 0). Everything is a fraction of the full model's
-time, taken right before: what else the machine does slows both alike. The median over rounds is kept; round 0 warms up.
+where heads and neurons are what a smaller attention or MLP saves (<= 0). Everything is a fraction
+of the full model's time, taken right before: what else the machine does slows both alike. The
+median over rounds is kept; round 0 warms up.
 """
-import argparse
 import json
 import os
 import platform
@@ -26,14 +27,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from plumbing.checkpoint import load_llama
 from model import Llama, SubNet
-from plumbing.parallel import autocast, device_of, rank0_first
-from space import Space, choices_for, random_generator
-from plumbing.files import atomic_write
 from plumbing.errors import fail
+from plumbing.files import atomic_write
+from plumbing.parallel import autocast, rank0_first
+from space import Space, choices_for, random_generator
 
-TABLE = "latency.json"
+LATENCY_FILE = "latency.json"
 
 # -----------------------------------------------------------------------------
 # measuring
@@ -52,7 +52,8 @@ def hardware(device: torch.device) -> dict:
 
 
 def seconds(run, device: torch.device) -> float:
-    """Of one call. On one CPU thread, of that thread alone: when the machine ran something else, that is not ours."""
+    """Of one call. On one CPU thread, of that thread alone: when the machine ran something else,
+    that is not ours."""
     clock = time.thread_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -65,55 +66,98 @@ def seconds(run, device: torch.device) -> float:
 
 @torch.no_grad()
 def fractions(runs: dict, device: torch.device, rounds: int) -> dict:
-    """Each call's time over that of runs["full"] right before it, the median over rounds; and under "full" its ms."""
-    full, ratios = [], {key: [] for key in runs if key != "full"}
+    """Each call's time over that of runs["full"] right before it, the median over rounds; and under
+    "full" its ms."""
+    full = []
+    ratios = {key: [] for key in runs if key != "full"}
     for r in range(rounds + 1):
         for key in ratios:
             with autocast(device):
-                reference, took = seconds(runs["full"], device), seconds(runs[key], device)
-            if r:
+                reference = seconds(runs["full"], device)
+                took = seconds(runs[key], device)
+            if r > 0:  # round 0 warms up
                 full.append(reference)
                 ratios[key].append(took / reference)
-    return {key: statistics.median(of) for key, of in ratios.items()} | {"full": 1000 * statistics.median(full)}
+    medians = {key: statistics.median(values) for key, values in ratios.items()}
+    medians["full"] = 1000 * statistics.median(full)
+    return medians
 
 
 def some(sizes, n: int) -> list[int]:
     """At most n of the sizes, evenly spread, the ends among them, ascending."""
     sizes = sorted(set(sizes))
-    return [sizes[round(i * (len(sizes) - 1) / (n - 1))] for i in range(n)] if len(sizes) > n else sizes
+    if len(sizes) <= n:
+        return sizes
+    return [sizes[round(i * (len(sizes) - 1) / (n - 1))] for i in range(n)]
 
 
 def batch_for(model: Llama, tokens: int | None = None) -> torch.Tensor:
-    """The tokens that are timed: windows of the model's context (2,048 at most), about 1,024 tokens or one window."""
+    """The tokens that are timed: windows of the model's context (2,048 at most), about 1,024 tokens
+    or one window."""
     T = tokens or min(model.config.context, 2048)
-    return torch.randint(model.config.vocab_size, (max(1, 1024 // T), T), generator=random_generator("latency")).to(
-        model.tok_embeddings.weight.device)
+    shape = (max(1, 1024 // T), T)
+    x = torch.randint(model.config.vocab_size, shape, generator=random_generator("latency"))
+    return x.to(model.tok_embeddings.weight.device)
 
 
-def measure(model: Llama, choices: dict | None = None, rounds: int = 31, tokens: int | None = None) -> dict:
-    """The table of a model, on its device: prefill of a batch of windows. choices: sizes per axis as choices_for()
-    gives them; a few of each are measured."""
-    c, device = model.config, model.tok_embeddings.weight.device
-    choices, x = choices or choices_for(c), batch_for(model, tokens)
-    dims, heads, ffns = some(choices["dim"], 3), some(choices["n_heads"], 4), some(choices["ffn_dim"], 5)
-    half, runs = max(1, c.n_layers // 2), {"full": lambda: model(x)}
+def run_slice(model: Llama, x: torch.Tensor, subnet: SubNet):
+    """A call without arguments that runs the slice on tokens x (B, T)."""
+    return lambda: model(x, subnet=subnet)
+
+
+def slices_to_time(config, dims: list[int], heads: list[int], ffns: list[int]) -> dict[tuple, SubNet]:
+    """(dim, what varies, its value) -> the slice that is timed for it: one axis shrinks at a time,
+    at every width."""
+    L = config.n_layers
+    slices = {}
     for d in dims:
-        slices = {("layers", n): (n, c.n_heads, c.ffn_dim) for n in (half, c.n_layers)}
-        slices |= {("n_heads", h): (c.n_layers, h, c.ffn_dim) for h in heads}
-        slices |= {("ffn_dim", f): (c.n_layers, c.n_heads, f) for f in ffns}
-        for key, (n, h, f) in slices.items():
-            runs[(d, *key)] = lambda s=SubNet.uniform(d, range(n), h, f): model(x, subnet=s)
+        for n in (max(1, L // 2), L):
+            slices[d, "layers", n] = SubNet.uniform(d, range(n), config.n_heads, config.ffn_dim)
+        for h in heads:
+            slices[d, "n_heads", h] = SubNet.uniform(d, range(L), h, config.ffn_dim)
+        for f in ffns:
+            slices[d, "ffn_dim", f] = SubNet.uniform(d, range(L), config.n_heads, f)
+    return slices
+
+
+def measure_latency(model: Llama, choices: dict | None = None, rounds: int = 31, tokens: int | None = None) -> dict:
+    """The table of a model, on its device: prefill of a batch of windows. choices: sizes per axis
+    as choices_for() gives them; a few of each are measured."""
+    c = model.config
+    device = model.tok_embeddings.weight.device
+    choices = choices or choices_for(c)
+    x = batch_for(model, tokens)
+    dims = some(choices["dim"], 3)
+    heads = some(choices["n_heads"], 4)
+    ffns = some(choices["ffn_dim"], 5)
+
+    # Time all slices in turn.
+    runs = {"full": lambda: model(x)}
+    for key, subnet in slices_to_time(c, dims, heads, ffns).items():
+        runs[key] = run_slice(model, x, subnet)
     t = fractions(runs, device, rounds)
-    rising = lambda row: np.minimum(0, np.maximum.accumulate(row)).tolist()  # a larger slice is never the faster one
+
+    # Take the times of the slices apart: what a layer takes, what everything around the layers
+    # takes, what it saves.
     table = dict(dim=dims, n_heads=heads, ffn_dim=ffns, fixed=[], layer=[], heads=[], neurons=[])
+    half = max(1, c.n_layers // 2)
     for d in dims:
         whole = t[d, "layers", c.n_layers]
-        layer = whole / c.n_layers if c.n_layers == half else (whole - t[d, "layers", half]) / (c.n_layers - half)
+        layer = whole / c.n_layers
+        if half != c.n_layers:
+            layer = (whole - t[d, "layers", half]) / (c.n_layers - half)
         table["layer"].append(layer)
         table["fixed"].append(whole - c.n_layers * layer)
-        table["heads"].append(rising([(t[d, "n_heads", h] - t[d, "n_heads", heads[-1]]) / c.n_layers for h in heads]))
-        table["neurons"].append(rising([(t[d, "ffn_dim", f] - t[d, "ffn_dim", ffns[-1]]) / c.n_layers for f in ffns]))
+        table["heads"].append(savings([t[d, "n_heads", h] for h in heads], c.n_layers))
+        table["neurons"].append(savings([t[d, "ffn_dim", f] for f in ffns], c.n_layers))
     return hardware(device) | dict(batch=len(x), tokens=x.size(1), rounds=rounds, full_ms=t["full"]) | table
+
+
+def savings(times: list[float], n_layers: int) -> list[float]:
+    """What a layer saves (<= 0) at each size, by the times at sizes that ascend to the full one. A
+    larger slice is never the faster one: where noise says so, the row is made to rise."""
+    row = [(time_of_size - times[-1]) / n_layers for time_of_size in times]
+    return np.minimum(0, np.maximum.accumulate(row)).tolist()
 
 
 # -----------------------------------------------------------------------------
@@ -121,12 +165,17 @@ def measure(model: Llama, choices: dict | None = None, rounds: int = 31, tokens:
 
 
 class Latency:
-    """SubNet -> its time as a fraction of the full model's, interpolated in a table of measure()."""
+    """SubNet -> its time as a fraction of the full model's, interpolated in a table of
+    measure_latency()."""
 
     def __init__(self, table: dict, n_layers: int):
-        self.table, self.n_layers = table, n_layers
-        top = np.array([table["dim"][-1]]), np.array([table["n_heads"][-1]]), np.array([table["ffn_dim"][-1]])
-        self.full = float(self.fixed(top[0])[0] + n_layers * self.layer(*top)[0])  # 1, but for the noise of one median
+        self.table = table
+        self.n_layers = n_layers
+        d = np.array([table["dim"][-1]])
+        heads = np.array([table["n_heads"][-1]])
+        ffn = np.array([table["ffn_dim"][-1]])
+        # The full model's time: 1, but for the noise of one median.
+        self.full = float(self.fixed(d)[0] + n_layers * self.layer(d, heads, ffn)[0])
 
     def over_dim(self, rows: np.ndarray, d: np.ndarray) -> np.ndarray:
         """Linear in the width: rows (dims, n), a column per asked width d (n,) -> (n,)."""
@@ -134,34 +183,41 @@ class Latency:
         if len(grid) == 1:
             return rows[0]
         i = np.clip(np.searchsorted(grid, d) - 1, 0, len(grid) - 2)
-        w, n = (d - grid[i]) / (grid[i + 1] - grid[i]), np.arange(len(d))
+        w = (d - grid[i]) / (grid[i + 1] - grid[i])
+        n = np.arange(len(d))
         return (1 - w) * rows[i, n] + w * rows[i + 1, n]
 
     def fixed(self, d: np.ndarray) -> np.ndarray:
         """Embedding, last norm, output: (n,) widths -> (n,)."""
         return self.over_dim(np.array(self.table["fixed"])[:, None].repeat(len(d), 1), d)
 
+    def saved(self, name: str, grid: str, asked: np.ndarray) -> np.ndarray:
+        """A table's rows interpolated at sizes (n,) -> (dims, n)."""
+        return np.array([np.interp(asked, self.table[grid], row) for row in self.table[name]])
+
     def layer(self, d: np.ndarray, heads: np.ndarray, ffn: np.ndarray) -> np.ndarray:
         """Layers of widths (n,), heads (n,), neurons (n,) -> (n,)."""
-        t = self.table
-        by_size = lambda name, grid, sizes: np.array([np.interp(sizes, t[grid], row) for row in t[name]])
-        whole = np.array(t["layer"])[:, None].repeat(len(d), 1)
-        return self.over_dim(whole + by_size("heads", "n_heads", heads) + by_size("neurons", "ffn_dim", ffn), d)
+        whole = np.array(self.table["layer"])[:, None].repeat(len(d), 1)
+        rows = whole + self.saved("heads", "n_heads", heads) + self.saved("neurons", "ffn_dim", ffn)
+        return self.over_dim(rows, d)
 
     def __call__(self, subnet: SubNet) -> float:
-        """Of any slice, another shape in every layer included."""
-        heads, ffn = np.array(subnet.n_heads, float), np.array(subnet.ffn_dim, float)
+        """The time of any slice, another shape in every layer included."""
+        heads = np.array(subnet.n_heads, float)
+        ffn = np.array(subnet.ffn_dim, float)
         d = np.full(len(heads), float(subnet.dim))
         return float(self.fixed(d[:1])[0] + self.layer(d, heads, ffn).sum()) / self.full
 
-    def of(self, space: Space) -> torch.Tensor:
-        """Of every member of a Space, (M,), in place of its costs in parameters."""
+    def of_members(self, space: Space) -> torch.Tensor:
+        """The times of all members of a Space, (M,), in place of their costs in parameters."""
         dim, heads, ffn, layers = space.members.double().numpy().T
-        return torch.from_numpy((self.fixed(dim) + layers * self.layer(dim, heads, ffn)) / self.full)
+        times = self.fixed(dim) + layers * self.layer(dim, heads, ffn)
+        return torch.from_numpy(times / self.full)
 
     def costs(self, space: Space, asked: float) -> torch.Tensor:
-        """of(space), once it is clear that something takes at most `asked`."""
-        check_latency(asked, (costs := self.of(space)).min().item())
+        """of_members(space), once it is clear that something takes at most `asked`; else fail()."""
+        costs = self.of_members(space)
+        check_latency(asked, costs.min().item())
         return costs
 
 
@@ -184,75 +240,30 @@ def save_table(path: Path, table: dict) -> None:
 
 
 def load_latency(folder, model: Llama, choices: dict | None = None) -> Latency:
-    """The table in a folder; measured and written there first if there is none."""
-    path = Path(folder) / TABLE
+    """The table in a folder; measured and written there first if there is none. Damaged, or of
+    another shape: fail()."""
+    path = Path(folder) / LATENCY_FILE
     here = hardware(model.tok_embeddings.weight.device)
 
-    def make():
+    def measure_if_missing() -> None:
         if not path.is_file():
             print(f"measuring latencies on {here['hardware']}, {here['threads']} threads, into {path}", file=sys.stderr)
-            save_table(path, measure(model, choices))
+            save_table(path, measure_latency(model, choices))
 
-    rank0_first(make)  # one table for all ranks, or they would take different slices
+    rank0_first(measure_if_missing)  # one table for all ranks, or they would take different slices
+    again = f"python -m bench.latency --model {folder}"
+    full = (model.config.dim, model.config.n_heads, model.config.ffn_dim)
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
-        found = Latency(table, model.config.n_layers)
-        if (table["dim"][-1], table["n_heads"][-1], table["ffn_dim"][-1]) != (
-                model.config.dim, model.config.n_heads, model.config.ffn_dim) or not np.isfinite(found.full):
+        latency = Latency(table, model.config.n_layers)
+        largest = (table["dim"][-1], table["n_heads"][-1], table["ffn_dim"][-1])
+        if largest != full or not np.isfinite(latency.full):
             raise ValueError("another shape")
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         fail(f"{path} is no table of latencies of the Llama beside it ({type(error).__name__}: {str(error)[:60]}); "
-             f"python latency.py --model {folder} measures it again")
+             f"{again} measures it again")
     compared = ("hardware", "device", "threads", "torch")
     differ = [f"{key} {table.get(key)}" for key in compared if table.get(key) != here[key]]
     if differ:
-        print(f"note: {path} was measured with {', '.join(differ)}; python latency.py --model {folder} measures here",
-              file=sys.stderr)
-    return found
-
-
-def choices_in(folder, model: Llama) -> dict:
-    """The sizes to measure: those that the routers in a folder choose from, or the default ones."""
-    from flextron.deployed import load_flextron
-    from flextron.network import timed_sizes
-    from router import load_router
-    router, flextron = load_router(folder, model.config), load_flextron(folder, model)
-    try:
-        return router.space.choices if router else timed_sizes(model.config, flextron.sizes) if flextron else (
-            choices_for(model.config))
-    except ValueError as error:
-        fail(str(error))
-
-
-def main(argv=None) -> None:
-    """Measures a folder's table anew, then times random slices, another shape in every layer, against it."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.error = lambda message: fail(f"{message}; python latency.py --help lists the flags")
-    p.add_argument("--model", default="out/flex", help="a supernet or any plain Llama folder")
-    p.add_argument("--rounds", type=int, default=31, help="timings of each slice, of which the median counts")
-    p.add_argument("--seq-len", type=int, help="tokens per window (default: the model's context)")
-    p.add_argument("--slices", type=int, default=6, help="random slices to check the table on")
-    p.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    args = p.parse_args(argv)
-    if min(args.rounds, args.slices, 1 if args.seq_len is None else args.seq_len) < 1:
-        fail("--rounds, --slices and --seq-len: expected 1 or more")
-    model = load_llama(args.model, device_of(args.device))
-    choices = choices_in(args.model, model)
-    table = measure(model, choices, args.rounds, args.seq_len)
-    save_table(Path(args.model) / TABLE, table)
-    latency, L, generator = Latency(table, model.config.n_layers), model.config.n_layers, random_generator("slices")
-    pick = lambda sizes: [sizes[k] for k in torch.randint(len(sizes), (L,), generator=generator).tolist()]
-    subnets = [SubNet(pick(choices["dim"])[0], range(L), pick(choices["n_heads"]), pick(choices["ffn_dim"]))
-               for _ in range(args.slices)]
-    x = batch_for(model, args.seq_len)
-    runs = {"full": lambda: model(x)} | {s: (lambda s=s: model(x, subnet=s)) for s in subnets}
-    measured = fractions(runs, x.device, args.rounds)
-    print(f"{table['hardware']}, {table['threads']} threads, torch {table['torch']}; {table['batch']} x "
-          f"{table['tokens']} tokens; full model {table['full_ms']:.1f} ms\n{'table':>6} {'timed':>6} {'error':>7}")
-    for s in subnets:
-        print(f"{latency(s):6.3f} {measured[s]:6.3f} {latency(s) / measured[s] - 1:+7.1%}   dim {s.dim}, heads "
-              f"{sum(s.n_heads) / L:.1f}, ffn {sum(s.ffn_dim) / L:.0f} on average")
-
-
-if __name__ == "__main__":
-    main()
+        print(f"note: {path} was measured with {', '.join(differ)}; {again} measures here", file=sys.stderr)
+    return latency

@@ -3,10 +3,11 @@ What a run will take on every GPU, told from params.json alone, before there are
 
     python train.py --llama Llama-3.1-8B --dry-run --ranks 8 --device cuda
 
-Weights, gradients and AdamW's moments are arithmetic (shard.py: 16 bytes a parameter, and who keeps which). What the
-forward keeps for its backward is found out: the forward runs on fake tensors, which have shapes and no memory, and all
-that autograd saves is added up. The plan is for the worst moment, when the backward of a pass at full width begins
-while gradients and moments are there. What CUDA and NCCL take for themselves comes on top.
+Weights, gradients and AdamW's moments are arithmetic (sharding.py: 16 bytes a parameter, and who
+keeps which). What the forward keeps for its backward is found out: the forward runs on fake
+tensors, which have shapes and no memory, and all that autograd saves is added up. The plan is for
+the worst moment, when the backward of a pass at full width begins while gradients and moments are
+there. What CUDA and NCCL take for themselves comes on top.
 """
 import argparse
 
@@ -14,17 +15,18 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from model import Llama, LlamaConfig, SubNet
-from plumbing.params import published_tying, read_config
-from plumbing.sharding import KINDS
-from space import Space, n_params
 from plumbing.errors import fail
+from plumbing.params import published_tying, read_config
+from plumbing.sharding import SHARDINGS
+from space import Space, n_params
 
 # -----------------------------------------------------------------------------
 # activations
 
 
 def kept_by_forward(model: Llama, batch: int, seq_len: int, bf16: bool, soft: bool) -> int:
-    """Bytes that autograd keeps of one forward on fake tensors, weights apart; soft: under gates."""
+    """Bytes that autograd keeps of one forward on fake tensors, weights apart; soft: under
+    gates."""
     kept = {}
 
     def keep(t):
@@ -42,32 +44,42 @@ def kept_by_forward(model: Llama, batch: int, seq_len: int, bf16: bool, soft: bo
 
 
 def activation_bytes(config: LlamaConfig, batch: int, seq_len: int, bf16: bool, checkpointing: bool, soft: bool) -> int:
-    """Bytes kept for the backward of the full network, (batch, seq_len) tokens. With checkpointing: the blocks' inputs,
-    and all of the one block that is being recomputed."""
-    run = lambda model: kept_by_forward(model, batch, seq_len, bf16, soft)
+    """Bytes kept for the backward of the full network, (batch, seq_len) tokens. With checkpointing:
+    the blocks' inputs, and all of the one block that is being recomputed."""
     with FakeTensorMode():
         model = Llama(config)
         if not checkpointing:
-            return run(model)
-        full, model.full = model.full, SubNet(config.dim, (0,), config.per_layer("n_heads")[:1],
-                                              config.per_layer("ffn_dim")[:1])
-        one_block = run(model)
+            return kept_by_forward(model, batch, seq_len, bf16, soft)
+
+        # One block, kept whole and kept as its input alone: the difference is what recomputing it
+        # takes.
+        full = model.full
+        model.full = SubNet(config.dim, (0,), config.per_layer("n_heads")[:1], config.per_layer("ffn_dim")[:1])
+        one_block = kept_by_forward(model, batch, seq_len, bf16, soft)
         model.activation_checkpointing = True
-        one_block -= run(model)
+        one_block -= kept_by_forward(model, batch, seq_len, bf16, soft)
         model.full = full
-        return run(model) + one_block
+        return kept_by_forward(model, batch, seq_len, bf16, soft) + one_block
 
 
 # -----------------------------------------------------------------------------
 # the plan
 
 
+def largest_block(config: LlamaConfig) -> int:
+    """Parameters of the largest layer."""
+    sizes = []
+    for i, (heads, ffn) in enumerate(zip(config.per_layer("n_heads"), config.per_layer("ffn_dim"))):
+        sizes.append(n_params(config, SubNet.uniform(config.dim, [i], heads, ffn)))
+    return max(sizes)
+
+
 def plan(config: LlamaConfig, args: argparse.Namespace, ranks: int, bf16: bool) -> list[dict]:
     """A row per --shard: bytes on every rank."""
-    n = n_params(config, SubNet.full(config), embeddings=True)
-    block = max(n_params(config, SubNet.uniform(config.dim, [i], h, f)) for i, (h, f) in enumerate(
-        zip(config.per_layer("n_heads"), config.per_layer("ffn_dim"))))
-    outside = n - n_params(config, SubNet.full(config)) + config.dim  # embeddings, output, last norm
+    full = SubNet.full(config)
+    n = n_params(config, full, embeddings=True)
+    block = largest_block(config)
+    outside = n - n_params(config, full) + config.dim  # embeddings, output, last norm
     batch = min(args.micro_batch, args.batch_tokens // args.seq_len // ranks)
     logits = 4 * batch * args.seq_len * config.vocab_size
     soft = args.soft_prob > 0 and len(args.budgets) > 1
@@ -75,19 +87,24 @@ def plan(config: LlamaConfig, args: argparse.Namespace, ranks: int, bf16: bool) 
     activations += 2 * logits  # two gradients of the softmax; its output is among what is kept
     teacher = 4 * n + 3 * logits if args.kd > 0 else 0
     rows = []
-    for kind in KINDS:
+    for kind in SHARDINGS:
         split = ranks if kind == "fsdp" else 1
-        # FSDP2 gathers the tensors outside the blocks for a whole pass, and two blocks at a time; so with gradients.
+        moments = 1 if kind == "ddp" else ranks
+        # FSDP2 gathers the tensors outside the blocks for a whole pass, and two blocks at a time;
+        # so with gradients.
         gathered = 0 if split == 1 else 4 * (2 * block + 2 * outside)
-        row = dict(weights=4 * n // split + gathered, gradients=4 * n // split,
-                   optimizer=8 * n // (1 if kind == "ddp" else ranks), activations=activations, teacher=teacher)
+        row = dict(weights=4 * n // split + gathered, gradients=4 * n // split, optimizer=8 * n // moments,
+                   activations=activations, teacher=teacher)
         rows.append(dict(shard=kind, **row, total=sum(row.values())))
     return rows
 
 
 def plan_table(args: argparse.Namespace) -> str:
     """plan() to read, in GB (1e9 bytes)."""
-    config = LlamaConfig(context=args.seq_len) if args.demo else published_tying(read_config(args.llama))
+    if args.llama is None:
+        config = LlamaConfig(context=args.seq_len)
+    else:
+        config = published_tying(read_config(args.llama))
     if args.batch_tokens % (args.seq_len * args.ranks):
         fail(f"--batch-tokens {args.batch_tokens} found; expected whole sequences of --seq-len {args.seq_len}, equally "
              f"many for each of {args.ranks} ranks; try --batch-tokens {args.seq_len * 8 * args.ranks}")
@@ -95,13 +112,17 @@ def plan_table(args: argparse.Namespace) -> str:
         Space(config)
     except ValueError as error:
         fail(str(error))
-    bf16, sequences = args.device == "cuda", args.batch_tokens // args.seq_len // args.ranks
+    bf16 = args.device == "cuda"
+    sequences = args.batch_tokens // args.seq_len // args.ranks
+    micro = min(args.micro_batch, sequences)
     rows = plan(config, args, args.ranks, bf16)
-    keys, micro = [k for k in rows[0] if k != "shard"], min(args.micro_batch, sequences)
+    keys = [key for key in rows[0] if key != "shard"]
     n = n_params(config, SubNet.full(config), embeddings=True)
     lines = [f"GB on each of {args.ranks} ranks; {n:,} parameters; "
              f"{micro} x {args.seq_len} tokens a pass, {-(-sequences // micro)} passes per budget and step; "
              f"{'bf16 autocast' if bf16 else 'fp32'}, activation checkpointing "
              f"{'on' if args.activation_checkpointing else 'off'}",
-             f"{'--shard':>8}" + "".join(f"{k:>13}" for k in keys)]
-    return "\n".join(lines + [f"{row['shard']:>8}" + "".join(f"{row[k] / 1e9:13.2f}" for k in keys) for row in rows])
+             f"{'--shard':>8}" + "".join(f"{key:>13}" for key in keys)]
+    for row in rows:
+        lines.append(f"{row['shard']:>8}" + "".join(f"{row[key] / 1e9:13.2f}" for key in keys))
+    return "\n".join(lines)

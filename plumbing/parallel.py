@@ -1,5 +1,6 @@
 """
-One process, or as many as torchrun started: who we are, which device is ours, and what the ranks tell each other.
+One process, or as many as torchrun started: who we are, which device is ours, and what the ranks
+tell each other.
 
     python train.py                                   RANK 0 of 1, nothing is initialised
     torchrun --nproc_per_node=8 train.py              eight ranks, NCCL on GPUs, gloo on CPUs
@@ -17,6 +18,11 @@ from tqdm import tqdm
 from plumbing.errors import fail
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def default_device() -> str:
+    """cuda where this torch sees a GPU, else cpu."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def device_of(kind: str) -> torch.device:
@@ -75,7 +81,8 @@ def finish() -> None:
 
 
 class Stop:
-    """SIGTERM and SIGINT as a wish: the step is finished and saved first. A second one ends the process at once."""
+    """SIGTERM and SIGINT as a wish: the step is finished and saved first. A second one ends the
+    process at once."""
 
     def __init__(self):
         self.wished = False

@@ -1,18 +1,19 @@
 """
-train.py's command line: every flag, the defaults of the demo and of the paper, and what is refused at once.
+train.py's command line: every flag, the defaults of the demo and of the paper, and what is refused
+at once.
 
     python train.py --help
 """
 import argparse
 import os
-
-import torch
+from pathlib import Path
 
 from model import LlamaConfig, SubNet
+from plumbing.errors import Parser, fail
+from plumbing.parallel import WORLD, default_device
 from plumbing.params import read_config
-from plumbing.parallel import WORLD
-from space import AXES, n_params
-from plumbing.errors import fail
+from plumbing.sharding import SHARDINGS
+from space import AXES, Space, n_params
 
 # Llamas under SMALL non-embedding parameters get the demo's settings, others the paper's.
 SMALL = 100e6
@@ -20,17 +21,34 @@ DEMO = dict(steps=450, batch_tokens=1024, seq_len=128, lr=1e-3, eval_windows=128
             calibration_windows=64, eval_every=150, save_every=150)
 PAPER = dict(steps=28800, batch_tokens=128 * 4096, seq_len=4096, lr=4e-5, eval_windows=64,
              calibration_windows=128, eval_every=1000, save_every=1000)
+
 MAY_BE_ZERO = {"seed", "extra_budgets", "weight_decay", "soft_prob", "kd", "penalty", "warmup", "router_start"}
-MAY_DIFFER = {"resume", "override", "out", "shard", "activation_checkpointing", "device", "micro_batch", "eval_every",
-              "save_every", "log_every", "max_bad_steps", "compile", "dry_run", "ranks"}  # in a resumed run
 SHARES = {"warmup", "router_start", "soft_prob", "soft_end", "kd", "tau_end"}  # between 0 and 1
+
+# A resumed run may differ in these always, and in those of OVERRIDES with --override.
+MAY_DIFFER = {"resume", "override", "out", "shard", "activation_checkpointing", "device", "micro_batch", "eval_every",
+              "save_every", "log_every", "max_bad_steps", "compile", "dry_run", "ranks"}
 OVERRIDES = {"steps", "base_steps", "lr", "base_lr", "router_lr", "modulation_lr", "clip", "weight_decay"}
+OF_BASE = ("base_steps", "base_lr", "seed", "batch_tokens", "seq_len", "clip", "weight_decay", "warmup")
+
+# -----------------------------------------------------------------------------
+# the flags
 
 
 def parse_args(argv=None, description=__doc__) -> argparse.Namespace:
     """The command line. A default of -1 means: derived, and printed at the start."""
-    p = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.error = lambda message: fail(f"{message}; python train.py --help lists the flags")
+    p = Parser("python train.py", description)
+    add_method(p)
+    add_schedule(p)
+    add_machine(p)
+    args = p.parse_args(argv)
+    derive(args)
+    check(args)
+    return args
+
+
+def add_method(p: argparse.ArgumentParser) -> None:
+    """What is trained, from what, and which slices."""
     add = p.add_argument
     add("--llama", help="raw Llama folder to start from (default: train the demo's base)")
     add("--data", help="folder of shards from data/prepare.py (default: the Python standard library)")
@@ -45,6 +63,15 @@ def parse_args(argv=None, description=__doc__) -> argparse.Namespace:
     add("--depth-by", choices=["logits", "influence"], default="logits", help="how layers are ranked")
     add("--units-by", choices=["activation", "random", "reversed"], default="activation",
         help="how channels, heads and neurons are ranked; random and reversed are yardsticks")
+    add("--kd", type=float, default=0.0, help="weight of the KL to the frozen base at budgets under 1")
+    add("--modulation", choices=["none", "scalar"], default="scalar",
+        help="policy-aware modulation: none, or a factor per block and sub-block")
+    add("--freeze-backbone", action="store_true", help="train router and modulation only")
+
+
+def add_schedule(p: argparse.ArgumentParser) -> None:
+    """How long, how much a step, and at which rates."""
+    add = p.add_argument
     add("--steps", type=int, default=-1, help="elastic steps (demo 450, paper 28800)")
     add("--base-steps", type=int, default=1200, help="steps of the demo's dense stage")
     add("--batch-tokens", type=int, default=-1, help="global batch in tokens, per budget and step")
@@ -64,18 +91,19 @@ def parse_args(argv=None, description=__doc__) -> argparse.Namespace:
     add("--soft-end", type=float, default=0.45, help="share of the steps at which the last soft passes run")
     add("--tau-end", type=float, default=0.0561, help="temperature at the last step (starts at 1)")
     add("--kappa-end", type=float, default=10.0, help="logit scale at the last step (starts at 1)")
-    add("--kd", type=float, default=0.0, help="weight of the KL to the frozen base at budgets under 1")
-    add("--modulation", choices=["none", "scalar", "channel"], default="scalar",
-        help="policy-aware modulation: none, a factor per block and sub-block, or one for each of their channels")
-    add("--freeze-backbone", action="store_true", help="train router and modulation only")
     add("--calibration-windows", type=int, default=-1, help="training windows that rank the units")
+    add("--seed", type=int, default=0, help="of weights, data order and noise")
+
+
+def add_machine(p: argparse.ArgumentParser) -> None:
+    """What a run leaves behind, and what it runs on."""
+    add = p.add_argument
     add("--eval-windows", type=int, default=-1, help="validation windows")
     add("--eval-every", type=int, default=-1, help="steps between evaluations of the trained budgets")
     add("--save-every", type=int, default=-1, help="steps between checkpoints")
     add("--log-every", type=int, default=10, help="steps between printed lines")
-    add("--seed", type=int, default=0, help="of weights, data order and noise")
-    add("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--shard", choices=["ddp", "zero1", "fsdp"], default="ddp", help="what torchrun's processes share (shard.py)")
+    add("--device", choices=["cpu", "cuda"], default=default_device())
+    add("--shard", choices=SHARDINGS, default="ddp", help="what torchrun's processes share (plumbing/sharding.py)")
     add("--activation-checkpointing", action="store_true", help="recompute blocks in backward: less memory, more time")
     add("--compile", action="store_true", help="torch.compile every block; CPUs need a C++ compiler")
     add("--dry-run", action="store_true", help="print what the run will take on every GPU, from params.json, and stop")
@@ -84,36 +112,100 @@ def parse_args(argv=None, description=__doc__) -> argparse.Namespace:
     add("--override", action="store_true", help=f"and let these differ: {', '.join(sorted(OVERRIDES))}")
     add("--max-bad-steps", type=int, default=10, help="steps in a row whose loss or gradient is not finite (they are "
         "skipped) before the run stops")
-    return derive_and_check(p.parse_args(argv))
 
 
-def derive_and_check(args: argparse.Namespace) -> argparse.Namespace:
-    """Fills in what is -1; what can be refused is refused here, before anything is trained."""
-    args.demo = args.llama is None
-    config = LlamaConfig() if args.demo else read_config(args.llama)
-    derived = DEMO if n_params(config, SubNet.full(config)) < SMALL else PAPER
-    derive = lambda name, value: setattr(args, name, value) if getattr(args, name) == -1 else None
+# -----------------------------------------------------------------------------
+# what follows from them, and what is refused
+
+
+def derive(args: argparse.Namespace) -> None:
+    """Fills in what is -1, and writes budgets and paths in one way only: a resumed run compares
+    them."""
+    config = LlamaConfig() if args.llama is None else read_config(args.llama)
+    small = n_params(config, SubNet.full(config)) < SMALL
+    derived = dict(DEMO if small else PAPER)
+    steps = args.steps if args.steps != -1 else derived["steps"]
+    seq_len = args.seq_len if args.seq_len != -1 else derived["seq_len"]
+    derived["micro_batch"] = max(1, 8192 // max(1, seq_len))
+    derived["router_lr"] = 4e-2 * min(1.0, max(1, steps) / PAPER["steps"]) ** 0.8
+    derived["modulation_lr"] = derived["router_lr"] if args.router_lr == -1 else args.router_lr
     for name, value in derived.items():
-        derive(name, value)
-    derive("router_lr", 4e-2 * min(1.0, max(1, args.steps) / PAPER["steps"]) ** 0.8)
-    derive("modulation_lr", args.router_lr)
-    derive("micro_batch", max(1, 8192 // max(1, args.seq_len)))
-    for name, value in vars(args).items():
-        lowest = 0 if name in MAY_BE_ZERO else 1 if type(value) is int else 1e-12
-        highest = 1 if name in SHARES else float("inf")
-        if type(value) in (int, float) and not lowest <= value <= highest:
-            fail(f"--{name.replace('_', '-')} {value:g} found; expected {lowest:g} or more"
-                 f"{', and at most 1' if name in SHARES else ''}")
-    if args.soft_prob > 0 and args.soft_end <= args.router_start and len(args.budgets) > 1:
+        if getattr(args, name) == -1:
+            setattr(args, name, value)
+    args.budgets = sorted(set(args.budgets), reverse=True)
+    if args.data is not None:
+        args.data = os.path.normpath(args.data)
+    if args.llama is not None:
+        args.llama = os.path.normpath(args.llama)
+
+
+def check(args: argparse.Namespace) -> None:
+    """What can be refused is refused here, before anything is trained: fail()."""
+    check_ranges(args)
+    several = len(args.budgets) > 1
+    if several and args.soft_prob > 0 and args.soft_end <= args.router_start:
         fail(f"--soft-end {args.soft_end:g} found, --router-start is {args.router_start:g}; expected a larger one: "
              "soft passes teach the router between the two")
-    for name in ("data", "llama"):  # one folder, one name: a resumed run compares them
-        setattr(args, name, getattr(args, name) and os.path.normpath(getattr(args, name)))
-    args.budgets = sorted(set(args.budgets), reverse=True)
     if any(not 0 < b <= 1 for b in args.budgets) or 1.0 not in args.budgets:
         fail(f"--budgets {' '.join(map(str, args.budgets))} found; expected fractions in (0, 1] and 1.0, the full "
              "model, among them; try --budgets 1.0 0.8 0.6 0.4")
     if args.batch_tokens % (args.seq_len * WORLD):
         fail(f"--batch-tokens {args.batch_tokens} found; expected whole sequences of --seq-len {args.seq_len}, equally "
              f"many for each of {WORLD} processes; try --batch-tokens {args.seq_len * 8 * WORLD}")
-    return args
+
+
+def check_ranges(args: argparse.Namespace) -> None:
+    """Every number is in its range, or fail()."""
+    for name, value in vars(args).items():
+        if type(value) not in (int, float):
+            continue
+        lowest = 1 if type(value) is int else 1e-12
+        if name in MAY_BE_ZERO:
+            lowest = 0
+        highest = 1 if name in SHARES else float("inf")
+        if not lowest <= value <= highest:
+            at_most = ", and at most 1" if name in SHARES else ""
+            fail(f"--{name.replace('_', '-')} {value:g} found; expected {lowest:g} or more{at_most}")
+
+
+# -----------------------------------------------------------------------------
+# what train.py asks of its flags
+
+
+def base_folder(args: argparse.Namespace) -> str:
+    """The Llama that training starts from: --llama, or the demo's base beside --out. fail() if it
+    is --out itself."""
+    base = args.llama or str(Path(args.out).parent / "base")
+    if Path(base).resolve() == Path(args.out).resolve():
+        fail(f"--out {args.out} is the Llama that training starts from; choose another --out")
+    return base
+
+
+def args_of_base(args: argparse.Namespace, folder: str) -> argparse.Namespace:
+    """The flags of the demo's dense stage: an elastic run into `folder` whose only budget is 1."""
+    changed = dict(out=folder, steps=args.base_steps, lr=args.base_lr, budgets=[1.0], extra_budgets=0)
+    return argparse.Namespace(**(vars(args) | changed))
+
+
+def settings_of(args: argparse.Namespace, data: dict) -> dict:
+    """What a resumed run must agree on; data: the folder of the shards and their fingerprint."""
+    kept = {name: value for name, value in vars(args).items() if name not in MAY_DIFFER}
+    return kept | data
+
+
+def settings_of_base(args: argparse.Namespace, data: dict) -> dict:
+    """The same for the demo's dense stage."""
+    return {name: getattr(args, name) for name in OF_BASE} | data
+
+
+def space_of(args: argparse.Namespace, config: LlamaConfig) -> Space:
+    """The sizes to choose from; fail() if some do not fit, or if a budget buys none of their
+    combinations."""
+    asked = {axis: getattr(args, f"{axis}_choices") for axis in AXES}
+    try:
+        space = Space(config, {axis: sizes for axis, sizes in asked.items() if sizes})
+    except ValueError as error:
+        fail(str(error))
+    for budget in args.budgets:
+        space.feasible(budget)
+    return space

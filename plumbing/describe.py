@@ -1,0 +1,79 @@
+"""
+A look at a raw Llama folder, or at a params.json alone: family, shape, parameters, slices.
+
+    python -m plumbing.describe Llama-3.1-8B
+
+A download can be checked beside it:  cd Llama-3.1-8B && md5sum -c checklist.chk
+"""
+from pathlib import Path
+
+from data.tokenizer import TOKENIZER
+from model import LlamaConfig, SubNet
+from plumbing.checkpoint import open_shards
+from plumbing.errors import Parser
+from plumbing.params import PARAMS, published_name, published_tying, read_config
+from plumbing.tables import spread
+from space import Space, n_params
+
+
+def describe(folder) -> dict[str, str]:
+    """What a folder, or a params.json alone, holds: a line per fact."""
+    folder = Path(folder)
+    if folder.name == PARAMS:
+        folder = folder.parent
+    c = read_config(folder)
+    paths = sorted(folder.glob("consolidated.*.pth"))
+    dtype = "no weights here"
+    if paths:
+        shards, _, c = open_shards(folder, c)
+        dtype = ", ".join(sorted({str(t.dtype).removeprefix("torch.") for t in shards[0].values()}))
+    else:
+        c = published_tying(c)
+    full = SubNet.full(c)
+    scaled = "not scaled" if c.rope_factor == 1 else f"scaled by {c.rope_factor:g}"
+    return {
+        "family": published_name(c),
+        "shape": f"dim {c.dim}, {c.n_layers} layers, {sizes(c.n_heads)} heads of {c.head_dim}, {sizes(c.n_kv_heads)} KV "
+                 f"heads, ffn {sizes(c.ffn_dim)}, vocabulary {c.vocab_size:,}",
+        "parameters": f"{n_params(c, full):,} without embeddings, {n_params(c, full, embeddings=True):,} in all",
+        "dtype": dtype,
+        "shards": str(len(paths)),
+        "tied": "yes" if c.tied else "no",
+        "RoPE": f"theta {c.rope_theta:g}, {scaled}",
+        "tokenizer": tokenizer_kind(folder / TOKENIZER),
+        "sub-networks": slices_of(c),
+    }
+
+
+def sizes(value: int | tuple[int, ...]) -> str:
+    """A size, or the range of those of the layers."""
+    return spread(value).replace("-", " to ")
+
+
+def tokenizer_kind(path: Path) -> str:
+    """none, SentencePiece (Llama 1, 2) or tiktoken (Llama 3, ours)."""
+    if not path.is_file():
+        return "none"
+    return "SentencePiece" if path.read_bytes()[:1] == b"\n" else "tiktoken"
+
+
+def slices_of(config: LlamaConfig) -> str:
+    """How many sub-networks the default sizes make, and what they cost."""
+    try:
+        costs = Space(config).costs
+    except ValueError as error:
+        return f"none: {error}"
+    return f"{len(costs):,} of cost {costs.min():.3f} to {costs.max():.3f}"
+
+
+def main(argv=None) -> None:
+    """Prints what a folder holds."""
+    p = Parser("python -m plumbing.describe", __doc__)
+    p.add_argument("folder", nargs="?", default="out/base", help="raw Llama folder, or a params.json")
+    args = p.parse_args(argv)
+    for key, value in describe(args.folder).items():
+        print(f"{key:12} {value}")
+
+
+if __name__ == "__main__":
+    main()

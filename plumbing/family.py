@@ -1,0 +1,141 @@
+"""
+A folder in use: a budget in, and out comes what runs at it.
+
+    family = open_family("out/flex")
+    member = family.member(0.5)                     half of the parameters
+    member = family.member(0.6, unit="latency")     six tenths of the measured time
+    logits, _ = member.model(tokens, subnet=member.subnet, factors=member.factors)
+
+A folder holds one of three things, and this is the one place that tells them apart:
+
+    flex.pt          a supernet of train.py: its router picks the slice, its modulation gives the factors
+    flextron.pt      a supernet of the flextron folder: routers in front of every layer
+    neither          a plain Llama, whose only member is itself
+"""
+import json
+from pathlib import Path
+from typing import Callable, NamedTuple
+
+import torch
+
+from model import Llama, LlamaConfig, SubNet
+from plumbing.checkpoint import load_llama, load_tensors
+from plumbing.errors import fail
+from plumbing.latency import load_latency
+from router import Router
+from space import Space
+
+FLEX = "flex.pt"
+FLEXTRON = "flextron.pt"
+TABLE_BUDGETS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)  # what tables show where nobody asked for a budget
+
+# -----------------------------------------------------------------------------
+# members
+
+
+class Member(NamedTuple):
+    """What runs at a budget: model(tokens, targets, subnet=subnet, factors=factors,
+    cache=cache)."""
+    model: Callable                       # the Llama; of a flextron folder, what is called in its place
+    subnet: SubNet | None                 # None: every token takes its own width
+    factors: torch.Tensor | None = None   # (n_layers, 2) of the modulation; None: all are 1
+
+
+class Family:
+    """A folder's Llama, and what it runs at each budget.
+
+    model: the Llama. router, flextron: at most one of them; neither for a plain Llama. saved: what
+    flex.pt or flextron.pt says besides (budgets, seq_len, data ...), {} for a plain Llama."""
+
+    def __init__(self, folder, model: Llama):
+        self.folder = Path(folder)
+        self.model = model
+        self.saved = {}
+        self.router = None
+        self.flextron = None
+        if (self.folder / FLEX).exists():
+            self.saved = load_tensors(self.folder / FLEX)
+            self.router = self.restored(FLEX, restore_router, model.config)
+        elif (self.folder / FLEXTRON).exists():
+            from flextron.deployed import restore_flextron  # another paper: imported where a folder needs it
+            self.saved = load_tensors(self.folder / FLEXTRON)
+            self.flextron = self.restored(FLEXTRON, restore_flextron, model)
+
+    def restored(self, name: str, restore: Callable, beside):
+        """restore(beside, saved), or fail() if the file is not of the Llama beside it."""
+        try:
+            return restore(beside, self.saved)
+        except (KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
+            reason = f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"
+            writer = "train.py" if name == FLEX else "flextron"
+            fail(f"{self.folder / name} does not fit the Llama beside it ({reason}); expected the {name} that "
+                 f"{writer} wrote with it; take both from one folder")
+
+    def member(self, asked: float, unit: str = "params") -> Member:
+        """What runs at a fraction of the full model's parameters, or (unit "latency") of its
+        measured time. A budget that the folder cannot meet: fail()."""
+        if self.flextron:
+            from flextron.deployed import deploy
+            network = deploy(self.flextron, self.folder, asked, unit)
+            return Member(network, network.subnet)
+        if self.router is None:
+            if asked != 1:
+                fail(f"{self.folder} is a plain Llama, it has no {FLEX}: its only budget is 1.0; expected a folder of "
+                     f"train.py's; python train.py --llama {self.folder} makes one")
+            return Member(self.model, self.model.full)
+        subnet = self.router.route(asked, self.latencies(asked) if unit == "latency" else None)
+        return Member(self.model, subnet, self.router.factors(subnet))
+
+    def latencies(self, asked: float) -> torch.Tensor:
+        """The time of every member of the router's space, (M,), in fractions of the full model's;
+        fail() if none takes at most `asked`."""
+        if self.router.mode == "penalty":
+            fail(f"{self.folder} was trained with --router penalty, whose choice no latency bounds; expected a "
+                 "constrained router; ask for a budget")
+        latency = load_latency(self.folder, self.model, self.router.space.choices)
+        return latency.costs(self.router.space, asked)
+
+    def default_budgets(self) -> list[float]:
+        """The budgets of a table where nobody asked for any."""
+        if self.flextron:
+            return [1.0, *self.saved["targets"]]
+        if self.router is None:
+            return [1.0]
+        return [b for b in TABLE_BUDGETS if b >= self.router.space.costs.min()]
+
+    def trained_budgets(self, unit: str = "params") -> list[float]:
+        """Those that training ran, in this unit; [] for a plain Llama."""
+        if self.flextron:
+            return self.saved["targets"] if unit == self.flextron.unit else []
+        if self.router is None or unit == "latency":
+            return []
+        return self.saved["budgets"]
+
+
+def open_family(folder, device="cpu", dtype: torch.dtype | None = torch.float32) -> Family:
+    """The family in a folder, its Llama loaded as load_llama() does (dtype None: as in the
+    file)."""
+    return Family(folder, load_llama(folder, device, dtype))
+
+
+# -----------------------------------------------------------------------------
+# flex.pt
+
+
+def router_state(router: Router, **more) -> dict:
+    """All that flex.pt needs to route again, and `more`: tensors and plain types.
+
+    The plain part goes through JSON: a pickle also remembers which equal objects are one object, so
+    two equal runs would give two files."""
+    space = router.space
+    plain = dict(choices=space.choices, layer_order=space.layer_order, delta=space.delta, mode=router.mode,
+                 seed=router.seed, budgets=router.budgets, **more)
+    return dict(router=dict(router.state_dict()), **json.loads(json.dumps(plain)))
+
+
+def restore_router(config: LlamaConfig, saved: dict) -> Router:
+    """Inverse of router_state()."""
+    space = Space(config, saved["choices"], saved["layer_order"], saved["delta"])
+    router = Router(space, saved["mode"], saved["seed"], saved["budgets"])
+    router.load_state_dict(saved["router"], strict=True)
+    return router

@@ -1,0 +1,94 @@
+"""
+Files and folders that appear whole or not at all.
+
+A file goes to a temporary name, is fsynced and renamed. A new folder is filled beside its place,
+then renamed into it. So a reader never sees half of either, and a full disk or a power cut leaves
+what was there before.
+"""
+import contextlib
+import os
+import shutil
+import signal
+from fnmatch import fnmatch
+from pathlib import Path
+
+from plumbing.errors import fail
+
+
+@contextlib.contextmanager
+def atomic_write(path):
+    """Yields a binary file that appears under `path` only once it is whole and on the disk."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # same folder: the rename is atomic
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)  # there only if something was raised
+    folder = os.open(path.parent, os.O_RDONLY)  # the name must survive a crash too
+    os.fsync(folder)
+    os.close(folder)
+
+
+@contextlib.contextmanager
+def new_folder(path, may_replace: set[str]):
+    """Yields a temporary sibling of `path` to fill, then renames it to `path`.
+
+    A folder that is there already is replaced only if it holds nothing but files named in
+    may_replace (names or globs); otherwise fail()."""
+    path = Path(path).resolve()
+    if path.exists() and not only_holds(path, may_replace):
+        fail(f"{path} exists and holds other things; expected a new folder or an earlier one of the same kind; "
+             "choose another --out")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.new-{os.getpid()}")
+    old = path.with_name(f".{path.name}.old-{os.getpid()}")
+    temporary.mkdir()
+    try:
+        yield temporary
+        if path.exists():
+            os.replace(path, old)
+        try:
+            os.replace(temporary, path)
+        except BaseException:
+            if old.exists():
+                os.replace(old, path)
+            raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def only_holds(folder: Path, names: set[str]) -> bool:
+    """Is this a folder in which every file matches one of the names or globs?"""
+    return folder.is_dir() and all(any(fnmatch(file.name, name) for name in names) for file in folder.iterdir())
+
+
+def make_folder(path) -> None:
+    """mkdir -p of a folder that can be written to, or fail()."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+        if not os.access(path, os.W_OK):
+            raise PermissionError(13, "Permission denied")
+    except OSError as error:
+        fail(f"{path} cannot be made a folder ({error.strerror}); choose another --out")
+
+
+@contextlib.contextmanager
+def nothing_half_written(what: str):
+    """Around a write that is whole or not at all: a full disk, Ctrl-C and SIGTERM end in one line
+    that says so."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    except OSError as error:
+        fail(f"{what} could not be written ({error.strerror or error}); nothing of it was kept; make room, or choose "
+             "another --out")
+    except KeyboardInterrupt:
+        fail(f"{what} was interrupted; nothing of it was kept; run the same command again")
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,217 @@
+"""
+A training run beside its method: log.jsonl, checkpoints, signals, steps that went bad, the clock.
+
+train.py and the flextron folder have loops of their own around it:
+
+    with Run(args.out, steps, device, ...) as run:
+        for step in range(run.start, steps + 1):
+            run.checkpoint(step, save)                 saves where it is due; leaves here if a signal asked for it
+            if step == steps:
+                break
+            run.start_clock()
+            ...                                        gradients
+            if run.finite(step, losses, norms):
+                ...                                    optimizers step
+            run.log_step(step, text, mean, loss=losses)    a record in log.jsonl, now and then a line
+"""
+import contextlib
+import json
+import math
+import os
+import shlex
+import subprocess
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from plumbing.checkpoint import RESUME, TOKENIZER, save_llama, save_tensors
+from plumbing.errors import fail
+from plumbing.parallel import RANK, WORLD, Stop, finish, mean_over_ranks, say
+
+WARM_UP = 3  # first steps that the average time leaves out: caches are cold
+
+# -----------------------------------------------------------------------------
+# what the log and the messages say of a run
+
+
+def git_commit() -> str:
+    """The commit this code is at; "unknown" outside a git checkout."""
+    root = Path(__file__).resolve().parent.parent
+    with contextlib.suppress(OSError):  # no git on this machine
+        found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True)
+        return found.stdout.strip() or "unknown"
+    return "unknown"
+
+
+def resume_command() -> str:
+    """The command line that goes on with this run."""
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", WORLD))
+    start = ["python"]
+    if WORLD > 1:
+        start = ["torchrun", f"--nproc_per_node={local}"]
+    if WORLD > local:  # several machines: torchrun does not say how they met
+        start = ["torchrun", "..."]
+    program = [sys.argv[0]]
+    if Path(program[0]).name == "__main__.py":  # it was started as python -m folder
+        program = ["-m", Path(program[0]).resolve().parent.name]
+    resume = [] if "--resume" in sys.argv else ["--resume"]
+    return shlex.join([*start, *program, *sys.argv[1:], *resume])
+
+
+# -----------------------------------------------------------------------------
+# a checkpoint
+
+
+def write_checkpoint(out, resume: dict, config, tokenizer: Path | None, name: str, routers: dict | None) -> None:
+    """Writes resume.pt, then what it implies: the raw Llama folder and, if there are routers, the
+    file `name`.
+
+    resume.pt comes first because it suffices alone. resume["model"] is the Llama's state dict.
+    OSError if the disk is full: the last good resume.pt stays."""
+    save_tensors(Path(out) / RESUME, resume)
+    save_llama(out, config, resume["model"], tokenizer)
+    if routers is not None:
+        save_tensors(Path(out) / name, routers)
+
+
+def first_tokenizer(*folders) -> Path | None:
+    """The tokenizer.model of the first of the folders that has one."""
+    paths = [Path(folder) / TOKENIZER for folder in folders if folder]
+    return next((path for path in paths if path.is_file()), None)
+
+
+# -----------------------------------------------------------------------------
+# the run
+
+
+class Run:
+    """One run into a folder. start: the step it begins at. bad: bad steps in a row before that (of
+    a resumed run).
+
+    settings: what a resumed run compares, for the log. slower: the flag with a lower rate that
+    mends a diverged run. tokens: what a step trains on, for the printed speed."""
+
+    def __init__(self, out, steps: int, device: torch.device, settings: dict, start: int = 0, bad: int = 0,
+                 save_every: int = 150, log_every: int = 10, max_bad_steps: int = 10, slower: str = "",
+                 tokens: int = 0):
+        self.out = Path(out)
+        self.steps = steps
+        self.device = device
+        self.settings = settings
+        self.start = start
+        self.bad = bad
+        self.save_every = save_every
+        self.log_every = log_every
+        self.max_bad_steps = max_bad_steps
+        self.slower = slower
+        self.tokens = tokens
+        self.seconds = 0.0  # of the steps that are timed
+        self.timed = 0
+
+    def __enter__(self) -> "Run":
+        path = self.out / "log.jsonl" if RANK == 0 else os.devnull
+        self.log = open(path, "a", encoding="utf-8", buffering=1)  # a line at a time: nothing is lost in a crash
+        name = torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu"
+        self.record(argv=sys.argv, settings=self.settings, start=self.start, commit=git_commit(),
+                    torch=torch.__version__, ranks=WORLD, device=name)
+        hidden = RANK > 0 or not sys.stderr.isatty()
+        self.bar = tqdm(total=self.steps, initial=self.start, desc=self.out.name, disable=hidden)
+        self.stop = Stop().__enter__()
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.stop.__exit__(*error)
+        self.bar.close()
+        self.log.close()
+
+    def record(self, **entry) -> None:
+        """Appends a line to log.jsonl."""
+        self.log.write(json.dumps(entry) + "\n")
+
+    def say(self, step: int, text: str) -> None:
+        """Prints a line that begins with the step."""
+        say(f"step {step:5d}/{self.steps} | {text}")
+
+    # ---- between two steps
+
+    def due(self, step: int, every: int) -> bool:
+        """Is it time for what happens every so many steps, and at the end?"""
+        return step > self.start and (step == self.steps or step % every == 0)
+
+    def checkpoint(self, step: int, save) -> None:
+        """Calls save(step) where a checkpoint is due: every save_every steps, at the end, and when
+        a signal came.
+
+        After a signal the program ends here with status 0. A disk that is full ends it with
+        fail()."""
+        last = step == self.steps
+        stopped = self.asked_to_stop()
+        if last or stopped or self.due(step, self.save_every):
+            try:
+                save(step)
+            except OSError as error:
+                fail(f"{self.out} at step {step} cannot be written ({error.strerror or error}); the last checkpoint "
+                     f"there is whole; make room, then:  {resume_command()}")
+            if dist.is_initialized():
+                dist.barrier()
+        if stopped and not last:
+            say(f"stopped at step {step} of {self.steps}, saved in {self.out}; go on with:  {resume_command()}")
+            finish()
+            raise SystemExit(0)
+
+    def asked_to_stop(self) -> bool:
+        """Did SIGTERM or SIGINT reach any of the ranks?"""
+        wished = torch.tensor(float(self.stop.wished), device=self.device)
+        return mean_over_ranks(wished).item() > 0
+
+    # ---- one step
+
+    def start_clock(self) -> None:
+        """A step begins: evaluation and saving are not in its time."""
+        self.clock = time.perf_counter()
+
+    def finite(self, step: int, losses: list[float], norms: list[float]) -> bool:
+        """May the optimizers step? A loss or gradient norm that is not finite makes a bad step,
+        which is skipped.
+
+        All ranks answer alike: losses and gradients are means over them. Too many bad steps in a
+        row: fail()."""
+        if all(map(math.isfinite, [*norms, *losses])):
+            self.bad = 0
+            return True
+        self.bad += 1
+        self.say(step, f"skipped: a loss or gradient is not finite ({self.bad} in a row)")
+        if self.bad >= self.max_bad_steps:
+            fail(f"{self.bad} steps in a row, up to step {step}, had a loss or gradient that is not finite; the last "
+                 f"checkpoint in {self.out} stays; lower the rate:  {resume_command()} {self.slower}")
+        return False
+
+    def log_step(self, step: int, text: str, mean: float, **entry) -> None:
+        """A step is done: writes its record, prints its line every log_every steps. mean: the
+        progress bar's loss."""
+        took = time.perf_counter() - self.clock
+        if step - self.start >= WARM_UP:
+            self.seconds += took
+            self.timed += 1
+        self.bar.update()
+        self.bar.set_postfix(loss=f"{mean:.3f}")
+        self.record(step=step, bad=self.bad, seconds=round(took, 4), **entry)
+        if step % self.log_every == 0 or step == self.steps - 1:
+            self.say(step, " | ".join([text, *self.speed(step)]))
+
+    def speed(self, step: int) -> list[str]:
+        """Milliseconds a step, tokens a second and time left, as cells of a line; none of them in
+        the warm-up."""
+        if not self.timed:
+            return []
+        mean = self.seconds / self.timed
+        left = timedelta(seconds=round((self.steps - step - 1) * mean))
+        cells = [f"{1000 * mean:.0f} ms"]
+        if self.tokens:
+            cells.append(f"{self.tokens / mean:,.0f} tok/s")
+        return [*cells, f"eta {left}"]
