@@ -1,158 +1,282 @@
 """
-Which channels, heads, neurons and layers matter, and the permutation that puts the best first.
+Which channels, heads, neurons and layers matter, and the sorting that puts the best first.
 
-LLaMaFlex Sec. 2.3 ranks units by accumulated activation magnitude; this is Minitron's form of it. For a unit
-with activation x over the positions of S calibration windows
+A slice of the Llama (model.py) has the first units of each kind. So before any training, train.py
+asks here how much each unit does on a little text (rank), and permutes the weights so that the
+first units are the best ones (sort_). The model computes the same as before, and its slices are
+good models to start from.
 
-    A = sqrt( sum over windows ( mean over positions |x| )^2 )                 in fp32
+The score (LLaMaFlex Sec. 2.3, in Minitron's form) is the size of a unit's activation x, in fp32:
 
-    neurons    x = the input of w2, in every layer
-    heads      x = the input of wo, L2 norm over head_dim; ranked inside their KV group, which they never leave
-    channels   the outputs of all 2 n_layers + 1 norms, A summed: one order for the whole network, because the
-               residual stream is one
+    A = sqrt( sum over windows ( mean over positions |x| )^2 )
+
+    |x|        the size, because a negative activation is not a small one
+    mean       one window of text gives one number: how active the unit is there
+    square     a window with much activity counts more than two with half of it each
+    sum        over the calibration windows; the root changes the scale and no order
+
+    neurons    x is the input of w2
+    heads      x is the input of wo, taken as its L2 norm over head_dim. Heads are ranked inside
+               their KV group and never leave it, because they are trained on its keys
+    channels   x is the output of a norm. A is summed over all 2 n_layers + 1 norms, because the
+               residual stream is one and has one order in the whole network
     layers     take away, again and again, the layer whose absence changes the logits least:
-               sum (full - without)^2 / sum full^2    (block influence, 1 - cos(in, out), is the cheap way)
+               sum (full - without)^2 / sum full^2. The first to go is the worst. Block influence,
+               1 - cos(input, output), is the cheap way
 
-Sorting is a change of basis by a permutation: the model computes the same function before and after. After it,
-"the best k" is "the first k", and a slice of the weights is a good small model to start training from.
+    python train.py --units-by random --depth-by influence     another ranking than the default
+    python -m pytest -q tests/test_importance.py               sorting changes nothing
 """
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from model import Llama, SubNet
 from space import random_generator
 
 # -----------------------------------------------------------------------------
-# ranking
+# scores of channels, heads and neurons
 
 
-def accumulate(total: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
-    """Adds (mean over positions |x|)^2 of each window in the batch. x: (B, T, units) -> (units,) in fp32."""
-    a = x.detach().float().abs().mean(1).square().sum(0)
-    return a if total is None else total + a
-
-
-@torch.no_grad()
-def activation_scores(model: Llama, windows: torch.Tensor, batch: int = 8) -> dict[str, list[torch.Tensor]]:
-    """A of every unit on calibration windows (S, T). Keys: dim, a score per norm; n_heads and ffn_dim, per layer."""
-    sums, hooks = {}, []
-    hd = model.config.head_dim
-
-    def listen(module, key, of=lambda x: x):
-        def hook(_module, _inputs, output):
-            sums[key] = accumulate(sums.get(key), of(output))
-        hooks.append(module.register_forward_hook(hook))
-
-    for i, block in enumerate(model.layers):
-        listen(block.attention_norm, ("dim", 2 * i))
-        listen(block.ffn_norm, ("dim", 2 * i + 1))
-        listen(block.attention.heads, ("n_heads", i), lambda x: x.float().unflatten(-1, (-1, hd)).norm(dim=-1))
-        listen(block.feed_forward.neurons, ("ffn_dim", i))
-    listen(model.norm, ("dim", 2 * len(model.layers)))
+def listen(hook, modules, model: Llama, windows: Tensor, batch: int) -> None:
+    """Runs the model on all windows (S, T), and calls hook(module, inputs, output) every time one
+    of the modules has run."""
+    handles = [module.register_forward_hook(hook) for module in modules]
     try:
         for tokens in windows.split(batch):
             model(tokens)
     finally:
-        for hook in hooks:
-            hook.remove()
-    return {axis: [sums[key].sqrt() for key in sorted(sums) if key[0] == axis]
-            for axis in ("dim", "n_heads", "ffn_dim")}
+        for handle in handles:
+            handle.remove()
+
+
+def accumulate(total: Tensor | None, x: Tensor) -> Tensor:
+    """Adds (mean over positions |x|)^2 of each window. x: (B, T, units). Returns (units,), fp32."""
+    size = x.detach().float().abs()        # B, T, units
+    activity = size.mean(1)                # B, units
+    squares = activity.square().sum(0)     # units
+    if total is None:
+        return squares
+    return total + squares
 
 
 @torch.no_grad()
-def layers_by_logits(model: Llama, windows: torch.Tensor, batch: int = 8) -> list[int]:
-    """Layers, most important first: the one whose removal moves the logits least goes last, then again among the
-    rest (Nemotron Elastic's iterative criterion). n_layers^2 / 2 forward passes over windows (S, T)."""
-    full, kept, removed = model.full, list(range(model.config.n_layers)), []
+def activation_scores(model: Llama, windows: Tensor, batch: int = 8) -> dict[str, list[Tensor]]:
+    """A of every unit, from calibration windows (S, T), `batch` of them at a time.
+
+    Returns lists: "dim" has (dim,) per norm, "n_heads" and "ffn_dim" have (units,) per layer.
+    """
+    # the modules whose outputs are the activations x
+    norms, heads, neurons = [], [], []
+    for block in model.layers:
+        norms += [block.attention_norm, block.ffn_norm]
+        heads.append(block.attention.heads)
+        neurons.append(block.feed_forward.neurons)
+    norms.append(model.norm)
+
+    # every module adds up its own sum while the model runs
+    head_dim = model.config.head_dim
+    sums = {}
+
+    def add(module, inputs, x):
+        if module in heads:
+            x = x.float().unflatten(-1, (-1, head_dim))   # B, T, n_heads, head_dim
+            x = x.norm(dim=-1)                            # B, T, n_heads
+        sums[module] = accumulate(sums.get(module), x)
+
+    listen(add, norms + heads + neurons, model, windows, batch)
+    return dict(
+        dim=[sums[module].sqrt() for module in norms],
+        n_heads=[sums[module].sqrt() for module in heads],
+        ffn_dim=[sums[module].sqrt() for module in neurons],
+    )
+
+
+# -----------------------------------------------------------------------------
+# orders of layers
+
+
+def with_layers(model: Llama, layers: list[int]) -> SubNet:
+    """The slice that has these layers only, each in full."""
+    full = model.full
+    n_heads = [full.n_heads[layer] for layer in layers]
+    ffn_dim = [full.ffn_dim[layer] for layer in layers]
+    return SubNet(full.dim, layers, n_heads, ffn_dim)
+
+
+@torch.no_grad()
+def layers_by_logits(model: Llama, windows: Tensor, batch: int = 8) -> list[int]:
+    """Layers, best first, by what their removal does to the logits on windows (S, T).
+
+    Nemotron Elastic's criterion: the layer that does least goes, then the rest is judged again.
+    That is about n_layers^2 / 2 forward passes.
+    """
+    kept = list(range(model.config.n_layers))
+    removed = []
     while len(kept) > 1:
-        damage = {i: 0.0 for i in kept}
+        # the damage that each removal does, relative to the full model's logits
+        damage = {layer: 0.0 for layer in kept}
         for tokens in windows.split(batch):
-            reference = model(tokens)[0]
-            for i in kept:
-                rest = [j for j in kept if j != i]
-                subnet = SubNet(full.dim, tuple(rest), tuple(full.n_heads[j] for j in rest),
-                                tuple(full.ffn_dim[j] for j in rest))
-                damage[i] += ((model(tokens, subnet=subnet)[0] - reference).square().sum()
-                              / reference.square().sum()).item()
+            full, _ = model(tokens)
+            size = full.square().sum()
+            for layer in kept:
+                rest = [other for other in kept if other != layer]
+                without, _ = model(tokens, subnet=with_layers(model, rest))
+                change = (without - full).square().sum()
+                damage[layer] += (change / size).item()
         worst = min(kept, key=damage.get)
         kept.remove(worst)
         removed.append(worst)
-    return kept + removed[::-1]
+    removed.reverse()  # the first to go is the worst
+    return kept + removed
 
 
 @torch.no_grad()
-def layers_by_influence(model: Llama, windows: torch.Tensor, batch: int = 8) -> list[int]:
-    """Layers, most important first, by block influence 1 - cos(input, output), in one pass over windows (S, T)."""
+def layers_by_influence(model: Llama, windows: Tensor, batch: int = 8) -> list[int]:
+    """Layers, best first, by block influence: 1 - cos(input, output), summed over all positions.
+
+    A layer that hardly turns the residual stream does little. One pass over windows (S, T).
+    """
     influence = torch.zeros(model.config.n_layers, dtype=torch.float64)
 
-    def hook(block, inputs, output):
-        similar = F.cosine_similarity(inputs[0].float(), output.float(), dim=-1)
-        influence[block.layer] += (1 - similar).sum().double().cpu()
+    def add(block, inputs, output):
+        before = inputs[0].float()
+        after = output.float()
+        similar = F.cosine_similarity(before, after, dim=-1)   # B, T
+        turned = (1 - similar).sum()
+        influence[block.layer] += turned.double().cpu()
 
-    hooks = [block.register_forward_hook(hook) for block in model.layers]
-    try:
-        for tokens in windows.split(batch):
-            model(tokens)
-    finally:
-        for h in hooks:
-            h.remove()
-    return influence.argsort(descending=True, stable=True).tolist()
+    listen(add, model.layers, model, windows, batch)
+    order = influence.argsort(descending=True, stable=True)
+    return order.tolist()
 
 
-def rank(model: Llama, windows: torch.Tensor, depth: str = "logits", units: str = "activation", seed: int = 0) -> dict:
+# -----------------------------------------------------------------------------
+# ranking
+
+
+def best_first(scores: Tensor) -> Tensor:
+    """The order of units from the highest score to the lowest, along the last axis."""
+    return scores.argsort(dim=-1, descending=True, stable=True).cpu()
+
+
+def best_heads_first(scores: Tensor, groups: int) -> Tensor:
+    """The order of heads inside each KV group, group after group. scores: (n_heads,)."""
+    scores = scores.unflatten(0, (groups, -1))           # groups, heads in a group
+    in_group = scores.size(1)
+    first = torch.arange(groups)[:, None] * in_group     # a group's first head
+    order = first + best_first(scores)                   # groups, heads in a group
+    return order.flatten()                               # n_heads
+
+
+def yardstick(units: str, scores: Tensor, generator: torch.Generator) -> Tensor:
+    """Scores for an order that the real one has to beat: a random one, or the worst first."""
+    if units == "random":
+        return torch.rand(scores.shape, generator=generator)
+    assert units == "reversed", f"units {units!r}; expected activation, random or reversed"
+    return -scores
+
+
+def rank(
+    model: Llama,
+    windows: Tensor,
+    depth: str = "logits",
+    units: str = "activation",
+    seed: int = 0,
+) -> dict:
     """The order of all units, best first, from calibration windows (S, T) that no evaluation sees.
 
-    Returns {"dim": (dim,), "n_heads": [(n_heads,)] per layer, group-major and inside the groups,
-    "ffn_dim": [(ffn_dim,)] per layer, "layers": list}. depth: "logits" or "influence". units: "activation", or one of
-    two yardsticks for it: "random" (drawn by seed) and "reversed" (worst first)."""
+    depth: "logits" or "influence". units: "activation", or a yardstick for it, "random" (drawn by
+    seed) or "reversed". Returns indices: "dim" is (dim,), "ffn_dim" and "n_heads" have (units,) per
+    layer (heads group after group, and inside their group), "layers" is a list.
+    """
     T = windows.size(1)
-    batch, depth_windows = max(1, 4096 // T), max(2, 2048 // T)  # few for depth: it is n_layers^2 / 2 passes
+    batch = max(1, 4096 // T)
     scores = activation_scores(model, windows, batch)
     if units != "activation":
-        draw = random_generator("units", seed)
-        other = {"random": lambda s: torch.rand(s.shape, generator=draw), "reversed": torch.neg}[units]
-        scores = {axis: [other(s) for s in of] for axis, of in scores.items()}
-    best_first = lambda s: s.argsort(dim=-1, descending=True, stable=True).cpu()
-    orders = {"dim": best_first(torch.stack(scores["dim"]).sum(0)),
-              "ffn_dim": [best_first(s) for s in scores["ffn_dim"]], "n_heads": []}
+        generator = random_generator("units", seed)
+        for axis, of_axis in scores.items():
+            scores[axis] = [yardstick(units, s, generator) for s in of_axis]
+
+    orders = {}
+    # channels: one order from the sum over all norms
+    channels = torch.stack(scores["dim"]).sum(0)
+    orders["dim"] = best_first(channels)
+    # neurons: an order for each layer
+    orders["ffn_dim"] = [best_first(s) for s in scores["ffn_dim"]]
+    # heads: an order for each layer, inside the KV groups
+    orders["n_heads"] = []
     for block, s in zip(model.layers, scores["n_heads"]):
-        s = s.unflatten(0, (block.attention.groups, -1))                  # groups, heads in a group
-        orders["n_heads"].append((torch.arange(s.size(0))[:, None] * s.size(1) + best_first(s)).flatten())
-    by = {"logits": layers_by_logits, "influence": layers_by_influence}[depth]
-    orders["layers"] = by(model, windows[:depth_windows] if depth == "logits" else windows, batch)
+        order = best_heads_first(s, block.attention.groups)
+        orders["n_heads"].append(order)
+    # layers: only a few windows for the logits, because n_layers^2 / 2 passes read them
+    if depth == "logits":
+        few = windows[:max(2, 2048 // T)]
+        orders["layers"] = layers_by_logits(model, few, batch)
+    else:
+        assert depth == "influence", f"depth {depth!r}; expected logits or influence"
+        orders["layers"] = layers_by_influence(model, windows, batch)
     return orders
 
 
 # -----------------------------------------------------------------------------
 # sorting
+#
+# Why sorting changes nothing. The units lie between two matrices: rows of one make them, columns
+# of the next read them. Here are neurons a b c between w1 and w2, and the same in the order c a b:
+#
+#          w1           w2                      w1           w2
+#      a [.....]     a b c                  c [.....]     c a b
+#      b [.....]   [ . . . ]                a [.....]   [ . . . ]
+#      c [.....]   [ . . . ]                b [.....]   [ . . . ]
+#
+# w2 sums over the neurons, and a sum in another order is the same sum, up to rounding. Heads lie
+# between wq and wo in this way. Channels lie between all that writes the residual stream and all
+# that reads it.
+
+
+def permute_(weight: Tensor, order: Tensor, axis: int) -> None:
+    """Puts the rows (axis 0) or columns (axis 1) of a weight in this order, in place."""
+    order = order.to(weight.device)
+    weight.copy_(weight.index_select(axis, order))
 
 
 @torch.no_grad()
 def sort_(model: Llama, orders: dict) -> None:
-    """Permutes the model in place so that the first k units are the best k. Its function does not change.
-    Layers stay where they are: a slice names those it keeps."""
-    def permute(parameter, order, axis):
-        parameter.copy_(parameter.index_select(axis, order.to(parameter.device)))
+    """Permutes the model in place so that the first k units are the best k. orders: from rank().
 
+    The model computes the same as before. Layers stay where they are: a slice names those it keeps.
+    """
+    # channels outside of the blocks
     channels = orders["dim"]
-    permute(model.tok_embeddings.weight, channels, 1)
+    permute_(model.tok_embeddings.weight, channels, 1)
     if not model.config.tied:  # tied: one tensor, permuted once
-        permute(model.output.weight, channels, 1)
-    permute(model.norm.weight, channels, 0)
+        permute_(model.output.weight, channels, 1)
+    permute_(model.norm.weight, channels, 0)
+
     for block, heads, neurons in zip(model.layers, orders["n_heads"], orders["ffn_dim"]):
-        attention, mlp = block.attention, block.feed_forward
-        for norm in (block.attention_norm, block.ffn_norm):
-            permute(norm.weight, channels, 0)
-        for reads in (attention.wq, attention.wk, attention.wv, mlp.w1, mlp.w3):  # columns read the stream
-            permute(reads.weight, channels, 1)
-        for writes in (attention.wo, mlp.w2):                                     # rows write it
-            permute(writes.weight, channels, 0)
-        rows = (heads[:, None] * attention.head_dim + torch.arange(attention.head_dim)).flatten()
-        permute(attention.wq.weight, rows, 0)
-        permute(attention.wo.weight, rows, 1)
+        attention = block.attention
+        mlp = block.feed_forward
+
+        # channels: columns read the residual stream, rows write it
+        permute_(block.attention_norm.weight, channels, 0)
+        permute_(block.ffn_norm.weight, channels, 0)
+        for reader in (attention.wq, attention.wk, attention.wv, mlp.w1, mlp.w3):
+            permute_(reader.weight, channels, 1)
+        for writer in (attention.wo, mlp.w2):
+            permute_(writer.weight, channels, 0)
+
+        # heads: each is head_dim rows of wq and head_dim columns of wo
+        first = heads[:, None] * attention.head_dim           # n_heads, 1: a head's first row
+        rows = first + torch.arange(attention.head_dim)       # n_heads, head_dim
+        rows = rows.flatten()
+        permute_(attention.wq.weight, rows, 0)
+        permute_(attention.wo.weight, rows, 1)
         if attention.n_heads == attention.n_kv_heads:  # MHA: the KV head goes with its query head
-            permute(attention.wk.weight, rows, 0)
-            permute(attention.wv.weight, rows, 0)
-        for inner in (mlp.w1, mlp.w3):
-            permute(inner.weight, neurons, 0)
-        permute(mlp.w2.weight, neurons, 1)
+            permute_(attention.wk.weight, rows, 0)
+            permute_(attention.wv.weight, rows, 0)
+
+        # neurons: rows of w1 and w3, columns of w2
+        permute_(mlp.w1.weight, neurons, 0)
+        permute_(mlp.w3.weight, neurons, 0)
+        permute_(mlp.w2.weight, neurons, 1)
