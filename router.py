@@ -1,85 +1,124 @@
 """
-From a budget to a slice: a small router that learns which member of a Space to take.
+The router: from a budget to a slice.
 
-LLaMaFlex Sec. 3: a scalar budget b goes through one embedding and one two-layer MLP per axis (width, heads, MLP,
-depth) to logits over that axis' choices. Gumbel noise makes the choice random, and its gradient smooth:
+LLaMaFlex Sec. 3. A budget b goes through one embedding, and then through one small MLP per axis, to
+logits over the sizes that this axis offers (space.py). Two verbs lead from a budget to a slice:
 
-    y = softmax((kappa * logits + g) / tau)       kappa 1 -> 10: signal to noise;   tau 1 -> 0.056: softness
+    sample    in training. Noise makes the choice random. A distribution over the choices comes
+              with it: through that the router learns.
+    route     in use. The best slice for b, without noise: always the same.
 
-A pass either runs the slice drawn, which trains the Llama, or runs softly, the full width under gates made of y, which
-trains the router (space.py: Space.gates; train.py: train_step says why).
+sample is a Gumbel-softmax, with noise g = -log(-log u), u uniform in (0, 1). It draws the choice
+with the largest kappa * logit + g, and the distribution is
 
-Two ways to meet the budget:
-    penalty      (the paper) axes independent, loss + lambda * |E[cost] / b - 1|; may end over or under b
-    constrained  (ours, default) one softmax over F(b), the combinations that fit (space.py); the logit of a member is
-                 the sum of its axes' logits. Nothing over the budget can be chosen, at budgets never trained either.
-Two baselines without a router: `uniform` (all axes shrink alike) and `random` (any member of F(b)).
+    y = softmax((kappa * logits + g) / tau)
 
-Policy-aware modulation, the other thing that flex.pt adds to a plain Llama, tells every block which slice is running.
+    kappa  says how much the logits count against the noise. Logits of 1 and 0 draw the first choice
+           in 73 % of all steps at kappa 1, and in 99.995 % at kappa 10.
+    tau    says how soft y is; it never changes which choice is drawn. Noisy logits of 1.2 and 0.4
+           give y = (.69, .31) at tau 1, and (.9997, .0003) at tau 0.1.
 
-The router is tiny and lives on the CPU, so asking for a slice never waits for a GPU. What it gives to the model and
-what comes back as gradient is one short vector: the marginals y of all axes, then the modulation factors.
+In training kappa rises from 1 to 10, and tau falls from 1 to 0.056 (train.py: schedule).
+
+There are two ways to keep to the budget (--router):
+
+    penalty      the paper's. Every axis chooses alone. A term |E[cost] / b - 1| in the loss pulls
+                 the mean cost to b; the choice may still end over b, or far under it.
+    constrained  ours, the default. One softmax over F(b), the members that fit (space.py). The
+                 logit of a member is the sum of its axes' logits. No choice can exceed its budget,
+                 not even at a budget that was never trained.
+
+Two baselines have no router: `uniform` shrinks all axes alike, `random` takes any member of F(b).
+
+The router is tiny and stays on the CPU, so asking for a slice never waits for a GPU. It hands two
+short vectors to the model, the distribution and the modulation factors, and gets their gradients.
+
+Try it:
+    python -c "from router import *; print(Router(Space(LlamaConfig())).route(0.5))"
 """
-import json
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from plumbing.checkpoint import load_tensors
 from model import LlamaConfig, SubNet
 from space import AXES, Space, random_generator
-from plumbing.errors import fail
-
-FLEX = "flex.pt"
 
 # -----------------------------------------------------------------------------
-# policy-aware modulation
+# policy-aware modulation: every block is told which slice is running
 
 
 class Modulation(nn.Module):
-    """Which slice is running, told to every block: s = 1 + f(e(c)) - f(e(c_full)) on the outputs of attention and MLP.
+    """A factor on the output of every sub-block: s = 1 + f(e(c)) - f(e(c_full)).
 
-    c are the fractions (width, heads or neurons, depth) of the slice, e a sinusoidal embedding of size 16 each
-    (the paper's size; frequencies of 1 to 10 radians per unit, smooth between neighbouring choices, so that a
-    size between two trained ones gets a factor between theirs), f a small MLP whose last layer starts at zero and
-    has no bias. s is constant for a slice: export.py folds it into wo and w2. Exactly 1 at the full network.
-    per_channel: one factor for each channel of an output, instead of one for all.
+        c   three fractions of the full sizes: width, depth, and heads (attention) or neurons (MLP)
+        e   a sinusoidal embedding of each fraction, of size 16 (the paper's). Its frequencies are
+            low, 1 to 10 radians per unit: a size between two trained ones gets a factor between
+            theirs
+        f   an MLP with one hidden layer of 128 (the paper's). Its last layer starts at zero. It has
+            no bias, which would cancel in the difference
+
+    s is exactly 1 at the full network. It is constant for a slice, so export.py folds it into the
+    weights wo and w2.
     """
-    SIZE, HIDDEN = 16, 128
+    SIZE = 16
+    HIDDEN = 128
 
-    def __init__(self, config: LlamaConfig, seed: int = 0, per_channel: bool = False):
+    def __init__(self, config: LlamaConfig, seed: int = 0):
         super().__init__()
-        self.config, self.full = config, SubNet.full(config)
-        self.register_buffer("frequencies", torch.logspace(0, 1, self.SIZE // 2), persistent=False)
+        self.config = config
+        self.full = SubNet.full(config)
+        frequencies = torch.logspace(0, 1, self.SIZE // 2)
+        self.register_buffer("frequencies", frequencies, persistent=False)
+
+        # Two MLPs side by side: attention's and the MLP's.
         generator = torch.Generator().manual_seed(seed)
-        self.hidden = nn.Parameter(torch.randn(2, self.HIDDEN, 3 * self.SIZE, generator=generator) / self.SIZE)
-        self.bias = nn.Parameter(torch.zeros(2, self.HIDDEN))
-        self.out = nn.Parameter(torch.zeros(2, config.n_layers, self.HIDDEN, *[config.dim] * per_channel))
+        hidden = torch.randn(2, self.HIDDEN, 3 * self.SIZE, generator=generator)
+        bias = torch.zeros(2, self.HIDDEN)
+        out = torch.zeros(2, config.n_layers, self.HIDDEN)
+        self.hidden = nn.Parameter(hidden / self.SIZE)
+        self.bias = nn.Parameter(bias)
+        self.out = nn.Parameter(out)
 
     def f(self, subnet: SubNet) -> torch.Tensor:
-        """f(e(c)) of every kept layer, (len(layers), 2[, dim]): attention, MLP."""
-        c, layers = self.config, list(subnet.layers)
-        n = len(layers)
-        width = torch.tensor([[subnet.dim / c.dim] * n, [n / c.n_layers] * n])
-        heads = torch.tensor([k / c.per_layer("n_heads")[i] for i, k in zip(layers, subnet.n_heads)])
-        neurons = torch.tensor([k / c.per_layer("ffn_dim")[i] for i, k in zip(layers, subnet.ffn_dim)])
-        fractions = torch.stack([torch.vstack((width, x)) for x in (heads, neurons)]).to(self.out)  # 2, 3, n
-        angle = fractions.transpose(1, 2)[..., None] * self.frequencies                             # 2, n, 3, SIZE/2
-        e = torch.cat((angle.sin(), angle.cos()), dim=-1).flatten(2)                                # 2, n, 3 * SIZE
-        h = F.silu(e @ self.hidden.transpose(1, 2) + self.bias[:, None])                            # 2, n, HIDDEN
-        out = self.out[:, layers]                                                                   # 2, n, HIDDEN, ...
-        return (h * out).sum(-1).T if out.dim() == 3 else torch.einsum("knh,knhd->nkd", h, out)
+        """f(e(c)) of the n kept layers, (n, 2): attention, MLP."""
+        # c: the three fractions of every sub-block.
+        full = self.config
+        full_heads = full.per_layer("n_heads")
+        full_neurons = full.per_layer("ffn_dim")
+        width = subnet.dim / full.dim
+        depth = len(subnet.layers) / full.n_layers
+        attention = []
+        mlp = []
+        for i, layer in enumerate(subnet.layers):
+            heads = subnet.n_heads[i] / full_heads[layer]
+            neurons = subnet.ffn_dim[i] / full_neurons[layer]
+            attention.append([width, depth, heads])
+            mlp.append([width, depth, neurons])
+        c = torch.tensor([attention, mlp]).to(self.out)    # 2, n, 3
+
+        # e: sine and cosine of each fraction at SIZE/2 frequencies.
+        angle = c[..., None] * self.frequencies            # 2, n, 3, SIZE/2
+        waves = (angle.sin(), angle.cos())
+        e = torch.cat(waves, dim=-1).flatten(2)            # 2, n, 3 * SIZE
+
+        # f: all blocks share the hidden layer; each has a last layer of its own.
+        h = e @ self.hidden.transpose(1, 2)                # 2, n, HIDDEN
+        h = F.silu(h + self.bias[:, None])
+        out = self.out[:, list(subnet.layers)]             # 2, n, HIDDEN
+        return (h * out).sum(-1).T                         # n, 2
 
     def forward(self, subnet: SubNet) -> torch.Tensor:
-        """The factors of a slice, (n_layers, 2[, dim]); rows of layers that are not kept are 1."""
-        ones = torch.ones(self.config.n_layers, 2, *self.out.shape[3:]).to(self.out)
+        """The factors of a slice, (n_layers, 2); rows of layers that are not kept are 1."""
+        ones = torch.ones(self.config.n_layers, 2).to(self.out)
         if subnet == self.full:
             return ones
         layers = list(subnet.layers)
-        return ones.index_add(0, torch.tensor(layers, device=ones.device), self.f(subnet) - self.f(self.full)[layers])
+        here = self.f(subnet)                              # n, 2
+        at_full = self.f(self.full)[layers]                # n, 2
+        rows = torch.tensor(layers, device=ones.device)
+        return ones.index_add(0, rows, here - at_full)
 
 
 # -----------------------------------------------------------------------------
@@ -87,138 +126,223 @@ class Modulation(nn.Module):
 
 
 class Choice(NamedTuple):
-    """What the router answers in training. marginals: (sum of choices,), over the axes in the order of AXES, None
-    without a router; penalty: () to add to the loss; max_p: the largest noise-free probability."""
+    """The router's answer in training. K is the number of choices on all axes together."""
     subnet: SubNet
-    marginals: torch.Tensor | None = None
-    penalty: torch.Tensor | None = None
-    max_p: float = 1.0
+    marginals: torch.Tensor | None = None  # (K,) y of the axes, end to end; None: no router
+    penalty: torch.Tensor | None = None    # () to add to the loss; None: nothing to add
+    max_p: float = 1.0                     # the largest probability, without noise; 1: decided
+
+
+def gumbel_noise(n: int, generator: torch.Generator) -> torch.Tensor:
+    """n numbers g = -log(-log u), u uniform in (0, 1): argmax(z + g) is a draw from softmax(z)."""
+    u = torch.rand(n, generator=generator, dtype=torch.float64)
+    u = u.clamp(1e-12, 1 - 1e-12)  # log 0 is infinite
+    g = -(-u.log()).log()
+    return g.float()
 
 
 class Router(nn.Module):
-    """Budget -> SubNet of a Space. mode: constrained, penalty, uniform or random. budgets: those that are trained."""
-    WIDTH = 128  # embedding and hidden size (the paper's)
+    """Budget -> SubNet of a Space.
 
-    def __init__(self, space: Space, mode: str = "constrained", seed: int = 0, budgets=(), per_channel: bool = False):
+    mode: constrained, penalty, uniform or random. budgets: those that training asks for."""
+    WIDTH = 128  # of the embedding and of each MLP's hidden layer (the paper's)
+
+    def __init__(self, space: Space, mode: str = "constrained", seed: int = 0, budgets=()):
         super().__init__()
-        self.space, self.mode, self.seed, self.budgets = space, mode, seed, sorted(budgets)
+        self.space = space
+        self.mode = mode
+        self.seed = seed
+        self.budgets = sorted(budgets)
+
+        # One embedding of the budget, then two layers per axis.
         self.embed = nn.Linear(1, self.WIDTH)
-        self.axes = nn.ModuleDict({axis: nn.Sequential(
-            nn.Linear(self.WIDTH, self.WIDTH), nn.SiLU(), nn.Linear(self.WIDTH, len(space.choices[axis])))
-            for axis in AXES})
-        generator = random_generator("router", seed)
-        with torch.no_grad():
-            for name, p in self.named_parameters():  # last layers zero: uniform over F(b) at the start
-                zero = p.dim() == 1 or ".2." in name
-                p.copy_(torch.zeros(p.shape) if zero else torch.randn(p.shape, generator=generator) / p.size(1) ** 0.5)
-        self.modulation = Modulation(space.config, seed, per_channel)
-        self.seen: set[tuple[str, int]] = set()  # sizes that some training step ran
+        self.axes = nn.ModuleDict()
+        for axis in AXES:
+            n_choices = len(space.choices[axis])
+            self.axes[axis] = nn.Sequential(
+                nn.Linear(self.WIDTH, self.WIDTH),
+                nn.SiLU(),
+                nn.Linear(self.WIDTH, n_choices))
+        self.init_weights()
+
+        self.modulation = Modulation(space.config, seed)
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Last layers (axes.*.2) and biases at zero: all choices start equally likely."""
+        generator = random_generator("router", self.seed)
+        for name, p in self.named_parameters():
+            if p.dim() == 1 or ".2." in name:
+                p.zero_()
+            else:
+                w = torch.randn(p.shape, generator=generator)
+                fan_in = p.size(1)
+                p.copy_(w / fan_in ** 0.5)
 
     def logits(self, budget: float) -> torch.Tensor:
-        """Logits over the choices of all axes, concatenated in the order of AXES: (sum of choices,)."""
-        e = F.silu(self.embed(torch.tensor([float(budget)])))
-        return torch.cat([self.axes[axis](e) for axis in AXES])
+        """Logits over the choices of all axes, end to end in the order of AXES: (K,)."""
+        b = torch.tensor([float(budget)])
+        e = F.silu(self.embed(b))               # WIDTH
+        per_axis = [self.axes[axis](e) for axis in AXES]
+        return torch.cat(per_axis)              # K
 
-    def argmax(self, vector: torch.Tensor) -> SubNet:
-        """The best choice of every axis alone."""
-        best = zip(AXES, self.space.split(vector))
-        return self.space.subnet([self.space.choices[axis][z.argmax()] for axis, z in best])
+    # In training: sample.
 
-    def sample(self, budget: float, step: int, tau: float, kappa: float, penalty: float = 1.0) -> Choice:
-        """A random slice for one training step: a function of (seed, step, budget) and the router's weights."""
-        space = self.space
+    def sample(self, budget: float, step: int, tau: float, kappa: float,
+               penalty: float = 1.0) -> Choice:
+        """A random slice for one training step: a function of (seed, step, budget) and the weights.
+
+        penalty: the weight of the budget's term in the loss. fail(): a budget that nothing fits."""
+        # At b = 1 there is nothing to choose. The baselines have nothing to learn.
         if budget == 1:
-            return Choice(space.full)
+            return Choice(self.space.full)
         if self.mode in ("uniform", "random"):
-            choice = Choice(self.route(budget))
-        else:
-            rows, z = space.feasible(budget), kappa * self.logits(budget)
-            constrained = self.mode == "constrained"
-            if constrained:  # the logit of a member is the sum over its axes
-                z = space.onehot[rows] @ z
-            u = torch.rand(len(z), generator=random_generator(self.seed, step, budget), dtype=torch.float64)
-            noisy = z - (-u.clamp(1e-12, 1 - 1e-12).log()).log().float()  # + Gumbel noise
-            if constrained:  # one softmax over F(b)
-                choice = Choice(space.subnet(space.members[rows[noisy.argmax()]]),
-                                (noisy / tau).softmax(0) @ space.onehot[rows], max_p=z.softmax(0).max().item())
-            else:            # one softmax per axis; the mean cost, without noise, is pulled to the budget
-                p = (space.onehot @ torch.cat([axis.log_softmax(0) for axis in space.split(z)])).exp()
-                off = ((p @ space.costs.float()) / budget - 1).abs()
-                choice = Choice(self.argmax(noisy), torch.cat([(axis / tau).softmax(0) for axis in space.split(noisy)]),
-                                penalty * off, p.max().item())
-        self.seen |= set(zip(AXES, space.sizes(choice.subnet)))
-        return choice
+            return Choice(self.route(budget))
+
+        # The answer has a hard and a soft part. A training pass uses one of them:
+        #   subnet     the slice that was drawn. A hard pass runs this slice, and trains the Llama.
+        #   marginals  the distribution y. A soft pass runs the full width under gates made of y
+        #              (Space.gates). Its gradient tells the router what each choice is worth.
+        #
+        # Only soft passes teach the router. Hard passes could do it by straight-through gates, of
+        # value 1 and with the gradient of y. They were tried and dropped. A gate of 1 is a scale.
+        # The weights beside it are trained until no other scale would be better, so the
+        # gradient of the gate is noise. And a unit outside of the slice has no gradient at all.
+        rows = self.space.feasible(budget)
+        z = kappa * self.logits(budget)               # K
+        generator = random_generator(self.seed, step, budget)
+        if self.mode == "constrained":
+            return self.sample_constrained(z, tau, generator, rows)
+        return self.sample_penalty(z, tau, generator, budget, penalty)
+
+    def sample_constrained(self, z: torch.Tensor, tau: float, generator: torch.Generator,
+                           rows: torch.Tensor) -> Choice:
+        """One softmax over F(b), the members in these rows. z: kappa * logits, (K,)."""
+        space = self.space
+
+        # The joint logit of a member is the sum of its axes' logits.
+        onehot = space.onehot[rows]                   # F(b), K
+        z = onehot @ z                                # F(b)
+
+        # Noise. The largest logit after it is the slice drawn.
+        noisy = z + gumbel_noise(len(z), generator)
+        row = rows[noisy.argmax()]
+        subnet = space.subnet(space.members[row])
+
+        # The joint softmax over F(b), soft by tau: how nearly each member was drawn.
+        y = (noisy / tau).softmax(0)                  # F(b)
+
+        # Its marginals: a choice gets the sum of y over the members that made it.
+        marginals = y @ onehot                        # K
+
+        # For the log: is the router still undecided? Noise has no part in that.
+        p = z.softmax(0)
+        return Choice(subnet, marginals, max_p=p.max().item())
+
+    def sample_penalty(self, z: torch.Tensor, tau: float, generator: torch.Generator,
+                       budget: float, weight: float) -> Choice:
+        """One softmax per axis, and a penalty with this weight. z: kappa * logits, (K,)."""
+        space = self.space
+
+        # Noise. The largest logit of each axis after it names the slice drawn.
+        noisy = z + gumbel_noise(len(z), generator)   # K
+        subnet = space.best_per_axis(noisy)
+
+        # The softmax of each axis, soft by tau: these are the marginals already.
+        marginals = []
+        for axis in space.split(noisy):
+            y = (axis / tau).softmax(0)
+            marginals.append(y)
+        marginals = torch.cat(marginals)              # K
+
+        # The probability of every member, without noise: the product of its choices'.
+        log_p = [axis.log_softmax(0) for axis in space.split(z)]
+        log_p = space.onehot @ torch.cat(log_p)       # M
+        p = log_p.exp()
+
+        # The penalty: how far the mean cost is from the budget, as a share of it.
+        mean_cost = p @ space.costs.float()
+        off = (mean_cost / budget - 1).abs()
+        return Choice(subnet, marginals, weight * off, p.max().item())
+
+    # In use: route.
 
     @torch.no_grad()
     def route(self, budget: float, costs: torch.Tensor | None = None) -> SubNet:
-        """The slice deployed at a budget: no noise, always the same. costs: (M,), what budget bounds in place of
-        parameters; the router, which knows parameters alone, is then asked at the mean size of what fits."""
-        rows = self.space.feasible(budget, costs)
+        """The slice that runs at a budget: no noise, always the same. fail(): nothing fits.
+
+        costs: (M,), what the budget bounds in place of parameters (plumbing/latency.py)."""
+        space = self.space
+
+        # At b = 1 there is nothing to choose. The baselines do not ask the router.
         if budget == 1:
-            return self.space.full
+            return space.full
         if self.mode == "uniform":
-            return self.space.uniform(budget, costs)
+            return space.uniform(budget, costs)
         if self.mode == "random":
-            return self.space.random(budget, self.seed, costs)
+            return space.random(budget, self.seed, costs)
+
+        # The paper's router takes the best choice of every axis, whatever they cost together.
+        rows = space.feasible(budget, costs)
         if self.mode == "penalty":
             assert costs is None, "a penalty router's choice is bounded by nothing"
-            return self.argmax(self.logits(budget))
-        budget = budget if costs is None else self.space.costs[rows].mean().item()
+            return space.best_per_axis(self.logits(budget))
+
+        # The router was trained on budgets of parameters. With other costs, its budget is the mean
+        # size of what fits.
+        if costs is not None:
+            sizes = space.costs[rows]
+            budget = sizes.mean().item()
+
+        # Our router takes the best member of F(b).
         rows = self.between(budget, rows)
-        return self.space.subnet(self.space.members[rows[(self.space.onehot[rows] @ self.logits(budget)).argmax()]])
+        best = self.best_row(budget, rows)
+        return space.subnet(space.members[best])
+
+    def best_row(self, budget: float, rows: torch.Tensor) -> torch.Tensor:
+        """That of these rows of the table whose member has the largest logit at this budget: ()."""
+        onehot = self.space.onehot[rows]
+        z = onehot @ self.logits(budget)
+        return rows[z.argmax()]
 
     def between(self, budget: float, rows: torch.Tensor) -> torch.Tensor:
-        """At a budget that was not trained, the members with sizes between those of its trained neighbours, or nearest
-        to that (distances are sums of fractions over axes). Elsewhere the interpolated logits may combine sizes that
-        never ran together, and were seen to: a larger model, 0.1 worse than a smaller one."""
-        smaller, larger = [b for b in self.budgets if b < budget], [b for b in self.budgets if b > budget]
+        """Between two trained budgets: those of these rows whose sizes lie between the sizes of the
+        two trained slices, or nearest to that. At any other budget: all of these rows.
+
+        Between trained budgets the logits are interpolated. They may combine sizes that never ran
+        together: such a slice was seen to be 0.1 nats worse than a smaller one."""
+        smaller = [b for b in self.budgets if b < budget]
+        larger = [b for b in self.budgets if b > budget]
         if budget in self.budgets or not smaller or not larger:
             return rows
-        ends = torch.tensor([self.space.sizes(self.route(b)) for b in (smaller[-1], larger[0])])
-        members = self.space.members[rows]
-        outside = (ends.amin(0) - members).clamp(min=0) + (members - ends.amax(0)).clamp(min=0)
-        distance = (outside.double() / torch.tensor(self.space.sizes(self.space.full))).sum(1)
-        return rows[distance <= distance.min() + 1e-9]
+
+        space = self.space
+
+        # The slices of the two trained neighbours span a range of sizes on every axis.
+        ends = []
+        for neighbour in (smaller[-1], larger[0]):
+            fits = space.feasible(neighbour)
+            best = self.best_row(neighbour, fits)
+            ends.append(space.members[best])
+        ends = torch.stack(ends)                      # 2, 4
+        lowest = ends.amin(0)
+        highest = ends.amax(0)
+
+        # How far a member is outside: fractions of the full sizes, summed over the axes.
+        members = space.members[rows]                 # F(b), 4
+        below = (lowest - members).clamp(min=0)
+        above = (members - highest).clamp(min=0)
+        outside = below + above
+        full = torch.tensor(space.sizes(space.full))
+        fractions = outside.double() / full
+        distance = fractions.sum(1)                   # F(b)
+        nearest = distance.min() + 1e-9
+        return rows[distance <= nearest]
 
     @torch.no_grad()
-    def deploy(self, budget: float, costs: torch.Tensor | None = None) -> tuple[SubNet, torch.Tensor | None]:
-        """route(b) and its modulation factors (n_layers, 2[, dim]). A size that no training step ran is not modulated:
-        its factors would be guesses."""
-        subnet = self.route(budget, costs)
-        known = set(zip(AXES, self.space.sizes(subnet))) <= self.seen
-        return subnet, self.modulation(subnet) if known and subnet != self.space.full else None
-
-
-# -----------------------------------------------------------------------------
-# flex.pt
-
-
-def router_state(router: Router, **more) -> dict:
-    """All that flex.pt needs to route again, and `more`: tensors and plain types. The plain part goes through JSON: a
-    pickle also remembers which equal objects are one object, so two equal runs would give two files."""
-    space = router.space
-    plain = dict(choices=space.choices, layer_order=space.layer_order, delta=space.delta, mode=router.mode,
-                 seed=router.seed, budgets=router.budgets, per_channel=router.modulation.out.dim() == 4,
-                 seen=sorted(router.seen), **more)
-    return dict(router=dict(router.state_dict()), **json.loads(json.dumps(plain)))
-
-
-def restore_router(config: LlamaConfig, state: dict) -> Router:
-    """Inverse of router_state()."""
-    space = Space(config, state["choices"], state["layer_order"], state["delta"])
-    router = Router(space, state["mode"], state["seed"], state["budgets"], state["per_channel"])
-    router.load_state_dict(state["router"], strict=True)
-    router.seen = {(axis, size) for axis, size in state["seen"]}
-    return router
-
-
-def load_router(folder, config: LlamaConfig) -> Router | None:
-    """The router of a supernet's folder; None for a plain Llama."""
-    path = Path(folder) / FLEX
-    if not path.exists():
-        return None
-    try:
-        return restore_router(config, load_tensors(path))
-    except (KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
-        fail(f"{path} does not fit the Llama beside it ({type(error).__name__}: {str(error).splitlines()[0][:100]}); "
-             "expected the flex.pt that train.py wrote with it; take both from one folder")
+    def factors(self, subnet: SubNet) -> torch.Tensor | None:
+        """The modulation factors of a slice in use, (n_layers, 2). None at the full network: it is
+        never modulated, so it stays a plain Llama."""
+        if subnet == self.space.full:
+            return None
+        return self.modulation(subnet)

@@ -1,13 +1,21 @@
 """
-What there is to choose from: sizes per axis, all their combinations, and what each of them costs.
+What there is to choose from, and what it costs.
 
-A budget is a fraction of the full model's non-embedding parameters (the paper's #Params). The sub-networks of
-LLaMaFlex are uniform, so one size per axis names one: width, query heads, MLP neurons, depth. All combinations are a
-few thousand, or ten times that: their exact costs are a table, and the members that a budget can buy are a look-up,
+A sub-network of LLaMaFlex has one shape in all of its layers. Four sizes name it, one per axis:
+width, query heads, MLP neurons, depth. A Space is the table of all combinations with their exact
+costs: 500 members for the demo, 6732 for a Llama of 8B.
 
-    F(b) = {a : b - delta < cost(a) <= b}
+The cost of a member is its share of the full model's non-embedding parameters (the paper's
+#Params). A budget b bounds the cost. The members that b can buy are
 
-    python -c "from space import *; s = Space(LlamaConfig()); print(s.subnet(s.members[s.feasible(0.5)[0]]))"
+    F(b) = {member : b - delta < cost(member) <= b}
+
+    smallest                b - delta          b                          full
+    --o--o---oo-o-o--oo-o-oo----(--x-xx--x--x--]--o-oo--o---o-o----o-------o-->  cost
+      cheaper: wastes budget       F(b)           dearer: never chosen
+
+Try it:
+    python -c "from space import *; s = Space(LlamaConfig()); print(s.members[s.feasible(0.5)])"
 """
 import hashlib
 import itertools
@@ -18,142 +26,303 @@ import torch
 from model import Gates, LlamaConfig, SubNet
 from plumbing.errors import fail
 
-AXES = ("dim", "n_heads", "ffn_dim", "n_layers")
+AXES = ("dim", "n_heads", "ffn_dim", "n_layers")  # the order of every table and vector below
 
 
 def random_generator(*parts) -> torch.Generator:
     """A generator whose stream is a function of its arguments (seed, step, budget ...) alone."""
-    digest = hashlib.blake2b(repr(parts).encode(), digest_size=7).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
+    text = repr(parts)
+    digest = hashlib.blake2b(text.encode(), digest_size=7).digest()
+    seed = int.from_bytes(digest, "big")
+    return torch.Generator().manual_seed(seed)
 
 
 # -----------------------------------------------------------------------------
-# cost and choices
+# what a slice costs
 
 
 def n_params(config: LlamaConfig, subnet: SubNet, embeddings: bool = False) -> int:
-    """Parameters of a slice without tok_embeddings and output (the paper's #Params), or with them."""
-    c = subnet.config(config)
-    total = c.dim  # the final norm
-    for h, kv, f in zip(c.per_layer("n_heads"), c.per_layer("n_kv_heads"), c.per_layer("ffn_dim")):
-        total += c.dim * (2 * c.head_dim * (h + kv) + 3 * f + 2)
-    return total + embeddings * (1 if c.tied else 2) * c.vocab_size * c.dim
+    """Parameters of a slice, without tok_embeddings and output (the paper's #Params) or with."""
+    shape = subnet.config(config)
+    n_heads = shape.per_layer("n_heads")
+    n_kv_heads = shape.per_layer("n_kv_heads")
+    ffn_dim = shape.per_layer("ffn_dim")
+    total = shape.dim                            # the final norm
+    for layer in range(shape.n_layers):
+        heads = n_heads[layer] + n_kv_heads[layer]
+        attention = 2 * shape.head_dim * heads   # wq and wo, wk and wv
+        mlp = 3 * ffn_dim[layer]                 # w1, w2, w3
+        norms = 2
+        total += shape.dim * (attention + mlp + norms)
+    if embeddings:
+        tables = 1 if shape.tied else 2
+        total += tables * shape.vocab_size * shape.dim
+    return total
 
 
 def cost(config: LlamaConfig, subnet: SubNet) -> float:
     """n_params of the slice as a fraction of the full model's: what a budget bounds."""
-    return n_params(config, subnet) / n_params(config, SubNet.full(config))
+    whole = SubNet.full(config)
+    return n_params(config, subnet) / n_params(config, whole)
 
 
 def train_flops(config: LlamaConfig, seq_len: int, share: float = 1.0) -> float:
-    """FLOPs of a training pass per token when a share of the blocks runs: 6 per parameter (the embedding's look-up is
-    none), and 6 * layers * heads * head_dim * T for causal attention."""
-    attention = sum(config.per_layer("n_heads")) * config.head_dim * seq_len
-    return 6 * (share * (n_params(config, SubNet.full(config)) + attention) + config.vocab_size * config.dim)
+    """FLOPs of a training pass per token when a share of the blocks runs.
 
-
-def kv_groups(config: LlamaConfig) -> int:
-    """Groups that query heads cannot leave: one per KV head; in MHA, where KV heads come along, a single one."""
-    return config.n_kv_heads if config.n_heads > config.n_kv_heads else 1
-
-
-def choices_for(config: LlamaConfig, asked: dict[str, list[int]] | None = None) -> dict[str, list[int]]:
-    """The sizes to choose from on each axis, ascending, the full one among them; `asked` replaces an axis.
-
-    Default: width from all to half, MLP from all to a quarter, heads per KV group from all to one, depth from all to
-    half; width and MLP in at most 12 steps of a multiple of 256 (real shapes) or head_dim (toys). ValueError: a size
-    that is no slice of this shape."""
-    if any(not isinstance(getattr(config, axis), int) for axis in AXES):
-        raise ValueError("this Llama has another shape in every layer; expected a uniform one, such as its source")
-    unit = 256 if config.dim >= 1024 else config.head_dim
-    groups = kv_groups(config)
-
-    def down_to(full: int, smallest: float) -> range:
-        step = unit * max(1, math.ceil(full * (1 - smallest) / (12 * unit)))
-        return range(full, int(full * smallest) - 1, -step)
-
-    choices = {"dim": down_to(config.dim, 0.5), "n_heads": range(groups, config.n_heads + 1, groups),
-               "ffn_dim": down_to(config.ffn_dim, 0.25),
-               "n_layers": range((config.n_layers + 1) // 2, config.n_layers + 1)} | (asked or {})
-    for axis in AXES:
-        full, unit = getattr(config, axis), groups if axis == "n_heads" else 1
-        for size in choices[axis]:
-            if not 0 < size <= full or size % unit:
-                raise ValueError(f"{axis} {size} does not fit this Llama; expected sizes up to {full} in multiples "
-                                 f"of {unit}; change --{axis.replace('_', '-')}-choices")
-    return {axis: sorted({*choices[axis], getattr(config, axis)}) for axis in AXES}
+    6 for each parameter (2 forward, 4 backward); none for the look-up in tok_embeddings. Causal
+    attention adds 6 * layers * heads * head_dim * seq_len."""
+    blocks = n_params(config, SubNet.full(config))
+    n_heads = sum(config.per_layer("n_heads"))
+    attention = n_heads * config.head_dim * seq_len
+    output = config.vocab_size * config.dim
+    return 6 * (share * (blocks + attention) + output)
 
 
 # -----------------------------------------------------------------------------
-# the table
+# the sizes on offer
+
+
+def kv_groups(config: LlamaConfig) -> int:
+    """Groups that query heads cannot leave: one per KV head. In MHA a KV head goes with its query
+    head, so all heads are one group."""
+    if config.n_heads > config.n_kv_heads:
+        return config.n_kv_heads
+    return 1
+
+
+def steps_down(full: int, smallest: float, unit: int) -> range:
+    """Sizes from `full` down to the fraction `smallest` of it, in at most 12 equal steps, each a
+    multiple of `unit`."""
+    to_drop = full * (1 - smallest)
+    units_per_step = math.ceil(to_drop / (12 * unit))
+    step = unit * max(1, units_per_step)
+    end = int(full * smallest)
+    return range(full, end - 1, -step)
+
+
+def default_choices(config: LlamaConfig) -> dict[str, range]:
+    """Width from all to half, MLP from all to a quarter, heads per KV group from all to one, depth
+    from all to half. Width and MLP move in multiples of 256; those of a toy, of its head_dim."""
+    unit = config.head_dim
+    if config.dim >= 1024:
+        unit = 256
+    groups = kv_groups(config)
+    half = (config.n_layers + 1) // 2
+    return dict(dim=steps_down(config.dim, 0.5, unit),
+                n_heads=range(groups, config.n_heads + 1, groups),
+                ffn_dim=steps_down(config.ffn_dim, 0.25, unit),
+                n_layers=range(half, config.n_layers + 1))
+
+
+def choices_for(config: LlamaConfig, asked: dict | None = None) -> dict[str, list[int]]:
+    """The sizes to choose from on each axis, ascending, the full one among them.
+
+    asked: axis -> sizes, in place of the default. ValueError: a size that no slice can have."""
+    for axis in AXES:
+        size = getattr(config, axis)
+        if not isinstance(size, int):
+            raise ValueError("this Llama has another shape in every layer; expected a uniform one, "
+                             "such as its source")
+    offered = default_choices(config)
+    if asked:
+        offered.update(asked)
+    choices = {}
+    for axis in AXES:
+        full = getattr(config, axis)
+        for size in offered[axis]:
+            check_size(config, axis, size)
+        choices[axis] = sorted({*offered[axis], full})
+    return choices
+
+
+def check_size(config: LlamaConfig, axis: str, size: int) -> None:
+    """Raises ValueError if this Llama has no slice of this size."""
+    full = getattr(config, axis)
+    multiple = 1
+    if axis == "n_heads":
+        multiple = kv_groups(config)
+    fits = 0 < size <= full
+    if not fits or size % multiple != 0:
+        flag = axis.replace("_", "-")
+        raise ValueError(f"{axis} {size} does not fit this Llama; expected sizes up to {full} "
+                         f"in multiples of {multiple}; change --{flag}-choices")
+
+
+# -----------------------------------------------------------------------------
+# the table of members
 
 
 class Space:
-    """All combinations of choices as a table: sizes `members` (M, 4), the same as one-hot choices `onehot`
-    (M, sum of choices), and exact `costs` (M,). layer_order: which layers to keep, best first."""
+    """All combinations of choices as a table with a row per member.
 
-    def __init__(self, config: LlamaConfig, choices: dict | None = None, layer_order: list[int] | None = None,
-                 delta: float = 0.05):
-        self.config, self.delta, self.full = config, delta, SubNet.full(config)
+    M is the number of members, K the number of choices on all axes together. One row of it:
+
+                          dim     n_heads   ffn_dim   n_layers
+        choices           32 48 | 2 4 8   | 40 80   | 3 4         K = 9, M = 2 * 3 * 2 * 2 = 24
+        members (M, 4)    32    |   4     |    80   |   4
+        onehot  (M, K)     1  0 | 0 1 0   |  0  1   | 0 1
+        costs   (M,)      0.561           cost() of the row, in fp64
+
+    Vectors over choices, such as the router's logits, are laid out as onehot: the axes end to end.
+    layer_order: which layers to keep, best first (default: the first layers)."""
+
+    def __init__(self, config: LlamaConfig, choices: dict | None = None,
+                 layer_order: list[int] | None = None, delta: float = 0.05):
+        self.config = config
+        self.delta = delta
+        self.full = SubNet.full(config)
         self.choices = choices_for(config, choices)
-        self.members = torch.tensor(list(itertools.product(*(self.choices[axis] for axis in AXES))))
-        self.onehot = torch.cat([self.members[:, i, None] == torch.tensor(self.choices[axis])
-                                 for i, axis in enumerate(AXES)], dim=1).float()
-        self.order_layers(layer_order or list(range(config.n_layers)))
-        dim, heads, ffn, layers = self.members.double().T  # cost() of every row, at once
-        per_layer = dim * (2 * config.head_dim * (heads + heads.clamp(max=config.n_kv_heads)) + 3 * ffn + 2)
-        self.costs = (layers * per_layer + dim) / n_params(config, self.full)
+        if layer_order is None:
+            layer_order = list(range(config.n_layers))
+
+        # Every combination of one size per axis; the last axis changes fastest.
+        sizes = [self.choices[axis] for axis in AXES]
+        combinations = list(itertools.product(*sizes))
+        self.members = torch.tensor(combinations)               # M, 4
+
+        # The same rows as ones and zeros: onehot @ vector adds up what each member chose.
+        columns = []
+        for i, axis in enumerate(AXES):
+            size = self.members[:, i, None]                     # M, 1
+            chosen = size == torch.tensor(self.choices[axis])   # M, choices of the axis
+            columns.append(chosen)
+        self.onehot = torch.cat(columns, dim=1).float()         # M, K
+
+        # Which units each choice keeps.
+        self.order_layers(layer_order)
+
+        # n_params() of every row at once. All KV heads stay, but in MHA they go with their heads.
+        dim, heads, neurons, layers = self.members.double().T   # M each
+        kv_heads = heads.clamp(max=config.n_kv_heads)
+        attention = 2 * config.head_dim * (heads + kv_heads)
+        mlp = 3 * neurons
+        norms = 2
+        per_layer = dim * (attention + mlp + norms)
+        final_norm = dim
+        params = layers * per_layer + final_norm
+        self.costs = params / n_params(config, self.full)       # M
 
     def order_layers(self, layer_order: list[int]) -> None:
-        """Sets the order in which layers are kept, and the prefix masks: per axis (choices, units), 1 where a
-        choice keeps a unit."""
-        self.layer_order, c = list(layer_order), self.config
-        in_group = c.n_heads // kv_groups(c)
-        rank = {"dim": torch.arange(c.dim), "n_heads": torch.arange(c.n_heads) % in_group * kv_groups(c),
-                "ffn_dim": torch.arange(c.ffn_dim), "n_layers": torch.tensor(self.layer_order).argsort()}
-        self.masks = [(rank[axis] < torch.tensor(self.choices[axis])[:, None]).float() for axis in AXES]
+        """Sets the order in which layers are kept, and the masks: (choices, units) per axis, 1
+        where a choice keeps a unit.
+
+        A choice of size k keeps the units of rank 0 to k - 1. Query heads are ranked inside their
+        KV group, so that every group loses the same number of them:
+
+            wq's heads        | q0 q1 q2 q3 | q0 q1 q2 q3 |      8 heads in 2 groups
+            rank              |  0  2  4  6 |  0  2  4  6 |
+            mask, 4 heads     |  1  1  0  0 |  1  1  0  0 |
+        """
+        c = self.config
+        self.layer_order = list(layer_order)
+        groups = kv_groups(c)
+        heads_per_group = c.n_heads // groups
+        place_in_group = torch.arange(c.n_heads) % heads_per_group
+        rank = dict(dim=torch.arange(c.dim),
+                    n_heads=place_in_group * groups,
+                    ffn_dim=torch.arange(c.ffn_dim),
+                    n_layers=torch.tensor(self.layer_order).argsort())  # the inverse permutation
+        self.masks = []
+        for axis in AXES:
+            sizes = torch.tensor(self.choices[axis])
+            kept = rank[axis] < sizes[:, None]  # choices, units
+            self.masks.append(kept.float())
 
     def subnet(self, sizes) -> SubNet:
-        """(dim, n_heads, ffn_dim, n_layers) -> SubNet: the best layers, the first units of every other axis."""
+        """(dim, n_heads, ffn_dim, n_layers) -> SubNet: the best layers, the first units of each."""
         dim, n_heads, ffn_dim, n_layers = (int(size) for size in sizes)
-        return SubNet.uniform(dim, self.layer_order[:n_layers], n_heads, ffn_dim)
+        layers = self.layer_order[:n_layers]
+        return SubNet.uniform(dim, layers, n_heads, ffn_dim)
 
     def sizes(self, subnet: SubNet) -> tuple[int, int, int, int]:
         """Inverse of subnet()."""
-        return subnet.dim, subnet.n_heads[0], subnet.ffn_dim[0], len(subnet.layers)
+        n_heads = subnet.n_heads[0]  # as in every other layer
+        ffn_dim = subnet.ffn_dim[0]
+        return subnet.dim, n_heads, ffn_dim, len(subnet.layers)
+
+    # What fits a budget, and two ways to take a member of it without a router.
 
     def feasible(self, budget: float, costs: torch.Tensor | None = None) -> torch.Tensor:
-        """F(b) as rows of the table; never empty: without a member within delta, the largest that fits. b = 1 is the
-        full network. costs: (M,) in another currency than parameters, such as the latencies of latency.py."""
-        costs = self.costs if costs is None else costs
+        """F(b) as rows of the table, never empty. fail(): a budget outside (0, 1], or one that is
+        under the smallest member.
+
+        costs: (M,), what the budget bounds in place of parameters, such as measured times
+        (plumbing/latency.py)."""
         if not 0 < budget <= 1:
-            fail(f"budget {budget:g} found, expected a fraction of the full model in (0, 1]; try --budget 0.5")
+            fail(f"budget {budget:g} found, expected a fraction of the full model in (0, 1]; "
+                 "try --budget 0.5")
+
+        # b = 1 asks for the full network, and for nothing close to it.
         if budget == 1:
             return self.costs.argmax()[None]
-        fits, smallest = costs <= budget, costs.min().item()
+        if costs is None:
+            costs = self.costs
+
+        # Where nothing fits, even the smallest member would break the budget: an error.
+        fits = costs <= budget
         if not fits.any():
-            fail(f"budget {budget:g} is below the smallest sub-network, {smallest:.4f} of the full model; ask for "
-                 f"--budget {smallest + 5e-5:.4f} or more, or train with smaller choices")
-        near = (fits & (costs > budget - self.delta)).nonzero()[:, 0]
-        return near if len(near) else costs.masked_fill(~fits, -1).argmax()[None]
+            smallest = costs.min().item()
+            enough = smallest + 5e-5  # still enough when rounded to four digits
+            fail(f"budget {budget:g} is below the smallest sub-network, {smallest:.4f} of the full "
+                 f"model; ask for --budget {enough:.4f} or more, or train with smaller choices")
+
+        # The rule: what fits and leaves less than delta of the budget unused.
+        close = costs > budget - self.delta
+        in_budget = fits & close
+        rows = in_budget.nonzero()[:, 0]
+        if len(rows) > 0:
+            return rows
+
+        # A gap in the table is wider than delta: take the largest that fits.
+        costs_that_fit = costs.masked_fill(~fits, -1)
+        return costs_that_fit.argmax()[None]
 
     def uniform(self, budget: float, costs: torch.Tensor | None = None) -> SubNet:
-        """A choice without a router: the member of F(b) whose fractions of the full sizes differ least."""
+        """The member of F(b) that shrinks all axes most alike, in fractions of the full sizes."""
         rows = self.feasible(budget, costs)
-        fractions = self.members[rows] / torch.tensor(self.sizes(self.full))
-        return self.subnet(self.members[rows[(fractions.amax(1) - fractions.amin(1)).argmin()]])
+        members = self.members[rows]                    # F(b), 4
+        full = torch.tensor(self.sizes(self.full))
+        fractions = members / full
+        spread = fractions.amax(1) - fractions.amin(1)  # F(b)
+        best = spread.argmin()
+        return self.subnet(members[best])
 
     def random(self, budget: float, seed: int, costs: torch.Tensor | None = None) -> SubNet:
-        """Another: some member of F(b), a function of (seed, budget)."""
+        """Any member of F(b): a function of (seed, budget)."""
         rows = self.feasible(budget, costs)
-        return self.subnet(self.members[rows[torch.randint(len(rows), (), generator=random_generator(seed, budget))]])
+        generator = random_generator(seed, budget)
+        place = torch.randint(len(rows), (), generator=generator)
+        row = rows[place]
+        return self.subnet(self.members[row])
+
+    def best_per_axis(self, scores: torch.Tensor) -> SubNet:
+        """scores (K,) -> the best choice of each axis, alone: no budget bounds the combination."""
+        sizes = []
+        for axis, score in zip(AXES, self.split(scores)):
+            best = score.argmax()
+            sizes.append(self.choices[axis][best])
+        return self.subnet(sizes)
+
+    # Vectors over the choices of all axes.
 
     def split(self, vector: torch.Tensor) -> list[torch.Tensor]:
-        """A vector over the choices of all axes, (sum of choices,), axis by axis."""
-        return list(vector.split([len(self.choices[axis]) for axis in AXES]))
+        """A vector (K,), axis by axis."""
+        lengths = [len(self.choices[axis]) for axis in AXES]
+        return list(vector.split(lengths))
 
     def gates(self, marginals: torch.Tensor) -> Gates:
-        """Marginals (sum of choices,) -> prefix gates g_i = sum of y_k over the choices k that keep unit i."""
-        g = [y @ mask.to(y.device) for y, mask in zip(self.split(marginals), self.masks)]
+        """Marginals y (K,) -> gates: g_i = the sum of y_k over the choices k that keep unit i.
+
+            dim is 32 or 48, y = .3, .7   ->   channels 0 to 31: gate 1, channels 32 to 47: gate .7
+        """
+        # One vector per axis: (choices,) @ (choices, units).
+        gates = []
+        for y, mask in zip(self.split(marginals), self.masks):
+            mask = mask.to(y.device)
+            gates.append(y @ mask)
+        dim, n_heads, ffn_dim, layers = gates
+        # Heads and neurons are gated alike in all layers: (n_layers, units) without a copy.
         L = self.config.n_layers
-        return Gates(g[0], g[1].expand(L, -1), g[2].expand(L, -1), g[3])
+        n_heads = n_heads.expand(L, -1)
+        ffn_dim = ffn_dim.expand(L, -1)
+        return Gates(dim, n_heads, ffn_dim, layers)
