@@ -1,53 +1,38 @@
 """
-Trains one Llama so that every prefix of it is a good Llama, and a router that picks the prefix for a budget.
+Trains one Llama so that every prefix of it is a good Llama, and a router that picks the prefix for
+a budget.
 
-LLaMaFlex (ICLR 2025) Sec. 3: every step runs every budget, each on its own tokens; its loss is their mean (Eq. 8 has
-the sum: the same to AdamW, but not to --clip).
+LLaMaFlex (ICLR 2025) Sec. 3: every step runs every budget, each on its own tokens. The loss of a
+step is the mean over budgets (Eq. 8 has the sum: the same to AdamW, but not to --clip).
 
-    python train.py                                     the demo: text of this machine, two CPU cores, minutes
-    torchrun --nproc_per_node=2 train.py                the same on two processes
+    python train.py                              the demo: text of this machine, two CPU cores, minutes
+    torchrun --nproc_per_node=2 train.py         the same on two processes
     torchrun --nproc_per_node=8 train.py --llama Llama-3.1-8B --data data/mytext --out out/flex-8b
 
-The demo first trains a small dense Llama into out/base with this same loop (a dense run is an elastic run whose only
-budget is 1.0). Then: rank and sort its units (importance.py), train elastically, print a table of budgets.
+The demo first trains a small dense Llama into out/base, with the same loop: a dense run is an
+elastic run whose only budget is 1. Then the units are ranked and sorted (importance.py), the family
+is trained, and a table of budgets is printed. What is not the method (flags, log, checkpoints,
+signals) is in plumbing/.
 """
 import argparse
-import contextlib
-import json
 import math
-import os
-import shlex
-import subprocess
-import sys
-import time
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
+import torch.nn as nn
 import torch.nn.functional as F
-from tqdm import tqdm
 
-from plumbing.checkpoint import (
-    RESUME,
-    TOKENIZER,
-    load_llama,
-    resume_state,
-    save_llama,
-    save_tensors,
-)
-from data.prepare import prepare
-from data.shards import Shards
+from data.prepare import open_data
 from importance import rank, sort_
-from model import Llama, LlamaConfig, SubNet
-from optimizer import clip_gradients, lr_factor, make_optimizers, schedule
+from model import Llama, LlamaConfig
+from plumbing.checkpoint import RESUME, load_llama, resume_state
+from plumbing.family import FLEX, restore_router, router_state
+from plumbing.files import make_folder
 from plumbing.memory import plan_table
-from plumbing.params import read_config
 from plumbing.parallel import (
     RANK,
     WORLD,
-    Stop,
     autocast,
     finish,
     mean_over_ranks,
@@ -55,389 +40,428 @@ from plumbing.parallel import (
     say,
     setup,
 )
-from router import FLEX, Choice, Router, restore_router, router_state
-from plumbing.settings import MAY_DIFFER, OVERRIDES, parse_args
+from plumbing.params import read_config
+from plumbing.progress import log_step, show_family, validate
+from plumbing.run import Run, first_tokenizer, write_checkpoint
+from plumbing.settings import (
+    OVERRIDES,
+    args_of_base,
+    base_folder,
+    parse_args,
+    settings_of,
+    settings_of_base,
+    space_of,
+)
 from plumbing.sharding import (
+    adamw,
     compile_blocks,
-    compiled_graphs,
+    gradients_meet,
     load_optimizer_state,
     model_state,
     optimizer_state,
     shard,
+    whole,
 )
-from space import AXES, Space, cost, n_params, random_generator
-from plumbing.errors import fail
-from data.tokenizer import load_tokenizer
-
-TABLE_BUDGETS = [1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4]
+from router import Choice, Router
+from space import n_params, random_generator
 
 # -----------------------------------------------------------------------------
-# evaluation
+# schedules: how noise and rates change over a run
 
 
-@torch.no_grad()
-def evaluate(model: Llama, windows, subnet: SubNet | None = None, factors=None, batch=None) -> tuple[float, float]:
-    """Mean cross-entropy in nats over windows (x, y), each (n, T), and forward tokens/s; shared among the ranks."""
-    x, y = (w[RANK::WORLD] for w in windows) if dist.is_initialized() else windows
-    batch = batch or max(1, 4096 // windows[0].size(1))  # the logits of 4096 tokens take 2 GB with Llama 3's vocabulary
-    rounds = -(-len(windows[0]) // (batch * WORLD))  # the same on all ranks: a sharded model gathers in every forward
-    device = model.tok_embeddings.weight.device
-    factors = None if factors is None else factors.to(device)
-    total, start = torch.zeros(1, dtype=torch.float64, device=device), time.perf_counter()
-    for i in range(rounds):
-        tokens, targets = (w[i * batch:(i + 1) * batch] for w in (x, y))
-        n = targets.numel()
-        if n == 0:  # nothing left for this rank, but the others need it
-            tokens, targets = (w[:1] for w in windows)
-        with autocast(device):
-            loss = model(tokens.to(device), targets.to(device), subnet=subnet, factors=factors)[1]
-        total += loss.double() * n
-    if dist.is_initialized():
-        dist.all_reduce(total)
-    loss, seconds = total.item() / windows[1].numel(), time.perf_counter() - start
-    return loss, windows[1].numel() / seconds
+def lr_factor(step: int, steps: int, warmup: float, start: float = 0.0) -> float:
+    """The learning rate at a step, as a share of its peak: nothing before `start`, a linear
+    warm-up, then a cosine to a tenth. start and warmup are shares of the steps."""
+    begin = round(start * steps)
+    up = max(1, round(warmup * steps))
+    if step < begin + up:
+        return max(0, step + 1 - begin) / up
+    done = step - begin - up
+    left = max(1, steps - begin - up)
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * done / left))
+
+
+def schedule(step: int, args: argparse.Namespace) -> tuple[float, float, float]:
+    """(tau, kappa, share of soft passes) at a step.
+
+    tau     1 -> tau_end, geometrically: the choice gets harder
+    kappa   1 -> kappa_end, linearly: the logits outgrow the noise
+    soft    0 until router_start, then from soft_prob down to 0 at soft_end
+
+    Soft passes teach the router, and cost the full width. Before router_start the router does not
+    learn: what is best before training is not what is best after. After soft_end it has decided."""
+    t = step / max(1, args.steps - 1)  # 0 at the first step, 1 at the last
+    tau = args.tau_end ** t
+    kappa = 1 + (args.kappa_end - 1) * t
+    soft = 0.0
+    if t >= args.router_start:
+        left = (args.soft_end - t) / max(1e-9, args.soft_end - args.router_start)
+        soft = args.soft_prob * max(0.0, left)
+    return tau, kappa, soft
+
+
+# -----------------------------------------------------------------------------
+# optimizers: the Llama, the router and the modulation each have a rate and a clip of their own
+
+
+def parts(model: Llama, router: Router | None) -> dict[str, list[nn.Parameter]]:
+    """The parameters that train, in three parts. A dense run has no router."""
+    found = dict(llama=[], router=[], modulation=[])
+    found["llama"] = [p for p in model.parameters() if p.requires_grad]
+    if router is not None:
+        for name, p in router.named_parameters():
+            part = "modulation" if name.startswith("modulation") else "router"
+            found[part].append(p)
+    return found
+
+
+def make_optimizers(model: Llama, router: Router | None, args: argparse.Namespace) -> list:
+    """One AdamW for the Llama, whose moments may be sharded, and one for router and modulation.
+
+    Only the Llama's matrices are decayed. `peak` is a group's rate after its warm-up, which begins
+    at `start`."""
+    part = parts(model, router)
+    matrices = [p for p in part["llama"] if p.dim() == 2]
+    norms = [p for p in part["llama"] if p.dim() != 2]
+    llama = [
+        dict(params=matrices, peak=args.lr, start=0.0, weight_decay=args.weight_decay),
+        dict(params=norms, peak=args.lr, start=0.0, weight_decay=0.0),
+    ]
+    small = [
+        dict(params=part["router"], peak=args.router_lr, start=args.router_start, weight_decay=0.0),
+        dict(params=part["modulation"], peak=args.modulation_lr, start=0.0, weight_decay=0.0),
+    ]
+    optimizers = []
+    for groups, sharding in ((llama, args.shard), (small, "ddp")):
+        groups = [group for group in groups if group["params"]]
+        if groups:
+            optimizers.append(adamw(groups, sharding, lr=args.lr, betas=(0.9, 0.95), fused=True))
+    return optimizers
+
+
+def set_rates(optimizers: list, step: int, args: argparse.Namespace) -> float:
+    """Gives every group its learning rate of this step; returns the first one, for the log."""
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    for group in groups:
+        group["lr"] = group["peak"] * lr_factor(step, args.steps, args.warmup, group["start"])
+    return groups[0]["lr"]
+
+
+def clip_gradients(model: Llama, router: Router | None, clip: float) -> dict[str, float]:
+    """Clips the gradient of each part to norm `clip`; returns the norms before."""
+    norms = {}
+    for name, parameters in parts(model, router).items():
+        if parameters:
+            norms[name] = whole(nn.utils.clip_grad_norm_(parameters, clip)).item()
+    return norms
 
 
 # -----------------------------------------------------------------------------
 # one step
 
 
-def pass_loss(wrapped, tokens, targets, teacher, kd, **slice_kwargs):
-    """(loss, cross-entropy) of one micro-batch; with a teacher the loss is (1 - kd) CE + kd KL(teacher || slice)."""
+class Handover:
+    """What the router gives to the model in one step, and the way back for its gradients.
+
+    The router stays outside DDP. So the model never sees the router's graph: it gets leaves, copies
+    of the router's signals that have no history and collect a gradient. The signals are short
+    vectors, marginals and modulation factors. After the last pass every leaf holds the gradient of
+    the step's loss. backward() averages these gradients over the ranks and sends them through the
+    router, once."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.signals = []  # on the router's graph
+        self.leaves = []   # on the model's
+
+    def give(self, signal: torch.Tensor) -> torch.Tensor:
+        """The signal's leaf, on the model's device."""
+        leaf = signal.detach().to(self.device).requires_grad_()
+        self.signals.append(signal)
+        self.leaves.append(leaf)
+        return leaf
+
+    def backward(self, penalties: list[torch.Tensor]) -> None:
+        """Adds to the router's .grad what the leaves collected, and the gradient of the penalties
+        (scalars)."""
+        ends = list(penalties)
+        gradients = [None] * len(penalties)  # None: the gradient of a scalar by itself, 1
+        if self.leaves:
+            flat = torch.cat([leaf.grad.flatten() for leaf in self.leaves])
+            flat = mean_over_ranks(flat).cpu()
+            pieces = flat.split([signal.numel() for signal in self.signals])
+            ends += self.signals
+            gradients += [piece.view_as(signal) for piece, signal in zip(pieces, self.signals)]
+        if ends:
+            torch.autograd.backward(ends, gradients)
+
+
+def uniform_draw(*parts) -> float:
+    """A number in [0, 1), a function of its arguments (seed, step ...) alone: the same on all
+    ranks."""
+    return torch.rand((), generator=random_generator(*parts)).item()
+
+
+def budgets_of_step(step: int, args: argparse.Namespace) -> list[float]:
+    """The budgets of a step, in the order of its passes: extra ones at random, then the trained
+    ones, b = 1 last. b = 1 reaches every weight, so gradients can synchronise in its backward."""
+    smallest = min(args.budgets)
+    extra = []
+    for k in range(args.extra_budgets):
+        extra.append(smallest + (1 - smallest) * uniform_draw(args.seed, step, "extra", k))
+    return extra + sorted(args.budgets)
+
+
+def pass_loss(wrapped, tokens, targets, teacher, kd: float, **slice_kwargs):
+    """(loss, cross-entropy) of one micro-batch; with a teacher the loss is (1 - kd) CE + kd
+    KL(teacher || slice)."""
     with autocast(tokens.device):
         logits, ce = wrapped(tokens, targets, **slice_kwargs)
         if teacher is None:
             return ce, ce
         with torch.no_grad():
-            reference = teacher(tokens)[0].log_softmax(-1).flatten(0, 1)
-    kl = F.kl_div(logits.log_softmax(-1).flatten(0, 1), reference, log_target=True, reduction="batchmean")
+            reference = teacher(tokens)[0].log_softmax(-1).flatten(0, 1)  # B*T, vocab
+    prediction = logits.log_softmax(-1).flatten(0, 1)                     # B*T, vocab
+    kl = F.kl_div(prediction, reference, log_target=True, reduction="batchmean")
     return (1 - kd) * ce + kd * kl, ce
 
 
+def run_pass(wrapped, x, y, args, device, n_budgets: int, meet: bool, marginals=None, space=None,
+             teacher=None, **slice_kwargs) -> torch.Tensor:
+    """Forward and backward of one budget's tokens x, targets y, each (local, T). Returns the mean
+    cross-entropy, ().
+
+    The gradient is that of the mean over the step's n_budgets budgets. meet: gradients meet those
+    of the other ranks at the end. marginals: of a soft pass, with the space that makes gates of
+    them."""
+    local = len(x)
+    micro = min(local, args.micro_batch)  # sequences per forward
+    mean_loss = torch.zeros((), device=device)
+    for m in range(0, local, micro):
+        tokens = x[m:m + micro].to(device)
+        targets = y[m:m + micro].to(device)
+        gates = None if marginals is None else space.gates(marginals)
+        last = m + micro >= local
+        with gradients_meet(wrapped, meet and last):
+            loss, ce = pass_loss(wrapped, tokens, targets, teacher, args.kd, gates=gates,
+                                 **slice_kwargs)
+            if loss.requires_grad:  # with frozen weights the full network has nothing to learn
+                (loss * len(tokens) / local / n_budgets).backward()
+        mean_loss += ce.detach() * len(tokens) / local
+    return mean_loss
+
+
 def train_step(wrapped, model, router, shards, step, args, device, teacher=None) -> dict:
-    """Forward and backward of all budgets of a step; gradients are left in .grad, averaged over ranks.
+    """Forward and backward of all budgets of a step. Leaves gradients in .grad, averaged over the
+    ranks.
 
-    A pass runs the slice that was drawn, or, if it is soft, the full width under the gates of the router's marginals.
-    Only soft passes teach the router: a gate of exactly 1 is a scale that the weights beside it are trained to make
-    optimal, so its gradient says next to nothing about what leaving the unit out would cost.
-
-    The router is not inside DDP. What it gives to the model, marginals and modulation factors, are leaves of the
-    model's graph; when all budgets are done their gradients (short vectors) are averaged over the ranks and sent
-    back through the router, once. The model's gradients accumulate over the budgets and are averaged once too,
-    during the last pass: b = 1, because it reaches every weight.
-    """
-    draw = lambda *what: torch.rand((), generator=random_generator(args.seed, step, *what)).item()
-    (tau, kappa, soft_prob), smallest = schedule(step, args), min(args.budgets)
-    budgets = [smallest + (1 - smallest) * draw("extra", k) for k in range(args.extra_budgets)] + sorted(args.budgets)
-    rows = args.batch_tokens // args.seq_len  # sequences per budget, of which this rank takes `local`
-    local = rows // WORLD
-    micro = min(local, args.micro_batch)
-    passes, penalties, signals, leaves = [], [], [], []
-
-    def leaf(signal):
-        signals.append(signal)
-        leaves.append(signal.detach().to(device).requires_grad_())
-        return leaves[-1]
+    wrapped: the model as it is called (DDP's, or the model itself). teacher: a frozen Llama for
+    --kd, or None. Returns tau, kappa, and a row per pass: budget, subnet, soft, max_p, loss
+    (cross-entropy over all ranks)."""
+    tau, kappa, soft_share = schedule(step, args)
+    budgets = budgets_of_step(step, args)
+    n = len(budgets)
+    rows = args.batch_tokens // args.seq_len  # sequences per budget, over all ranks
+    local = rows // WORLD                     # this rank's share of them
+    handover = Handover(device)
+    penalties = []
+    passes = []
 
     for i, budget in enumerate(budgets):
-        choice = router.sample(budget, step, tau, kappa, args.penalty) if router else Choice(model.full)
-        soft = choice.marginals is not None and draw("soft", budget) < soft_prob
-        marginals = leaf(choice.marginals) if soft else None
-        modulated = choice.subnet != model.full and args.modulation != "none"
-        factors = leaf(router.modulation(choice.subnet)) if modulated else None
-        penalties += [] if choice.penalty is None else [choice.penalty / len(budgets)]
+        # 1. The router draws a slice for the budget.
+        if router is None:
+            choice = Choice(model.full)
+        else:
+            choice = router.sample(budget, step, tau, kappa, args.penalty)
+        if choice.penalty is not None:
+            penalties.append(choice.penalty / n)
+
+        # 2. Most passes run the slice, and train the Llama at the slice's cost.
+        #    A soft pass runs the full width under gates made of the router's marginals. It trains
+        #    the router too, because it feels what a larger or smaller choice would bring.
+        #    router.py says why a sliced pass cannot teach the router.
+        soft = False
+        if choice.marginals is not None:
+            soft = uniform_draw(args.seed, step, "soft", budget) < soft_share
+        runs = model.full if soft else choice.subnet
+        given = {}
+        if soft:
+            given = dict(marginals=handover.give(choice.marginals), space=router.space)
+
+        # 3. The modulation tells every block which slice was drawn, in a soft pass too.
+        factors = None
+        if choice.subnet != model.full and args.modulation != "none":
+            factors = handover.give(router.modulation(choice.subnet))
+
+        # 4. The pass, on the budget's own tokens: this rank's rows of the batch. Gradients add up
+        #    over all passes, and meet those of the other ranks in the last one.
         first = i * rows + RANK * local
-        x, y = shards.batch(step, len(budgets) * rows, first, first + local)
-        mean = torch.zeros((), device=device)
-        for m in range(0, local, micro):
-            tokens, targets = x[m:m + micro].to(device), y[m:m + micro].to(device)
-            last = i == len(budgets) - 1 and m + micro >= local
-            gates = router.space.gates(marginals) if soft else None
-            with contextlib.nullcontext() if last or wrapped is model else wrapped.no_sync():
-                loss, ce = pass_loss(wrapped, tokens, targets, teacher if budget < 1 else None, args.kd,
-                                     subnet=model.full if soft else choice.subnet, gates=gates, factors=factors)
-                if loss.requires_grad:  # with frozen weights the full network has nothing to learn
-                    (loss * len(tokens) / local / len(budgets)).backward()
-            mean += ce.detach() * len(tokens) / local
-        passes.append(dict(budget=budget, subnet=choice.subnet, soft=soft, max_p=choice.max_p, loss=mean))
-    gradients = [None] * len(penalties)
-    if leaves:
-        flat = mean_over_ranks(torch.cat([t.grad.flatten() for t in leaves])).cpu()
-        gradients += [g.view_as(s) for g, s in zip(flat.split([s.numel() for s in signals]), signals)]
-    if gradients:
-        torch.autograd.backward(penalties + signals, gradients)
+        x, y = shards.batch(step, n * rows, first, first + local)
+        loss = run_pass(wrapped, x, y, args, device, n, meet=i == n - 1, subnet=runs,
+                        factors=factors, teacher=teacher if budget < 1 else None, **given)
+        passes.append(dict(budget=budget, subnet=choice.subnet, soft=soft, max_p=choice.max_p,
+                           loss=loss))
+
+    # 5. The router gets its gradients back.
+    handover.backward(penalties)
     losses = mean_over_ranks(torch.stack([p["loss"] for p in passes])).tolist()
-    return dict(passes=[p | dict(loss=loss) for p, loss in zip(passes, losses)], tau=tau, kappa=kappa)
+    for p, loss in zip(passes, losses):
+        p["loss"] = loss
+    return dict(passes=passes, tau=tau, kappa=kappa)
 
 
 # -----------------------------------------------------------------------------
 # the loop
 
 
-def save(model, router, optimizers, step: int, bad: int, orders, settings: dict, args) -> None:
-    """resume.pt first: it suffices alone. The raw folder and flex.pt follow from it. On a full disk the last good
-    checkpoint stays."""
-    state, moments = model_state(model), [optimizer_state(optimizer) for optimizer in optimizers]
-    if RANK == 0:
-        out = Path(args.out)
-        flex = None if router is None else router_state(
-            router, seq_len=args.seq_len, data=settings["data"], eval_windows=args.eval_windows)
-        homes = [Path(folder) / TOKENIZER for folder in (args.llama, settings["data"]) if folder]
-        try:
-            save_tensors(out / RESUME, dict(model=state, flex=flex, optimizers=moments, step=step, bad=bad,
-                                             orders=orders, settings=settings))
-            save_llama(out, model.config, state, next((path for path in homes if path.is_file()), None))
-            if flex:
-                save_tensors(out / FLEX, flex)
-        except OSError as error:
-            fail(f"{out} at step {step} cannot be written ({error.strerror or error}); the last checkpoint there is "
-                 f"whole; make room, then:  {resume_command()}")
-    if dist.is_initialized():
-        dist.barrier()
+def train(model, router, data, orders, settings: dict, args, device, tokenizer, state=None,
+          teacher=None) -> None:
+    """Trains model (and router) for args.steps steps into args.out.
 
-
-def resume_command() -> str:
-    """The command line that goes on with this run."""
-    start = ["python"] if WORLD == 1 else ["torchrun", f"--nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', WORLD)}"]
-    if WORLD > int(os.environ.get("LOCAL_WORLD_SIZE", WORLD)):  # several machines: how they meet, torchrun does not say
-        start = ["torchrun", "..."]
-    return shlex.join([*start, *sys.argv, *([] if "--resume" in sys.argv else ["--resume"])])
-
-
-def train(model, router, shards, val, orders, settings: dict, args, device, state=None, teacher=None) -> None:
-    """Trains model (and router) for args.steps steps into args.out. state: what resume.pt held; orders: what sorted
-    the model, kept for a resumed run. Asked to stop by a signal, it saves and leaves with status 0."""
-    steps, start, bad = args.steps, 0, 0
+    data: (train Shards, validation windows). orders: what sorted the model, kept for a resumed run.
+    tokenizer: the path of one to put beside the weights, or None. state: what resume.pt held, or
+    None.
+    """
+    shards, val = data
     model.activation_checkpointing = args.activation_checkpointing
     if args.compile:
-        compile_blocks(model), compile_blocks(teacher)
+        compile_blocks(model)
+        compile_blocks(teacher)
     wrapped = shard(model, args.shard, device)
     optimizers = make_optimizers(model, router, args)
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    start = bad = 0
     if state is not None:
-        fresh = [{k: group[k] for k in ("peak", "start", "weight_decay")} for group in groups]
         for optimizer, moments in zip(optimizers, state["optimizers"]):
             load_optimizer_state(optimizer, moments)
-        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-        for group, these in zip(groups, fresh):  # --override may have changed them
-            group.update(these)
-        start, bad = state["step"], state["bad"]
-    log = open(Path(args.out) / "log.jsonl" if RANK == 0 else os.devnull, "a", encoding="utf-8", buffering=1)
-    record = lambda **entry: log.write(json.dumps(entry) + "\n")
-    record(argv=sys.argv, settings=settings, start=start, commit=git_commit(), torch=torch.__version__, ranks=WORLD,
-           device=torch.cuda.get_device_name() if device.type == "cuda" else "cpu")
-    bar = tqdm(total=steps, initial=start, desc=Path(args.out).name, disable=RANK > 0 or not sys.stderr.isatty())
-    seconds, timed = 0.0, 0
-    with Stop() as stop:
-        for step in range(start, steps + 1):
-            last, stopped = step == steps, mean_over_ranks(torch.tensor(float(stop.wished), device=device)).item() > 0
-            if last or stopped or (step > start and step % args.save_every == 0):
-                save(model, router, optimizers, step, bad, orders, settings, args)
-            if stopped and not last:
-                say(f"stopped at step {step} of {steps}, saved in {args.out}; go on with:  {resume_command()}")
-                finish()
-                raise SystemExit(0)
-            if router and step > start and (last or step % args.eval_every == 0):
-                deployed = {b: router.deploy(b) for b in args.budgets}
-                losses = {b: evaluate(model, val, *d)[0] for b, d in deployed.items()}
-                record(step=step, val=losses, got={b: cost(model.config, d[0]) for b, d in deployed.items()})
-                say(f"step {step:5d}/{steps} | val  |",
-                    "  ".join(f"{b:.2f}->{cost(model.config, deployed[b][0]):.3f} {v:.3f}" for b, v in losses.items()))
-            if last:
+        start = state["step"]
+        bad = state["bad"]
+
+    def save(step: int) -> None:
+        """All ranks gather, the first one writes."""
+        weights = model_state(model)
+        moments = [optimizer_state(optimizer) for optimizer in optimizers]
+        if RANK > 0:
+            return
+        flex = None
+        if router is not None:
+            flex = router_state(router, seq_len=args.seq_len, data=settings["data"],
+                                eval_windows=args.eval_windows)
+        resume = dict(model=weights, flex=flex, optimizers=moments, step=step, bad=run.bad,
+                      orders=orders, settings=settings)
+        write_checkpoint(args.out, resume, model.config, tokenizer, FLEX, flex)
+
+    slower = f"--override {'--base-lr' if router is None else '--lr'} {args.lr / 2:g}"
+    tokens = args.batch_tokens * (len(args.budgets) + args.extra_budgets)
+    with Run(args.out, args.steps, device, settings, start, bad, args.save_every, args.log_every,
+             args.max_bad_steps, slower, tokens) as run:
+        for step in range(start, args.steps + 1):
+            run.checkpoint(step, save)
+            if router is not None and run.due(step, args.eval_every):
+                validate(run, step, model, router, val, args)
+            if step == args.steps:
                 break
-            # one training step
-            clock = time.perf_counter()
-            for group in groups:
-                group["lr"] = group["peak"] * lr_factor(step, steps, args.warmup, group["start"])
+
+            # one training step: rates, gradients, clip, step
+            run.start_clock()
+            lr = set_rates(optimizers, step, args)
             for optimizer in optimizers:
                 optimizer.zero_grad(set_to_none=True)
             result = train_step(wrapped, model, router, shards, step, args, device, teacher)
             norms = clip_gradients(model, router, args.clip)
-            if all(map(math.isfinite, [*norms.values(), *(p["loss"] for p in result["passes"])])):
+            losses = [p["loss"] for p in result["passes"]]
+            if run.finite(step, losses, list(norms.values())):
                 for optimizer in optimizers:
                     optimizer.step()
-                bad = 0
-            else:  # the same on every rank: losses and gradients are means over them
-                bad += 1
-                say(f"step {step:5d}/{steps} | skipped: a loss or gradient is not finite ({bad} in a row)")
-                if bad >= args.max_bad_steps:
-                    fail(f"{bad} steps in a row, up to step {step}, had a loss or gradient that is not finite; the "
-                         f"last checkpoint in {args.out} stays; lower the rate:  {resume_command()} --override "
-                         f"{'--lr' if router else '--base-lr'} {args.lr / 2:g}")
-            took = time.perf_counter() - clock
-            if step - start >= 3:  # the first steps warm caches up
-                seconds, timed = seconds + took, timed + 1
-            # one line of log
-            passes = result["passes"]
-            for p in passes:
-                p["got"] = round(cost(model.config, p.pop("subnet")), 4)
-            bar.update()
-            bar.set_postfix(loss=f"{sum(p['loss'] for p in passes) / len(passes):.3f}")
-            record(step=step, lr=groups[0]["lr"], norms=norms, tau=result["tau"], kappa=result["kappa"],
-                   bad=bad, seconds=round(took, 4), **{key: [p[key] for p in passes] for key in passes[0]})
-            if step % args.log_every == 0 or step == steps - 1:
-                say(step_line(step, result, norms, groups[0]["lr"], seconds / max(1, timed), args))
-    bar.close()
-    log.close()
-
-
-def step_line(step: int, result: dict, norms: dict, lr: float, seconds: float, args) -> str:
-    """The printed line of a step: budget asked -> got and loss of every pass (~: soft), noise, speed, time left."""
-    passes, cells = result["passes"], []
-    cells.append("  ".join(f"{p['budget']:.2f}->{p['got']:.3f}{'~' if p['soft'] else ' '}{p['loss']:.3f}"
-                           for p in passes[::-1]))
-    if len(passes) > 1:
-        cells.append(f"tau {result['tau']:.2f} kappa {result['kappa']:4.1f} max p "
-                     f"{max(p['max_p'] for p in passes if p['budget'] < 1):.2f}")
-    cells.append(f"lr {lr:.1e} | norm {norms.get('llama', 0):.2f}")
-    if seconds:
-        left = timedelta(seconds=round((args.steps - step - 1) * seconds))
-        cells.append(f"{1000 * seconds:.0f} ms | {len(passes) * args.batch_tokens / seconds:,.0f} tok/s | eta {left}")
-    if args.compile:
-        cells.append(f"{compiled_graphs()} graphs")
-    return f"step {step:5d}/{args.steps} | loss | " + " | ".join(cells)
-
-
-def git_commit() -> str:
-    """The commit this code is at, for the log; "unknown" outside a git checkout."""
-    with contextlib.suppress(OSError):  # no git on this machine
-        found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).resolve().parent,
-                               capture_output=True, text=True)
-        return found.stdout.strip() or "unknown"
-    return "unknown"
+            log_step(run, step, model.config, result, norms, lr)
 
 
 # -----------------------------------------------------------------------------
-# the stages: data, base, elastic, table
+# the stages: base, family, table
 
 
-def open_data(args) -> tuple[str, Shards, Shards]:
-    """(folder, train, val). Without --data: the Python standard library, tokenised with the Llama's own tokenizer, or
-    without a Llama with one trained on it."""
-    own = Path(args.llama) / TOKENIZER if args.llama and (Path(args.llama) / TOKENIZER).is_file() else None
-
-    def same_tokenizer(folder):
-        theirs = Path(folder) / TOKENIZER
-        return not own or not theirs.is_file() or theirs.read_bytes() == own.read_bytes()
-
-    folder = args.data or "data/pystdlib"
-    if args.data is None and own and not (Path(folder).exists() and same_tokenizer(folder)):
-        folder += "-" + Path(args.llama).resolve().name
-    if args.data is None:  # all ranks ask, or one that looks late would not wait
-        rank0_first(lambda: None if Path(folder).exists() else str(prepare((), folder, tokenizer=own)))
-    if not same_tokenizer(folder):
-        fail(f"{folder} was made with another tokenizer than {own}; make data for this Llama: python data/prepare.py "
-             f"--input TEXT --tokenizer {own} --out data/NAME")
-    vocab_size = read_config(args.llama).vocab_size if args.llama else load_tokenizer(Path(folder) / TOKENIZER).n_vocab
-    if (Path(folder) / TOKENIZER).is_file():
-        load_tokenizer(Path(folder) / TOKENIZER, vocab_size)
-    return (folder, Shards(folder, "train", args.seq_len, vocab_size, args.seed),
-            Shards(folder, "val", args.seq_len, vocab_size, args.seed))
-
-
-def make_folder(path) -> None:
-    """mkdir -p, or one line about why not."""
-    try:
-        Path(path).mkdir(parents=True, exist_ok=True)
-        if not os.access(path, os.W_OK):
-            raise PermissionError(13, "Permission denied")
-    except OSError as error:
-        fail(f"{path} cannot be made a folder ({error.strerror}); choose another --out")
-
-
-def dense_base(args, config: LlamaConfig, data, settings: dict, state: dict | None, device) -> None:
+def train_base(args, config: LlamaConfig, data, settings: dict, state, device, tokenizer) -> None:
     """The demo's starting point: a small dense Llama, trained once into args.out."""
     if state is not None and state["step"] == args.steps:
-        return say(f"base: {args.out} is there, {args.steps} steps; not trained again")
+        say(f"base: {args.out} is there, {args.steps} steps; not trained again")
+        return
     model = Llama(config).init_weights(args.seed)
     if state is not None:
         model.load_state_dict(state["model"])
-    say(f"base: a dense Llama of {n_params(config, model.full):,} non-embedding parameters into {args.out}")
-    train(model.to(device), None, *data, None, settings, args, device, state)
+    n = n_params(config, model.full)
+    say(f"base: a dense Llama of {n:,} non-embedding parameters into {args.out}")
+    train(model.to(device), None, data, None, settings, args, device, tokenizer, state)
 
 
-def elastic(args, router: Router, data, settings: dict, state: dict | None, device) -> None:
-    """Ranks, sorts and trains the Llama in args.llama into args.out, then prints the table of budgets."""
-    model = load_llama(args.llama, device)
+def train_family(args, base: str, router: Router, data, settings: dict, state, device, tokenizer):
+    """Ranks, sorts and trains the Llama in `base` into args.out, then prints the table of
+    budgets."""
+    model = load_llama(base, device)
     model.config = replace(model.config, context=max(model.config.context, args.seq_len))
     if state is None:
+        # Rank the units on training windows, sort them, and tell the router in which order layers
+        # are kept.
         if args.resume:
             say(f"{Path(args.out) / RESUME} does not exist: starting at step 0")
         windows = data[0].windows(args.calibration_windows)[0].to(device)
-        say(f"ranking {model.config.dim} channels, heads, neurons and layers on {len(windows)} windows")
+        say(f"ranking {model.config.dim} channels, heads, neurons and layers on {len(windows)} "
+            "windows")
         with autocast(device):
-            orders = rank0_first(lambda: rank(model, windows, args.depth_by, args.units_by, args.seed))
+            orders = rank0_first(
+                lambda: rank(model, windows, args.depth_by, args.units_by, args.seed))
         sort_(model, orders)
         router.space.order_layers(orders["layers"])
     else:
+        # The weights in resume.pt are sorted already.
         say(f"{args.out} is there at step {state['step']} of {args.steps}: going on from it")
         model.load_state_dict(state["model"])
-        router, orders = restore_router(model.config, state["flex"]), state["orders"]
+        router = restore_router(model.config, state["flex"])
+        orders = state["orders"]
     model.requires_grad_(not args.freeze_backbone)
-    teacher = load_llama(args.llama, device).requires_grad_(False) if args.kd > 0 else None  # the frozen base
-    say(f"elastic: budgets {' '.join(f'{b:g}' for b in args.budgets)}, {len(router.space.members)} sub-networks of "
-        f"cost {router.space.costs.min():.3f} to 1, router lr {args.router_lr:.1e}")
-    train(model, router, *data, orders, settings, args, device, state, teacher)
-    table(model, router, orders, data[1], args)
-    say(f"\nNext:  python export.py --model {args.out} --budget 0.5\n       python eval.py --model {args.out}\n"
-        f"       python sample.py --model {args.out} --budget 0.5")
-
-
-def table(model, router, orders: dict, val, args) -> None:
-    """The family: what each budget got, and its loss before (the same slice of the sorted base) and after training, as
-    read back from the folders."""
-    model = load_llama(args.out, model.tok_embeddings.weight.device)
-    config, rows, smallest = model.config, [], router.space.costs.min()
-    evaluate(model, [w[:16] for w in val])  # warms up: the first row's speed counts too
-    for b in sorted({b for b in TABLE_BUDGETS if b >= smallest} | set(args.budgets), reverse=True):
-        subnet, factors = router.deploy(b)
-        rows.append([b, subnet, *evaluate(model, val, subnet, factors)])
-    model.load_state_dict(load_llama(args.llama, dtype=None).state_dict())  # as the file has it: a map, not a copy
-    sort_(model, orders)
-    say(f"\n{'budget':>7} {'got':>6} {'dim':>5} {'heads':>5} {'ffn':>6} {'layers':>6} {'parameters':>14} "
-        f"{'before':>7} {'after':>7} {'tok/s':>9}   (* trained; loss in nats on {val[1].numel():,} held-out tokens)")
-    for b, subnet, loss, speed in rows:
-        before = evaluate(model, val, subnet)[0]
-        say(f"{b:6.2f}{'*' if b in args.budgets else ' '} {cost(config, subnet):6.3f} {subnet.dim:5d} "
-            f"{subnet.n_heads[0]:5d} {subnet.ffn_dim[0]:6d} {len(subnet.layers):6d} {n_params(config, subnet):14,} "
-            f"{before:7.3f} {loss:7.3f} {speed:9,.0f}")
+    teacher = None
+    if args.kd > 0:
+        teacher = load_llama(base, device).requires_grad_(False)  # the frozen base
+    space = router.space
+    asked = " ".join(f"{b:g}" for b in args.budgets)
+    say(f"elastic: budgets {asked}, {len(space.members)} sub-networks of cost "
+        f"{space.costs.min():.3f} to 1, router lr {args.router_lr:.1e}")
+    train(model, router, data, orders, settings, args, device, tokenizer, state, teacher)
+    show_family(args, base, orders, data[1], device)
 
 
 def main(argv=None) -> None:
     """data -> base -> rank, sort -> train -> table."""
     args = parse_args(argv, __doc__)
     if args.dry_run:
-        return print(plan_table(args))
+        print(plan_table(args))
+        return
     device = setup(args.device)
     say("settings: " + " ".join(f"{k}={v}" for k, v in vars(args).items() if v is not None))
     folder, shards, val = open_data(args)
-    data, data_id = (shards, val.windows(args.eval_windows)), dict(data=folder, fingerprint=shards.fingerprint())
-    settings = {k: v for k, v in vars(args).items() if k not in MAY_DIFFER} | data_id
+    data = (shards, val.windows(args.eval_windows))
+    data_id = dict(data=folder, fingerprint=shards.fingerprint())
     override = OVERRIDES if args.override else ()
+
+    # A run that cannot go on is refused here, before the demo's base is trained.
+    base = base_folder(args)
+    settings = settings_of(args, data_id)
     state = resume_state(args.out, settings, args.steps, args.resume, override)
-    config = LlamaConfig(vocab_size=shards.vocab_size, context=args.seq_len) if args.demo else read_config(args.llama)
-    asked = {axis: getattr(args, f"{axis}_choices") for axis in AXES}
-    try:
-        space = Space(config, {axis: sizes for axis, sizes in asked.items() if sizes})
-    except ValueError as error:
-        fail(str(error))
-    for budget in args.budgets:
-        space.feasible(budget)
-    args.llama = args.llama or str(Path(args.out).parent / "base")
-    if Path(args.llama).resolve() == Path(args.out).resolve():
-        fail(f"--out {args.out} is the Llama that training starts from; choose another --out")
-    if args.demo:
-        dense = argparse.Namespace(**vars(args) | dict(out=args.llama, steps=args.base_steps, lr=args.base_lr,
-                                                       budgets=[1.0], extra_budgets=0))
-        base = {k: getattr(args, k) for k in ("base_steps", "base_lr", "seed", "batch_tokens", "seq_len", "clip",
-                                              "weight_decay", "warmup")} | data_id
-        mend = f"give --out in another parent folder, start from it as it is with --llama {args.llama}"
-        state_of_base = resume_state(args.llama, base, args.base_steps, args.resume, override, mend)
-        make_folder(args.out), make_folder(args.llama)
-        dense_base(dense, config, data, base, state_of_base, device)
+    if args.llama is None:
+        config = LlamaConfig(vocab_size=shards.vocab_size, context=args.seq_len)
+    else:
+        config = read_config(args.llama)
+    space = space_of(args, config)
+
+    if args.llama is None:
+        mend = f"give --out in another parent folder, start from it as it is with --llama {base}"
+        base_settings = settings_of_base(args, data_id)
+        base_state = resume_state(base, base_settings, args.base_steps, args.resume, override, mend)
+        make_folder(args.out)
+        make_folder(base)
+        train_base(args_of_base(args, base), config, data, base_settings, base_state, device,
+                   first_tokenizer(folder))
     make_folder(args.out)
-    router = Router(space, args.router, args.seed, args.budgets, args.modulation == "channel")
-    elastic(args, router, data, settings, state, device)
+    router = Router(space, args.router, args.seed, args.budgets)
+    train_family(args, base, router, data, settings, state, device, first_tokenizer(base, folder))
     finish()
 
 
