@@ -1,1 +1,1 @@
-"""Flextron (ICML 2024), on the Llama of model.py. See README.md."""
+"""Flextron (ICML 2024): routers in front of every layer of model.py's Llama. See README.md here."""

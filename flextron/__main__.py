@@ -1,188 +1,270 @@
 """
 Flextron (ICML 2024): one Llama whose MLPs and heads are elastic, with a router in front of each of them.
 
-    python flextron.py                                        from out/base into out/flextron, static routers
-    python flextron.py --router dynamic --out out/dynamic     every token takes its own width
-    python flextron.py --cost latency                         targets are fractions of the measured time
-    python flextron.py --llama out/flex --elastic-steps 0     routers for a family that train.py made elastic
-    python eval.py --model out/dynamic --text flextron.py     what each token took
+    python -m flextron                                        from out/base into out/flextron, static routers
+    python -m flextron --router dynamic --out out/dynamic     every token takes its own width
+    python -m flextron --cost latency                         targets are fractions of the measured time
+    python -m flextron --llama out/flex --elastic-steps 0     routers for a family that train.py made elastic
+    python eval.py --model out/dynamic --text notes.txt       what each token took
 
-Three stages, on text of their own:
+Training has three stages, each on text of its own:
 
-    elastic   the full model and a few SubNets, each layer's sizes drawn at random; losses summed (Eq. 5)
-    routers   the Llama is frozen, the routers learn (--teach, below)
-    joint     the full model and every target, drawn by the routers; Llama and routers learn together
+    elastic   the full model and a few SubNets, each layer's sizes drawn at random. The loss is their
+              mean (Eq. 5 has the sum)
+    routers   the Llama is frozen, the routers learn
+    joint     the full model and every target, drawn by the routers. Llama and routers learn together
 
-A target t is a bound on the mean cost: the loss has lambda * |E[cost] / t - 1| (the latency loss; E over what a router
-draws from), and what is deployed is held to it by a price (pertoken.py). What teaches the routers in the second stage:
+A target t is a bound on the mean cost. The loss has lambda * |E[cost] / t - 1| (the latency loss), with
+E over what a router draws from. In use the cost is held to the target by a price (network.py).
 
-    surrogate  (the paper) a small network S learns, from pairs seen, how the language model's loss follows from what
-               the routers put out; routers descend S + the latency loss, only while S's error on new pairs is under
-               --threshold; then S is thrown away. A pair costs one forward of what was chosen, and no backward.
-    gates      (LLaMaFlex's way) the gradient of the loss itself, through straight-through gates on the full width.
-               Dearer a step, and better in our runs (RESULTS.md): the default
+Two teachers for the routers of the second stage (--teach):
 
-The loss S learns is the excess over the full model's on the same tokens: from batch to batch the loss itself moves by
-more than a router can change. Unknown in the paper, and chosen here: threshold, number of sizes, noise, learning rates.
+    gates      the gradient of the loss itself, through straight-through gates on the full width.
+               This is LLaMaFlex's way. It costs more a step and was better in our runs (README.md),
+               so it is the default
+    surrogate  the paper's way. A small network S learns from pairs how the loss follows from what the
+               routers put out. Routers descend S + the latency loss, only while S's error on new
+               pairs is under --threshold
+
+Unknown in the paper, and chosen here: threshold, number of sizes, noise, learning rates.
 """
 import argparse
-import json
 import math
 import os
-import sys
-import time
-from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 
-from plumbing.checkpoint import (
-    RESUME,
-    TOKENIZER,
-    load_llama,
-    resume_state,
-    save_llama,
-    save_tensors,
-)
-from flextron.deployed import FLEXTRON, Deployed, flextron_state, restore_flextron
+from data.prepare import open_data
+from eval import evaluate
+from flextron.deployed import Deployed, flextron_state, restore_flextron
+from flextron.network import Flextron, costs_of, parameter_cost, sizes_for, timed_sizes
+from flextron.routers import ELASTIC
+from flextron.stages import Surrogate, stage_of, train_step
 from importance import rank, sort_
+from model import Llama, SubNet
+from plumbing.checkpoint import RESUME, load_llama, resume_state
+from plumbing.errors import Parser, check_at_least_one, fail
+from plumbing.family import FLEX, FLEXTRON
+from plumbing.files import make_folder
 from plumbing.latency import load_latency
-from model import SubNet
-from optimizer import lr_factor
-from plumbing.parallel import WORLD, Stop, say, setup
+from plumbing.parallel import WORLD, say, setup
 from plumbing.params import read_config
-from flextron.network import KINDS, Flextron, costs_of, parameters_of, sizes_for, timed_sizes
-from router import FLEX
+from plumbing.run import Run, first_tokenizer, write_checkpoint
 from plumbing.settings import SMALL
 from space import n_params
-from flextron.stages import Surrogate, stage_of, train_step
-from plumbing.errors import fail
-from eval import evaluate
-from train import git_commit, make_folder, open_data, resume_command
+from train import lr_factor
+
+# A resumed run may differ in these always, and in those of OVERRIDES with --override.
+MAY_DIFFER = {"resume", "override", "out", "log_every", "save_every", "max_bad_steps", "device"}
+OVERRIDES = {"lr", "router_lr", "clip"}
+
+# -----------------------------------------------------------------------------
+# optimizers
+
+
+def total_steps(args: argparse.Namespace) -> int:
+    """Of all three stages."""
+    return args.elastic_steps + args.router_steps + args.joint_steps
+
+
+def make_optimizers(flextron: Flextron, args: argparse.Namespace) -> tuple:
+    """AdamW for the Llama, whose matrices are decayed, and AdamW for the routers."""
+    matrices = [p for p in flextron.model.parameters() if p.dim() == 2]
+    norms = [p for p in flextron.model.parameters() if p.dim() != 2]
+    llama = [
+        dict(params=matrices, weight_decay=args.weight_decay),
+        dict(params=norms, weight_decay=0.0),
+    ]
+    routers = [dict(params=list(flextron.routers.parameters()), weight_decay=0.0)]
+    for_llama = torch.optim.AdamW(llama, lr=args.lr, betas=(0.9, 0.95))
+    for_routers = torch.optim.AdamW(routers, lr=args.router_lr, betas=(0.9, 0.95))
+    return for_llama, for_routers
+
+
+def set_rates(for_llama, for_routers, step: int, args: argparse.Namespace) -> None:
+    """The learning rates of a step. Those of the routers begin to rise where the elastic stage ends."""
+    steps = total_steps(args)
+    begin = args.elastic_steps / max(1, steps)
+    for group in for_llama.param_groups:
+        group["lr"] = args.lr * lr_factor(step, steps, args.warmup)
+    for group in for_routers.param_groups:
+        group["lr"] = args.router_lr * lr_factor(step, steps, args.warmup, begin)
+
 
 # -----------------------------------------------------------------------------
 # the loop
 
 
-def grid_of(targets: list[float]) -> list[float]:
-    """The targets, halfway between neighbours, and halfway to 1: where the dynamic router's price is measured."""
-    ends = sorted({*targets, 1.0})
-    return ends[:-1] + [(a + b) / 2 for a, b in zip(ends, ends[1:])]
+class Trained:
+    """All that training changes: the Llama and its routers, their optimizers, the surrogate.
 
+    start, bad, updates: of a new run 0, of a resumed one what resume.pt held. updates: how many steps
+    moved the routers."""
 
-def save(flextron: Flextron, optimizers, surrogate, step: int, updates: int, settings: dict, args) -> None:
-    """resume.pt first: it suffices alone."""
-    out, state = Path(args.out), {k: t.detach().cpu() for k, t in flextron.model.state_dict().items()}
-    flex = flextron_state(flextron, targets=args.targets, seq_len=args.seq_len, data=settings["data"],
-                          eval_windows=args.eval_windows)
-    homes = [Path(folder) / TOKENIZER for folder in (args.llama, settings["data"])]
-    try:
-        save_tensors(out / RESUME, dict(model=state, flextron=flex, optimizers=[o.state_dict() for o in optimizers],
-                                        surrogate=surrogate.state(), step=step, updates=updates, settings=settings))
-        save_llama(out, flextron.model.config, state, next((path for path in homes if path.is_file()), None))
-        save_tensors(out / FLEXTRON, flex)
-    except OSError as error:
-        fail(f"{out} at step {step} cannot be written ({error.strerror or error}); the last checkpoint there is "
-             f"whole; make room, then:  {resume_command()}")
+    def __init__(self, flextron: Flextron, args: argparse.Namespace, state: dict | None):
+        self.flextron = flextron
+        self.for_llama, self.for_routers = make_optimizers(flextron, args)
+        sizes = sum(len(flextron.sizes[axis]) for axis in ELASTIC)
+        self.surrogate = Surrogate(flextron.model.config.n_layers * sizes, args.seed)
+        self.start = 0
+        self.bad = 0
+        self.updates = 0
+        if state is not None:
+            self.for_llama.load_state_dict(state["optimizers"][0])
+            self.for_routers.load_state_dict(state["optimizers"][1])
+            self.surrogate.load(state["surrogate"])
+            self.start = state["step"]
+            self.bad = state["bad"]
+            self.updates = state["updates"]
 
-
-def make_optimizers(flextron: Flextron, args) -> list:
-    """AdamW for the Llama, whose matrices are decayed, and one for the routers."""
-    of = lambda matrices: [p for p in flextron.model.parameters() if (p.dim() == 2) == matrices]
-    groups = [dict(params=of(True), weight_decay=args.weight_decay), dict(params=of(False), weight_decay=0.0)]
-    return [torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95)),
-            torch.optim.AdamW(flextron.routers.parameters(), lr=args.router_lr, betas=(0.9, 0.95), weight_decay=0.0)]
+    def save(self, step: int, bad: int, settings: dict, args: argparse.Namespace) -> None:
+        """Writes resume.pt, the Llama and flextron.pt into args.out."""
+        model = self.flextron.model
+        routers = flextron_state(self.flextron, targets=args.targets, seq_len=args.seq_len,
+                                 data=settings["data"], eval_windows=args.eval_windows)
+        resume = dict(
+            model={name: tensor.detach().cpu() for name, tensor in model.state_dict().items()},
+            flextron=routers,
+            optimizers=[self.for_llama.state_dict(), self.for_routers.state_dict()],
+            surrogate=self.surrogate.state(),
+            step=step,
+            bad=bad,
+            updates=self.updates,
+            settings=settings,
+        )
+        tokenizer = first_tokenizer(args.llama, settings["data"])
+        write_checkpoint(args.out, resume, model.config, tokenizer, FLEXTRON, routers)
 
 
 def train(flextron: Flextron, shards, val, settings: dict, args, device, state=None) -> None:
-    """All stages, into args.out. state: what resume.pt held."""
-    steps, start, updates = args.elastic_steps + args.router_steps + args.joint_steps, 0, 0
-    optimizers = make_optimizers(flextron, args)
-    surrogate = Surrogate(flextron.model.config.n_layers * sum(map(len, flextron.sizes.values())), args.seed)
-    if state is not None:
-        for optimizer, moments in zip(optimizers, state["optimizers"]):
-            optimizer.load_state_dict(moments)
-        surrogate.load(state["surrogate"])
-        start, updates = state["step"], state["updates"]
-    log = open(Path(args.out) / "log.jsonl", "a", encoding="utf-8", buffering=1)
-    record = lambda **entry: log.write(json.dumps(entry) + "\n")
-    record(argv=sys.argv, settings=settings, start=start, commit=git_commit(), torch=torch.__version__)
-    calibration = shards.windows(args.calibration_windows)[0][:max(1, 2048 // args.seq_len)].to(device)
-    begin, seconds = args.elastic_steps / max(1, steps), []
-    with Stop() as stop, log:
-        for step in range(start, steps + 1):
-            last = step == steps
-            if last or stop.wished or (step > start and step % args.save_every == 0):
-                if last or step > args.elastic_steps:
-                    flextron.calibrate(calibration, grid_of(args.targets) if last else args.targets)
-                save(flextron, optimizers, surrogate, step, updates, settings, args)
-            if stop.wished and not last:
-                say(f"stopped at step {step} of {steps}, saved in {args.out}; go on with:  {resume_command()}")
-                raise SystemExit(0)
-            if step > args.elastic_steps and (last or step % args.save_every == 0):
-                rows = {t: loss_at(flextron, val, t) for t in [*args.targets, 1.0]}
-                record(step=step, val={t: r[0] for t, r in rows.items()}, got={t: r[1] for t, r in rows.items()})
-                cells = (f"{t:.2f}->{g:.3f} {v:.3f}" for t, (v, g) in rows.items())
-                say(f"step {step:5d}/{steps} | val  |", "  ".join(cells))
-            if last:
-                return
-            # one training step
-            clock, stage = time.perf_counter(), stage_of(step, args)
-            for optimizer, peak, first in zip(optimizers, (args.lr, args.router_lr), (0.0, begin)):
-                optimizer.zero_grad(set_to_none=True)
-                for group in optimizer.param_groups:
-                    group["lr"] = peak * lr_factor(step, steps, args.warmup, first)
-            result = train_step(flextron, surrogate, shards, step, args, device)
-            clip = lambda module: nn.utils.clip_grad_norm_(module.parameters(), args.clip).item()
-            norms = [clip(flextron.model), clip(flextron.routers)]
-            if all(map(math.isfinite, [*norms, *result["loss"]])):
-                for optimizer, learns in zip(optimizers, (stage != "routers", result["updated"])):
-                    if learns:
-                        optimizer.step()
-                updates += result["updated"]
-            else:
-                say(f"step {step:5d}/{steps} | skipped: a loss or gradient is not finite")
-            seconds = [*seconds[-20:], time.perf_counter() - clock]
-            record(step=step, stage=stage, norms=norms, router_updates=updates, **result)
-            if step % args.log_every == 0 or step == steps - 1:
-                say(step_line(step, steps, stage, result, sorted(seconds)[len(seconds) // 2], args))
+    """All stages, into args.out. val: held-out windows (x, y). state: what resume.pt held, or None."""
+    steps = total_steps(args)
+    model = flextron.model
+    trained = Trained(flextron, args, state)
+    # Prices are measured on about 2,048 tokens of training text.
+    calibration = shards.windows(args.calibration_windows)[0]
+    calibration = calibration[:max(1, 2048 // args.seq_len)].to(device)
+
+    def save(step: int) -> None:
+        # A price holds for the routers as they are now: measure it again.
+        if step == steps:
+            flextron.calibrate(calibration, finer(args.targets))
+        elif step > args.elastic_steps:
+            flextron.calibrate(calibration, args.targets)
+        trained.save(step, run.bad, settings, args)
+
+    slower = f"--override --lr {args.lr / 2:g} --router-lr {args.router_lr / 2:g}"
+    with Run(args.out, steps, device, settings, trained.start, trained.bad, args.save_every, args.log_every,
+             args.max_bad_steps, slower) as run:
+        for step in range(trained.start, steps + 1):
+            run.checkpoint(step, save)
+            # validation, once there are routers that have learned something
+            if step > args.elastic_steps and (step == steps or step % args.save_every == 0):
+                validate(run, step, flextron, val, args)
+            if step == steps:
+                break
+
+            # one training step: rates, gradients, clip, step
+            run.start_clock()
+            set_rates(trained.for_llama, trained.for_routers, step, args)
+            trained.for_llama.zero_grad(set_to_none=True)
+            trained.for_routers.zero_grad(set_to_none=True)
+            result = train_step(flextron, trained.surrogate, shards, step, args, device)
+            norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip).item()
+            router_norm = nn.utils.clip_grad_norm_(flextron.routers.parameters(), args.clip).item()
+            # Frozen weights do not move, nor do routers that wait for the surrogate.
+            stage = stage_of(step, args)
+            if run.finite(step, result["loss"], [norm, router_norm]):
+                if stage != "routers":
+                    trained.for_llama.step()
+                if result["updated"]:
+                    trained.for_routers.step()
+                    trained.updates += 1
+            mean = sum(result["loss"]) / len(result["loss"])
+            run.log_step(step, step_line(stage, result, args.targets), mean, stage=stage,
+                         norms=[norm, router_norm], router_updates=trained.updates, **result)
 
 
-def step_line(step: int, steps: int, stage: str, result: dict, seconds: float, args) -> str:
+def finer(targets: list[float]) -> list[float]:
+    """The targets, halfway between neighbours, and halfway to 1: where prices are measured at the end."""
+    ends = sorted({*targets, 1.0})
+    halfway = [(a + b) / 2 for a, b in zip(ends, ends[1:])]
+    return ends[:-1] + halfway
+
+
+def step_line(stage: str, result: dict, targets: list[float]) -> str:
     """The printed line of a step: losses, and with routers the expected cost at every target."""
-    line = f"step {step:5d}/{steps} | {stage:7} | loss " + " ".join(f"{loss:.3f}" for loss in result["loss"])
+    losses = " ".join(f"{loss:.3f}" for loss in result["loss"])
+    cells = [f"{stage:7}", f"loss {losses}"]
     if "cost" in result:
-        line += " | cost " + " ".join(f"{t:.2f}->{c:.3f}" for t, c in zip(args.targets, result["cost"]))
+        costs = " ".join(f"{t:.2f}->{cost:.3f}" for t, cost in zip(targets, result["cost"]))
+        cells.append(f"cost {costs}")
     if "error" in result:
-        line += f" | S's error {result['error']:.3f}{'' if result['updated'] else ', routers wait'}"
-    return line + f" | {1000 * seconds:.0f} ms | eta {timedelta(seconds=round((steps - step - 1) * seconds))}"
+        waiting = "" if result["updated"] else ", routers wait"
+        cells.append(f"S's error {result['error']:.3f}{waiting}")
+    return " | ".join(cells)
+
+
+def validate(run: Run, step: int, flextron: Flextron, val, args: argparse.Namespace) -> None:
+    """The validation loss and the cost at every target, to the log and the screen."""
+    losses = {}
+    got = {}
+    for target in [*args.targets, 1.0]:
+        losses[target], got[target] = loss_at(flextron, val, target)
+    run.record(step=step, val=losses, got=got)
+    cells = [f"{target:.2f}->{got[target]:.3f} {loss:.3f}" for target, loss in losses.items()]
+    run.say(step, "val  | " + "  ".join(cells))
 
 
 def loss_at(flextron: Flextron, val, target: float) -> tuple[float, float]:
-    """(held-out loss, mean cost) of what is deployed at a target."""
-    deployed = Deployed(flextron, target)
-    return evaluate(deployed, val)[0], deployed.got()
+    """(held-out loss in nats, mean cost) of what is deployed at a target."""
+    network = Deployed(flextron, target)
+    loss = evaluate(network, val)[0]
+    return loss, network.got()
 
 
 # -----------------------------------------------------------------------------
-# the command line
+# the flags
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    """Every flag; what can be refused is refused before anything is trained."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.error = lambda message: fail(f"{message}; python flextron.py --help lists the flags")
+    """The command line. What can be refused is refused here, before anything is trained."""
+    p = Parser("python -m flextron", __doc__)
+    add_method(p)
+    add_schedule(p)
+    add_machine(p)
+    args = p.parse_args(argv)
+    check(args)
+    derive(args)
+    return args
+
+
+def add_method(p: argparse.ArgumentParser) -> None:
+    """What is trained, from what, and how it is told what to cost."""
     add = p.add_argument
-    add("--llama", default="out/base", help="raw Llama folder; one that train.py or flextron.py sorted stays as it is")
+    add("--llama", default="out/base",
+        help="raw Llama folder; one that train.py or flextron sorted stays as it is")
     add("--data", help="folder of shards from data/prepare.py (default: the Python standard library)")
-    add("--out", default="out/flextron")
-    add("--router", choices=["static", "dynamic"], default="static", help="sizes per layer, or per layer and token")
-    add("--cost", choices=["params", "latency"], default="params", help="what a target is a fraction of")
-    add("--teach", choices=["gates", "surrogate"], default="gates", help="the routers, while the Llama is frozen")
-    add("--targets", type=float, nargs="+", default=[0.8, 0.6, 0.4], help="fractions of the full model's cost")
+    add("--out", default="out/flextron", help="folder of the Llama and its routers")
+    add("--router", choices=["static", "dynamic"], default="static",
+        help="sizes per layer, or per layer and token")
+    add("--cost", choices=["params", "latency"], default="params",
+        help="what a target is a fraction of")
+    add("--teach", choices=["gates", "surrogate"], default="gates",
+        help="the routers, while the Llama is frozen")
+    add("--targets", type=float, nargs="+", default=[0.8, 0.6, 0.4],
+        help="fractions of the full model's cost")
     add("--n-heads-choices", type=int, nargs="+", help="numbers of query heads to choose from")
     add("--ffn-dim-choices", type=int, nargs="+", help="numbers of neurons to choose from")
+    add("--penalty", type=float, default=1.0, help="lambda of the latency loss")
+    add("--threshold", type=float, default=0.05, help="nats: routers follow S while its error is smaller")
+
+
+def add_schedule(p: argparse.ArgumentParser) -> None:
+    """How long, how much a step, and at which rates."""
+    add = p.add_argument
     add("--elastic-steps", type=int, default=225, help="of random SubNets")
     add("--router-steps", type=int, default=75, help="with the Llama frozen")
     add("--joint-steps", type=int, default=150, help="of Llama and routers together")
@@ -191,48 +273,134 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--micro-batch", type=int, help="sequences per forward (default: 8192 tokens)")
     add("--seq-len", type=int, default=128, help="tokens per sequence")
     add("--lr", type=float, help="Llama's (default: 1e-3, from 100M parameters on 4e-5)")
-    add("--router-lr", type=float, default=1e-2)
+    add("--router-lr", type=float, default=1e-2, help="routers' learning rate")
     add("--warmup", type=float, default=0.1, help="of the learning rates, share of the steps")
     add("--weight-decay", type=float, default=0.1, help="on the Llama's matrices")
     add("--clip", type=float, default=1.0, help="gradient norm, for Llama and routers apart")
-    add("--penalty", type=float, default=1.0, help="lambda of the latency loss")
-    add("--threshold", type=float, default=0.05, help="nats: routers follow S while its error is smaller")
     add("--tau-end", type=float, default=0.0561, help="temperature at the last step (starts at 1)")
     add("--kappa-end", type=float, default=10.0, help="logit scale at the last step (starts at 1)")
-    add("--calibration-windows", type=int, default=64, help="training windows that rank units and set prices")
+    add("--calibration-windows", type=int, default=64,
+        help="training windows that rank units and set prices")
+    add("--seed", type=int, default=0, help="of data order, SubNets, routers and noise")
+
+
+def add_machine(p: argparse.ArgumentParser) -> None:
+    """What a run leaves behind, and what it runs on."""
+    add = p.add_argument
     add("--eval-windows", type=int, default=128, help="validation windows")
     add("--save-every", type=int, default=150, help="steps between checkpoints")
     add("--log-every", type=int, default=10, help="steps between printed lines")
-    add("--seed", type=int, default=0, help="of data order, SubNets, routers and noise")
     add("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     add("--resume", action="store_true", help="go on from --out's resume.pt")
-    args = p.parse_args(argv)
-    return check(args)
+    add("--override", action="store_true", help=f"and let these differ: {', '.join(sorted(OVERRIDES))}")
+    add("--max-bad-steps", type=int, default=10,
+        help="steps in a row whose loss or gradient is not finite (they are skipped) before the run stops")
 
 
-def check(args: argparse.Namespace) -> argparse.Namespace:
-    """Ranges, and what follows from other flags."""
+def check(args: argparse.Namespace) -> None:
+    """Ranges, and what does not go together: fail()."""
     if WORLD > 1:
-        fail(f"{WORLD} processes found; flextron.py runs in one: start it with python, not torchrun")
-    args.targets = sorted(set(args.targets), reverse=True)
-    if not all(0 < t < 1 for t in args.targets):
-        fail(f"--targets {' '.join(map(str, args.targets))} found; expected fractions between 0 and 1 (1 is always "
-             "trained); try --targets 0.8 0.6 0.4")
-    zero = {"seed", "elastic_steps", "router_steps", "joint_steps", "samples", "weight_decay", "penalty", "warmup"}
-    args.micro_batch = args.micro_batch or max(1, 8192 // max(1, args.seq_len))
-    config = read_config(args.llama)
-    args.lr = args.lr or (1e-3 if n_params(config, SubNet.full(config)) < SMALL else 4e-5)
-    for name, value in vars(args).items():
-        lowest = 0 if name in zero else 1 if type(value) is int else 1e-12
-        if type(value) in (int, float) and not lowest <= value < float("inf"):
-            fail(f"--{name.replace('_', '-')} {value:g} found; expected {lowest:g} or more")
+        fail(f"{WORLD} processes found; flextron runs in one: start it with python -m flextron, not torchrun")
+    if not all(0 < target < 1 for target in args.targets):
+        found = " ".join(str(target) for target in args.targets)
+        fail(f"--targets {found} found; expected fractions between 0 and 1 (1 is always trained); "
+             "try --targets 0.8 0.6 0.4")
+    check_at_least_one(args, "batch_tokens", "micro_batch", "seq_len", "calibration_windows",
+                       "eval_windows", "save_every", "log_every", "max_bad_steps")
+    check_range(args, 0, "seed", "elastic_steps", "router_steps", "joint_steps", "samples",
+                "weight_decay", "penalty", "warmup")
+    check_range(args, 1e-12, "lr", "router_lr", "clip", "threshold", "tau_end", "kappa_end")
     if args.batch_tokens % args.seq_len:
-        fail(f"--batch-tokens {args.batch_tokens} found; expected whole sequences of --seq-len {args.seq_len}")
-    for name in ("data", "llama"):  # one folder, one name: a resumed run compares them
-        setattr(args, name, getattr(args, name) and os.path.normpath(getattr(args, name)))
+        fail(f"--batch-tokens {args.batch_tokens} found; expected whole sequences of "
+             f"--seq-len {args.seq_len}")
     if Path(args.llama).resolve() == Path(args.out).resolve():
         fail(f"--out {args.out} is the Llama that training starts from; choose another --out")
-    return args
+
+
+def check_range(args: argparse.Namespace, lowest: float, *names: str) -> None:
+    """Each of these flags is finite and at least `lowest`, or was not given (None); else fail()."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and not lowest <= value < math.inf:
+            fail(f"--{name.replace('_', '-')} {value:g} found; expected {lowest:g} or more")
+
+
+def derive(args: argparse.Namespace) -> None:
+    """Fills in what was not given, and writes targets and paths in one way: a resumed run compares them."""
+    config = read_config(args.llama)
+    if args.micro_batch is None:
+        args.micro_batch = max(1, 8192 // args.seq_len)
+    if args.lr is None:
+        small = n_params(config, SubNet.full(config)) < SMALL
+        args.lr = 1e-3 if small else 4e-5
+    args.targets = sorted(set(args.targets), reverse=True)
+    args.llama = os.path.normpath(args.llama)
+    if args.data is not None:
+        args.data = os.path.normpath(args.data)
+
+
+def settings_of(args: argparse.Namespace, folder: str, fingerprint: str) -> dict:
+    """What a resumed run must agree on; the folder of the shards and their fingerprint included."""
+    kept = {name: value for name, value in vars(args).items() if name not in MAY_DIFFER}
+    return kept | dict(data=folder, fingerprint=fingerprint)
+
+
+# -----------------------------------------------------------------------------
+# the stages: data, ranking, training, table
+
+
+def asked_sizes(args: argparse.Namespace) -> dict[str, list[int]]:
+    """The sizes to choose from, per axis; fail() if some do not fit the Llama."""
+    asked = dict(n_heads=args.n_heads_choices, ffn_dim=args.ffn_dim_choices)
+    given = {axis: sizes for axis, sizes in asked.items() if sizes}
+    try:
+        return sizes_for(read_config(args.llama), given)
+    except ValueError as error:
+        fail(str(error))
+
+
+def new_flextron(model: Llama, sizes: dict, shards, args: argparse.Namespace, device) -> Flextron:
+    """A Llama made ready: units ranked and sorted, costs known, routers as they start."""
+    if not any((Path(args.llama) / name).exists() for name in (FLEX, FLEXTRON)):
+        say(f"ranking heads and neurons on {args.calibration_windows} windows")
+        windows = shards.windows(args.calibration_windows)[0].to(device)
+        sort_(model, rank(model, windows, "influence"))
+    dynamic = args.router == "dynamic"
+    if args.cost == "latency":
+        cost_of = load_latency(args.out, model, timed_sizes(model.config, sizes))
+    else:
+        cost_of = parameter_cost(model.config, dynamic)
+    costs = costs_of(model.config, sizes, cost_of)
+    return Flextron(model, sizes, dynamic, costs, args.cost, args.seed).to(device)
+
+
+def check_targets(flextron: Flextron, args: argparse.Namespace) -> None:
+    """fail() if a target is under the cost of the smallest SubNet."""
+    least = flextron.least_cost()
+    if min(args.targets) < least:
+        fail(f"--targets {min(args.targets):g} found; the smallest sizes cost {least:.4f} of the full "
+             "model; ask for more, or give smaller ones with --ffn-dim-choices and --n-heads-choices")
+
+
+def describe(flextron: Flextron, args: argparse.Namespace) -> str:
+    """One line: which routers, what they choose from, and what it costs."""
+    parameters = sum(p.numel() for p in flextron.routers.parameters())
+    heads = " ".join(map(str, flextron.sizes["n_heads"]))
+    neurons = " ".join(map(str, flextron.sizes["ffn_dim"]))
+    least = flextron.least_cost()
+    return (f"{args.router} routers of {parameters:,} parameters choose among heads {heads} and neurons "
+            f"{neurons}; cost ({args.cost}) from {least:.3f} to 1")
+
+
+def show_targets(flextron: Flextron, val, args: argparse.Namespace) -> None:
+    """The table at the end, and what to do next."""
+    tokens = val[1].numel()
+    say(f"\n{'target':>6} {'got':>6} {'loss':>7}   (nats on {tokens:,} held-out tokens)")
+    for target in [1.0, *args.targets]:
+        loss, got = loss_at(flextron, val, target)
+        say(f"{target:6.2f} {got:6.3f} {loss:7.3f}")
+    say(f"\nNext:  python eval.py --model {args.out}\n"
+        f"       python sample.py --model {args.out} --budget 0.6")
 
 
 def main(argv=None) -> None:
@@ -240,45 +408,30 @@ def main(argv=None) -> None:
     args = parse_args(argv)
     device = setup(args.device)
     say("settings: " + " ".join(f"{k}={v}" for k, v in vars(args).items() if v is not None))
-    asked = {"n_heads": args.n_heads_choices, "ffn_dim": args.ffn_dim_choices}
-    try:
-        sizes = sizes_for(read_config(args.llama), {kind: s for kind, s in asked.items() if s})
-    except ValueError as error:
-        fail(str(error))
+    sizes = asked_sizes(args)
     folder, shards, val = open_data(args)
     val = val.windows(args.eval_windows)
-    may_differ = {"resume", "out", "log_every", "save_every", "device"}
-    settings = {k: v for k, v in vars(args).items() if k not in may_differ} | dict(
-        data=folder, fingerprint=shards.fingerprint())
-    steps = args.elastic_steps + args.router_steps + args.joint_steps
-    state = resume_state(args.out, settings, steps, args.resume)
+    settings = settings_of(args, folder, shards.fingerprint())
+    steps = total_steps(args)
+    override = OVERRIDES if args.override else ()
+    state = resume_state(args.out, settings, steps, args.resume, override)
+
+    # A Llama with routers: as resume.pt has them, or made ready.
     model = load_llama(args.llama, device)
     make_folder(args.out)
-    if state is not None:
+    if state is None:
+        if args.resume:
+            say(f"{Path(args.out) / RESUME} does not exist: starting at step 0")
+        flextron = new_flextron(model, sizes, shards, args, device)
+    else:
         say(f"{args.out} is there at step {state['step']} of {steps}: going on from it")
         model.load_state_dict(state["model"])
         flextron = restore_flextron(model, state["flextron"])
-    else:
-        if not any((Path(args.llama) / name).exists() for name in (FLEX, FLEXTRON)):
-            say(f"ranking heads and neurons on {args.calibration_windows} windows")
-            sort_(model, rank(model, shards.windows(args.calibration_windows)[0].to(device), "influence"))
-        measure = load_latency(args.out, model, timed_sizes(model.config, sizes)) if args.cost == "latency" else (
-            parameters_of(model.config, args.router == "dynamic"))
-        flextron = Flextron(model, sizes, args.router == "dynamic", costs_of(model.config, sizes, measure), args.cost,
-                            args.seed).to(device)
-    smallest = 1 + sum(model.config.n_layers * c[0].item() for c in flextron.costs.values())
-    if min(args.targets) < smallest:
-        fail(f"--targets {min(args.targets):g} found; the smallest sizes cost {smallest:.4f} of the full model; ask "
-             "for more, or give smaller ones with --ffn-dim-choices and --n-heads-choices")
-    heads, neurons = (" ".join(map(str, sizes[kind])) for kind in KINDS)
-    say(f"{args.router} routers of {sum(p.numel() for p in flextron.routers.parameters()):,} parameters choose among "
-        f"heads {heads} and neurons {neurons}; cost ({args.cost}) from {smallest:.3f} to 1")
+    check_targets(flextron, args)
+    say(describe(flextron, args))
+
     train(flextron, shards, val, settings, args, device, state)
-    say(f"\n{'target':>6} {'got':>6} {'loss':>7}   (nats on {val[1].numel():,} held-out tokens)")
-    for target in [1.0, *args.targets]:
-        loss, got = loss_at(flextron, val, target)
-        say(f"{target:6.2f} {got:6.3f} {loss:7.3f}")
-    say(f"\nNext:  python eval.py --model {args.out}\n       python sample.py --model {args.out} --budget 0.6")
+    show_targets(flextron, val, args)
 
 
 if __name__ == "__main__":

@@ -1,175 +1,215 @@
 """
-A folder in use: a budget or a latency in, what runs at it out: a slice (slice_at) of train.py's family or of a plain
-Llama, or (the rest of this file) flextron.py's network to call, and what its tokens took.
+A Flextron in use: a budget or a latency in, out comes a network that is called in place of a Llama.
 
     python eval.py --model out/flextron --budgets 0.6 --text notes.txt
     python sample.py --model out/flextron --latency 0.6
 
-A static router at a target is one SubNet, a plain slice that export.py can write. A dynamic one runs pertoken.py's
-segments, and what it costs is known on average: measured on calibration text when it was saved, counted as it runs.
+Static routers are deployed at a target as one SubNet, a slice that export.py can write. Dynamic
+ones are deployed as they are: tokens choose, and network.py runs what they chose. The mean cost was
+measured on calibration text when the folder was saved. It is counted again as the network runs.
 """
 import json
 import math
-from pathlib import Path
 
 import torch
 
-from plumbing.checkpoint import load_tensors
-from plumbing.latency import check_latency, load_latency
+from flextron.network import Flextron, costs_of, parameter_cost, timed_sizes, total_cost
+from flextron.routers import ELASTIC
 from model import Llama
-from flextron.network import KINDS, Flextron, costs_of, parameters_of, timed_sizes, total
-from router import Router
-from space import n_params
 from plumbing.errors import fail
+from plumbing.latency import check_latency, load_latency
+from space import n_params
 
-FLEXTRON = "flextron.pt"
-
-
-def slice_at(folder, model: Llama, router: Router | None, asked: float, unit: str = "params") -> tuple:
-    """(slice, factors) that a fraction of the full model's parameters buys, or (unit latency) of its measured time. A
-    plain Llama (router None) is its own only slice."""
-    if router is None and asked != 1:
-        fail(f"{folder} is a plain Llama, it has no flex.pt: its only budget is 1.0; expected a folder of train.py's; "
-             f"python train.py --llama {folder} makes one")
-    if router is None or unit == "params":
-        return router.deploy(asked) if router else (model.full, None)
-    if router.mode == "penalty":
-        fail(f"{folder} was trained with --router penalty, whose choice no latency bounds; expected a constrained "
-             "router; ask for a budget")
-    return router.deploy(asked, load_latency(folder, model, router.space.choices).costs(router.space, asked))
+BARS = "▁▂▃▄▅▆▇█"  # under a character: what its token took
 
 # -----------------------------------------------------------------------------
 # called in place of a Llama
 
 
 class Deployed:
-    """A Flextron at one target, to be called where a Llama is: by evaluate(), by generate(). Counts what was chosen."""
+    """A Flextron at one target. evaluate() and generate() call it where they would call a Llama.
+
+    subnet: what runs, for all tokens; None: every token takes its own width. Counts what tokens chose."""
 
     def __init__(self, flextron: Flextron, target: float):
-        self.flextron, self.target, self.tok_embeddings = flextron, target, flextron.model.tok_embeddings
-        self.subnet = flextron.model.full if target == 1 else None if flextron.dynamic else flextron.route(target)
-        self.counts, self.tokens, self.picks = None, 0, []
+        self.flextron = flextron
+        self.target = target
+        self.tok_embeddings = flextron.model.tok_embeddings  # where callers look for the device
+        if target == 1:
+            self.subnet = flextron.model.full
+        elif flextron.dynamic:
+            self.subnet = None
+        else:
+            self.subnet = flextron.route(target)
+        self.picks = []   # of the last call
+        self.tokens = 0   # that chose so far
+        self.counts = {}  # per axis (L, K): how many of them took each size
 
     def __call__(self, tokens, targets=None, subnet=None, factors=None, cache=None):
+        """As Llama.forward. subnet and factors are ignored: the target says what runs."""
         if self.subnet is not None:
             return self.flextron.model(tokens, targets, subnet=self.subnet, cache=cache)
         logits, loss, self.picks = self.flextron(tokens, targets, self.target, cache=cache)
-        shares, n = self.flextron.shares_of(self.picks), tokens.numel()
-        self.counts = {k: s * n + (self.counts[k] if self.counts else 0) for k, s in shares.items()}
+        n = tokens.numel()
         self.tokens += n
+        for axis, share in self.flextron.shares_of(self.picks).items():
+            self.counts[axis] = self.counts.get(axis, 0) + share * n
         return logits, loss
 
     def shares(self) -> dict[str, torch.Tensor]:
-        """Per kind (L, K): what the tokens so far took."""
-        done = self.subnet is None and self.tokens
-        return {k: c / self.tokens for k, c in self.counts.items()} if done else self.flextron.shares(self.target)
+        """Per axis (L, K): how often each size was taken so far, or, before any call, what is expected."""
+        if self.tokens == 0:
+            return self.flextron.shares(self.target)
+        return {axis: count / self.tokens for axis, count in self.counts.items()}
 
     def widths(self) -> dict[str, list[float]]:
-        """Per kind, the mean heads or neurons of every layer."""
-        shares = self.shares()
-        of = lambda kind: shares[kind].float() @ torch.tensor(self.flextron.sizes[kind]).float()
-        return {kind: of(kind).tolist() for kind in KINDS}
+        """Per axis, the mean heads or neurons of every layer."""
+        means = {}
+        for axis, share in self.shares().items():
+            sizes = torch.tensor(self.flextron.sizes[axis]).float()
+            means[axis] = (share.float() @ sizes).tolist()
+        return means
 
     def got(self) -> float:
         """The mean cost in the currency of the targets."""
-        return total(self.shares(), {kind: c.cpu() for kind, c in self.flextron.costs.items()})
-
-
-def picture(deployed: Deployed, tokens: list[int], tokenizer, columns: int = 100) -> str:
-    """Text with a bar under every character: how much its token took of what the tokens here took least and most."""
-    with torch.no_grad():
-        deployed(torch.tensor([tokens], device=deployed.tok_embeddings.weight.device))
-    costs = deployed.flextron.costs
-    took = sum(costs[KINDS[i % 2]][pick.choice[0]] for i, pick in enumerate(deployed.picks))     # T
-    level = ((took - took.min()) / (took.max() - took.min()).clamp(min=1e-9) * 7).round().int().tolist()
-    lines, text, bars = [], "", ""
-    for token, k in zip(tokens, level):
-        piece = tokenizer.decode_single_token_bytes(token).decode("utf-8", "replace").replace("\t", " ")
-        for character in "" if piece.startswith("<|") else piece:
-            if character == "\n" or len(text) == columns:
-                lines, text, bars = lines + [text, bars], "", ""
-            if character != "\n":
-                text, bars = text + character, bars + "▁▂▃▄▅▆▇█"[k]
-    pairs = [*lines, text, bars]
-    return "\n".join(line for i, line in enumerate(pairs) if pairs[i - i % 2].strip())
-
-
-def row_of_flextron(network: Deployed, budget: float, measured: dict) -> dict:
-    """A row of eval.py's: got and parameters are means over the tokens of what was measured, heads and neurons means
-    layer by layer."""
-    flextron = network.flextron
-    config, full = flextron.model.config, flextron.model.full
-    got = total(network.shares(), costs_of(config, flextron.sizes, parameters_of(config, flextron.dynamic)))
-    params = round(got * n_params(config, full))
-    embeddings = n_params(config, full, embeddings=True) - n_params(config, full)
-    widths = {kind: [round(w, 1) for w in of] for kind, of in network.widths().items()}
-    return dict(budget=budget, got=round(got, 6), params=params, params_total=params + embeddings, dim=config.dim,
-                layers=list(full.layers), **widths, **measured)
-
-
-def widths_table(networks: list[Deployed], rows: list[dict], window: list[int] | None, tokenizer) -> str:
-    """Mean widths, layer by layer; where tokens choose for themselves, what those of a window took."""
-    lines = []
-    for network, row in zip(networks, rows):
-        heads, neurons = (" ".join(f"{w:g}" for w in row[kind]) for kind in ("n_heads", "ffn_dim"))
-        lines.append(f"{row['budget']:6.2f}  by layer: heads {heads} | neurons {neurons}")
-        if window and network.subnet is None:
-            lines.append(f"\nwhat tokens took at {row['budget']:g} (the text's first window; a higher bar is more of "
-                         f"the network):\n\n{picture(network, window, tokenizer)}\n")
-    return "\n".join(lines)
+        return total_cost(self.shares(), self.flextron.costs)
 
 
 # -----------------------------------------------------------------------------
-# the folder
+# flextron.pt
 
 
 def flextron_state(flextron: Flextron, **more) -> dict:
-    """All that flextron.pt needs, and `more`: tensors and plain types. The plain part goes through JSON: a pickle also
-    remembers which equal objects are one object."""
-    plain = dict(sizes=flextron.sizes, dynamic=flextron.dynamic, unit=flextron.unit, seed=flextron.seed,
-                 calibrated=flextron.calibrated, **more)
-    return dict(routers=dict(flextron.routers.state_dict()), costs={k: c.cpu() for k, c in flextron.costs.items()},
-                **json.loads(json.dumps(plain)))
+    """All that flextron.pt needs, and `more`: tensors and plain types.
+
+    The plain part goes through JSON: a pickle also remembers which equal objects are one object, so
+    two equal runs would give two files."""
+    plain = dict(
+        sizes=flextron.sizes,
+        dynamic=flextron.dynamic,
+        unit=flextron.unit,
+        seed=flextron.seed,
+        calibrated=flextron.calibrated,
+        **more,
+    )
+    plain = json.loads(json.dumps(plain))
+    routers = dict(flextron.routers.state_dict())
+    costs = {axis: cost.cpu() for axis, cost in flextron.costs.items()}
+    return dict(routers=routers, costs=costs, **plain)
 
 
-def restore_flextron(model: Llama, state: dict) -> Flextron:
+def restore_flextron(model: Llama, saved: dict) -> Flextron:
     """Inverse of flextron_state(), on the model's device."""
-    costs = {kind: state["costs"][kind].clone() for kind in KINDS}
-    flextron = Flextron(model, state["sizes"], state["dynamic"], costs, state["unit"], state["seed"])
-    flextron.routers.load_state_dict(state["routers"], strict=True)
-    flextron.calibrated = state["calibrated"]
+    costs = {axis: saved["costs"][axis].clone() for axis in ELASTIC}
+    flextron = Flextron(model, saved["sizes"], saved["dynamic"], costs, saved["unit"], saved["seed"])
+    flextron.routers.load_state_dict(saved["routers"], strict=True)
+    flextron.calibrated = saved["calibrated"]
     return flextron.to(model.tok_embeddings.weight.device)
 
 
-def load_flextron(folder, model: Llama) -> Flextron | None:
-    """The routers of a folder that flextron.py wrote, around its Llama; None for another folder."""
-    path = Path(folder) / FLEXTRON
-    if not path.exists():
-        return None
-    try:
-        return restore_flextron(model, load_tensors(path))
-    except (KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
-        fail(f"{path} does not fit the Llama beside it ({type(error).__name__}: {str(error).splitlines()[0][:100]}); "
-             "expected the flextron.pt that flextron.py wrote with it; take both from one folder")
+# -----------------------------------------------------------------------------
+# a budget in, a network out
 
 
 def deploy(flextron: Flextron, folder, asked: float, unit: str = "params") -> Deployed:
-    """At a budget (unit params) or a latency, either a fraction of the full model's."""
+    """The network at a fraction of the full model's parameters (a budget) or, unit "latency", of its time.
+
+    folder: where the table of latencies is, or will be. A fraction that cannot be met: fail()."""
+    config = flextron.model.config
     if unit == "latency":
-        latency = load_latency(folder, flextron.model, timed_sizes(flextron.model.config, flextron.sizes))
-        costs = costs_of(flextron.model.config, flextron.sizes, latency)
+        cost_of = load_latency(folder, flextron.model, timed_sizes(config, flextron.sizes))
     else:
-        costs = costs_of(flextron.model.config, flextron.sizes, parameters_of(flextron.model.config, flextron.dynamic))
-    least = total(flextron.shares(flextron.smallest()), costs)
+        cost_of = parameter_cost(config, flextron.dynamic)
+    costs = costs_of(config, flextron.sizes, cost_of)
+    least = total_cost(flextron.shares(flextron.smallest()), costs)
     if unit == "latency":
         check_latency(asked, least)
     elif not 0 < asked <= 1 or asked < least - 1e-6:
-        fail(f"budget {asked:g} found, expected a fraction of the full model between {least:.3f}, the smallest that "
-             f"{folder} was trained for, and 1; try --budget {min(1, math.ceil(100 * least) / 100):g}")
-    return Deployed(flextron, flextron.target_for(asked, costs, unit))
+        enough = min(1, math.ceil(100 * least) / 100)
+        fail(f"budget {asked:g} found, expected a fraction of the full model between {least:.3f}, the "
+             f"smallest that {folder} was trained for, and 1; try --budget {enough:g}")
+    target = flextron.target_for(asked, costs, unit)
+    return Deployed(flextron, target)
 
 
-def open_flextron(folder, model: Llama, asked: float, unit: str = "params") -> Deployed | None:
-    """deploy() of what a folder holds beside its model; None if it is not Flextron's."""
-    flextron = load_flextron(folder, model)
-    return flextron and deploy(flextron, folder, asked, unit)
+# -----------------------------------------------------------------------------
+# what eval.py shows: a row, widths layer by layer, a picture of what tokens took
+
+
+def row_of_flextron(network: Deployed, budget: float, measured: dict) -> dict:
+    """A row of eval.py's, and what was measured.
+
+    got and params are means over the tokens that were measured, heads and neurons means of every
+    layer."""
+    flextron = network.flextron
+    config = flextron.model.config
+    full = flextron.model.full
+    costs = costs_of(config, flextron.sizes, parameter_cost(config, flextron.dynamic))
+    got = total_cost(network.shares(), costs)
+    params = round(got * n_params(config, full))
+    embeddings = n_params(config, full, embeddings=True) - n_params(config, full)
+    row = dict(
+        budget=budget,
+        got=round(got, 6),
+        params=params,
+        params_total=params + embeddings,
+        dim=config.dim,
+        layers=list(full.layers),
+    )
+    for axis, widths in network.widths().items():
+        row[axis] = [round(width, 1) for width in widths]
+    return row | measured
+
+
+def widths_table(networks: list[Deployed], rows: list[dict], window: list[int] | None,
+                 tokenizer) -> str:
+    """Mean widths, layer by layer. Where tokens choose for themselves: also what those of a window took."""
+    lines = []
+    for network, row in zip(networks, rows):
+        heads = " ".join(f"{width:g}" for width in row["n_heads"])
+        neurons = " ".join(f"{width:g}" for width in row["ffn_dim"])
+        lines.append(f"{row['budget']:6.2f}  by layer: heads {heads} | neurons {neurons}")
+        if window and network.subnet is None:
+            drawn = picture(network, window, tokenizer)
+            lines.append(f"\nwhat tokens took at {row['budget']:g} (the text's first window; a higher bar "
+                         f"is more of the network):\n\n{drawn}\n")
+    return "\n".join(lines)
+
+
+def picture(network: Deployed, tokens: list[int], tokenizer, columns: int = 100) -> str:
+    """Text with a bar under every character: the cost of its token, between the least and the most here."""
+    took = costs_of_tokens(network, tokens)
+    spread = (took.max() - took.min()).clamp(min=1e-9)
+    heights = (took - took.min()) / spread * (len(BARS) - 1)
+    heights = heights.round().int().tolist()
+    lines = []  # pairs of text and the bars under it
+    text = ""
+    bars = ""
+    for token, height in zip(tokens, heights):
+        for character in printed(token, tokenizer):
+            if character == "\n" or len(text) == columns:
+                lines.append((text, bars))
+                text = ""
+                bars = ""
+            if character != "\n":
+                text += character
+                bars += BARS[height]
+    lines.append((text, bars))
+    return "\n".join(f"{text}\n{bars}" for text, bars in lines if text.strip())
+
+
+@torch.no_grad()
+def costs_of_tokens(network: Deployed, tokens: list[int]) -> torch.Tensor:
+    """(T,) what each token's choices save, all layers together (<= 0)."""
+    device = network.tok_embeddings.weight.device
+    network(torch.tensor([tokens], device=device))
+    took = 0
+    for pick in network.picks:
+        took = took + network.flextron.costs[pick.axis][pick.choice[0]]
+    return took
+
+
+def printed(token: int, tokenizer) -> str:
+    """A token as text; nothing for a special one, a blank for a tab."""
+    text = tokenizer.decode_single_token_bytes(token).decode("utf-8", "replace")
+    return "" if text.startswith("<|") else text.replace("\t", " ")

@@ -1,22 +1,26 @@
 """
-What a step of Flextron's training does, in each of its three stages (flextron.py has the loop and the command line).
+What a step of Flextron's training does in each of its three stages. The loop is in __main__.py.
 
-    elastic   the full model and random SubNets, sliced                                    (elastic_step)
-    routers   the Llama is frozen; they follow a surrogate of its loss                     (surrogate_step)
-              or the loss itself, through gates                                            (gates_step)
-    joint     the full model and every target, through gates; both learn                   (gates_step)
+    elastic   the full model and random SubNets, sliced                                    elastic_step
+    routers   the Llama is frozen. Routers follow the loss itself, through gates,          gates_step
+              or a surrogate of the loss                                                   surrogate_step
+    joint     the full model and every target, through gates. Llama and routers learn      gates_step
 
-The surrogate S is a small network that learns what the routers' outputs do to the loss, from pairs seen, so that
-routers can follow its gradient without one backward pass through the language model. They trust it while its error, on
-pairs it has not learned from yet, is under a threshold; then it is thrown away.
+The surrogate S (the paper's) is a small network. It learns from pairs: what the routers put out, and
+the language model's loss that followed. Routers can then follow S's gradient without a backward pass
+through the language model. They trust S while its error, on pairs that it has not learned from yet,
+is under a threshold. Then S is thrown away.
+
+The steps leave gradients in .grad, and return what to log.
 """
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from flextron.network import Flextron
+from flextron.routers import ELASTIC, Noise
 from model import SubNet
 from plumbing.parallel import autocast
-from flextron.network import KINDS, Flextron, Noise
 from space import random_generator
 
 # -----------------------------------------------------------------------------
@@ -24,140 +28,234 @@ from space import random_generator
 
 
 class Surrogate:
-    """S: the routers' soft choices, (rows, 2 n_layers * K) -> excess loss in nats, (rows,). A row is a token if the
-    routers are dynamic, else a sequence. `error`: of the mean over a batch not yet learned, averaged over steps."""
-    KEEP, ROUNDS, BATCH = 4096, 8, 256  # pairs remembered; updates per step; pairs in each
+    """S: the routers' soft choices (rows, 2 n_layers * K) -> excess loss in nats (rows,).
+
+    A row is a token if routers are dynamic, a sequence if they are static. The excess is over the
+    full model's loss on the same tokens: the loss itself moves from batch to batch by more than a
+    router can change. error: of the mean over a batch not yet learned from, averaged over steps;
+    None before the first step."""
+    KEEP = 4096  # pairs remembered
+    ROUNDS = 8   # updates per step
+    BATCH = 256  # pairs in each
 
     def __init__(self, width: int, seed: int):
         self.net = nn.Sequential(nn.Linear(width, 64), nn.SiLU(), nn.Linear(64, 1))
-        self.seed, self.error, generator = seed, None, random_generator("surrogate", seed)
+        self.seed = seed
+        self.error = None
+        generator = random_generator("surrogate", seed)
         with torch.no_grad():
             for p in self.net.parameters():
-                p.copy_(torch.randn(p.shape, generator=generator) * p.size(-1) ** -0.5 if p.dim() == 2 else p * 0)
+                if p.dim() == 2:
+                    random = torch.randn(p.shape, generator=generator)
+                    p.copy_(random * p.size(-1) ** -0.5)
+                else:
+                    p.zero_()
         self.optimizer = torch.optim.AdamW(self.net.parameters(), lr=3e-3)
-        self.x, self.y = torch.zeros(0, width), torch.zeros(0)
+        self.x = torch.zeros(0, width)
+        self.y = torch.zeros(0)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """(rows, width) -> (rows,)."""
         return self.net(x)[:, 0]
 
     def observe(self, x: torch.Tensor, y: torch.Tensor, step: int) -> None:
-        """Judges S by new pairs, then learns from them and from those remembered."""
+        """Judges S by new pairs, then lets it learn from them and from those remembered.
+
+        x: (rows, width), y: (rows,)."""
+        # the error of this batch, and its running mean
         with torch.no_grad():
-            error = (self(x).mean() - y.mean()).abs().item()
-        self.error = error if self.error is None else 0.9 * self.error + 0.1 * error
-        self.x, self.y = torch.cat((self.x, x))[-self.KEEP:], torch.cat((self.y, y))[-self.KEEP:]
+            predicted = self(x).mean()
+            error = (predicted - y.mean()).abs().item()
+        if self.error is None:
+            self.error = error
+        else:
+            self.error = 0.9 * self.error + 0.1 * error
+        # a few updates on pairs drawn from all that are remembered
+        self.x = torch.cat((self.x, x))[-self.KEEP:]
+        self.y = torch.cat((self.y, y))[-self.KEEP:]
         generator = random_generator(self.seed, step, "pairs", len(self.y))
         for _ in range(self.ROUNDS):
             rows = torch.randint(len(self.y), (self.BATCH,), generator=generator)
+            loss = F.mse_loss(self(self.x[rows]), self.y[rows])
             self.optimizer.zero_grad()
-            F.mse_loss(self(self.x[rows]), self.y[rows]).backward()
+            loss.backward()
             self.optimizer.step()
 
     def state(self) -> dict:
-        return dict(net=self.net.state_dict(), optimizer=self.optimizer.state_dict(), x=self.x, y=self.y,
-                    error=self.error)
+        """For resume.pt."""
+        return dict(
+            net=self.net.state_dict(),
+            optimizer=self.optimizer.state_dict(),
+            x=self.x,
+            y=self.y,
+            error=self.error,
+        )
 
     def load(self, state: dict) -> None:
+        """Inverse of state()."""
         self.net.load_state_dict(state["net"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.x, self.y, self.error = state["x"], state["y"], state["error"]
+        self.x = state["x"]
+        self.y = state["y"]
+        self.error = state["error"]
 
 
 # -----------------------------------------------------------------------------
-# one step of each stage; gradients are left in .grad
+# what all stages share
 
 
 def stage_of(step: int, args) -> str:
     """elastic, routers or joint."""
-    return "elastic" if step < args.elastic_steps else (
-        "routers" if step < args.elastic_steps + args.router_steps else "joint")
+    if step < args.elastic_steps:
+        return "elastic"
+    if step < args.elastic_steps + args.router_steps:
+        return "routers"
+    return "joint"
 
 
 def batches(shards, step: int, i: int, args, device):
-    """The tokens of a step's i-th pass, (x, y, share of the pass) micro-batch by micro-batch."""
-    rows, passes = args.batch_tokens // args.seq_len, 1 + max(args.samples, len(args.targets))
+    """The tokens of a step's i-th pass: (x, y, share of the pass) of every micro-batch."""
+    rows = args.batch_tokens // args.seq_len
+    passes = 1 + max(args.samples, len(args.targets))  # of any stage: a step's tokens are its own
     x, y = shards.batch(step, passes * rows, i * rows, (i + 1) * rows)
-    for m in range(0, rows, args.micro_batch):
-        part = x[m:m + args.micro_batch]
-        yield part.to(device), y[m:m + args.micro_batch].to(device), len(part) / rows
+    for first in range(0, rows, args.micro_batch):
+        part = slice(first, first + args.micro_batch)
+        share = len(x[part]) / rows
+        yield x[part].to(device), y[part].to(device), share
 
 
 def noise_of(step: int, target: float, part: int, args) -> Noise:
-    """tau falls geometrically 1 -> tau_end, kappa rises 1 -> kappa_end from the routers' first step to the last one."""
-    t = (step - args.elastic_steps) / max(1, args.router_steps + args.joint_steps - 1)
-    return Noise(args.tau_end ** t, 1 + (args.kappa_end - 1) * t, (args.seed, step, target, part))
+    """The noise of a step's micro-batch `part` at a target.
+
+    From the routers' first step to the last one tau falls geometrically 1 -> tau_end, and kappa rises
+    linearly 1 -> kappa_end."""
+    steps = args.router_steps + args.joint_steps
+    t = (step - args.elastic_steps) / max(1, steps - 1)
+    kappa = 1 + (args.kappa_end - 1) * t
+    return Noise(args.tau_end ** t, kappa, (args.seed, step, target, part))
 
 
-def random_subnet(flextron: Flextron, *seed) -> SubNet:
-    """Sizes drawn layer by layer: a function of `seed`."""
-    L, generator = flextron.model.config.n_layers, random_generator(*seed)
-    pick = lambda sizes: [sizes[k] for k in torch.randint(len(sizes), (L,), generator=generator).tolist()]
-    return SubNet(flextron.model.config.dim, range(L), *(pick(flextron.sizes[kind]) for kind in KINDS))
-
-
-def elastic_step(flextron: Flextron, shards, step: int, args, device) -> dict:
-    """Eq. 5: the full model and random SubNets, really sliced, each on its own tokens."""
-    losses = {}
-    for i in range(1 + args.samples):
-        subnet = random_subnet(flextron, args.seed, step, i) if i else flextron.model.full
-        for x, y, share in batches(shards, step, i, args, device):
-            with autocast(device):
-                loss = flextron.model(x, y, subnet=subnet)[1]
-            (loss * share / (1 + args.samples)).backward()
-            losses[i] = losses.get(i, 0.0) + loss.item() * share
-    return dict(loss=list(losses.values()), updated=False)
-
-
-def gates_step(flextron: Flextron, shards, step: int, args, device, joint: bool) -> dict:
-    """Every target through gates on the full width, and, if the Llama learns too, the full model."""
-    losses, costs = {}, {}
-    for i, target in enumerate([*args.targets, 1.0] if joint else args.targets):
-        for m, (x, y, share) in enumerate(batches(shards, step, i, args, device)):
-            with autocast(device):
-                if target == 1:
-                    loss, penalty = flextron.model(x, y)[1], 0.0
-                else:
-                    _, loss, picks = flextron(x, y, target, noise_of(step, target, m, args), masked=True)
-                    mean = flextron.mean_cost(picks)
-                    penalty = (mean / target - 1).abs()
-                    costs[target] = costs.get(target, 0.0) + mean.item() * share
-            ((loss + args.penalty * penalty) * share / (len(args.targets) + joint)).backward()
-            losses[target] = losses.get(target, 0.0) + loss.item() * share
-    return dict(loss=list(losses.values()), cost=list(costs.values()), updated=True)
-
-
-def surrogate_step(flextron: Flextron, surrogate: Surrogate, shards, step: int, args, device) -> dict:
-    """Runs what the routers draw, no more, shows S the pairs, and sends S's gradient to the routers if S is good."""
-    losses, costs, pairs, penalties = {}, {}, [], []
-    each = lambda logits, y: F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none").view(y.shape)
-    for i, target in enumerate(args.targets):
-        for m, (x, y, share) in enumerate(batches(shards, step, i, args, device)):
-            with autocast(device):
-                logits, _, picks = flextron(x, y, target, noise_of(step, target, m, args))  # no weight wants a gradient
-                excess = each(logits.detach(), y) - each(flextron.model(x)[0], y)           # B, T
-            soft = torch.cat([pick.soft for pick in picks], dim=-1)                         # B, T or 1, 2L * K
-            rows = excess if flextron.dynamic else excess.mean(1, keepdim=True)
-            pairs.append((soft.flatten(0, 1).cpu(), rows.flatten().cpu(), share))
-            mean = flextron.mean_cost(picks)
-            penalties.append((mean / target - 1).abs() * share)
-            losses[target] = losses.get(target, 0.0) + excess.mean().item() * share
-            costs[target] = costs.get(target, 0.0) + mean.item() * share
-    for soft, rows, _ in pairs:
-        surrogate.observe(soft.detach(), rows, step)
-    updated = surrogate.error < args.threshold
-    if updated:
-        predicted = sum(surrogate(soft).mean() * share for soft, _, share in pairs)
-        ((predicted + args.penalty * sum(penalties).cpu()) / len(args.targets)).backward()
-    return dict(loss=list(losses.values()), cost=list(costs.values()), error=surrogate.error, updated=updated)
+# -----------------------------------------------------------------------------
+# one step of each stage
 
 
 def train_step(flextron: Flextron, surrogate: Surrogate, shards, step: int, args, device) -> dict:
-    """A step of the stage that `step` is in. Returns what to log: the losses of its passes, and `updated`, whether the
-    routers are to move."""
+    """A step of the stage that `step` is in.
+
+    Returns what to log: `loss` of its passes, `cost` of its targets if routers ran, and `updated`: are
+    the routers to move?"""
     stage = stage_of(step, args)
     flextron.model.requires_grad_(stage != "routers")
     if stage == "elastic":
         return elastic_step(flextron, shards, step, args, device)
     if stage == "routers" and args.teach == "surrogate":
         return surrogate_step(flextron, surrogate, shards, step, args, device)
-    return gates_step(flextron, shards, step, args, device, stage == "joint")
+    return gates_step(flextron, shards, step, args, device, joint=stage == "joint")
+
+
+def random_subnet(flextron: Flextron, *seed) -> SubNet:
+    """Sizes drawn layer by layer: a function of `seed`."""
+    config = flextron.model.config
+    generator = random_generator(*seed)
+    drawn = {}
+    for axis in ELASTIC:
+        sizes = flextron.sizes[axis]
+        choice = torch.randint(len(sizes), (config.n_layers,), generator=generator)
+        drawn[axis] = [sizes[k] for k in choice.tolist()]
+    return SubNet(config.dim, range(config.n_layers), **drawn)
+
+
+def elastic_step(flextron: Flextron, shards, step: int, args, device) -> dict:
+    """The full model and random SubNets, really sliced, each on its own tokens: Eq. 5, as a mean."""
+    passes = 1 + args.samples
+    losses = [0.0] * passes
+    for i in range(passes):
+        if i == 0:
+            subnet = flextron.model.full
+        else:
+            subnet = random_subnet(flextron, args.seed, step, i)
+        for x, y, share in batches(shards, step, i, args, device):
+            with autocast(device):
+                loss = flextron.model(x, y, subnet=subnet)[1]
+            (loss * share / passes).backward()
+            losses[i] += loss.item() * share
+    return dict(loss=losses, updated=False)
+
+
+def gates_step(flextron: Flextron, shards, step: int, args, device, joint: bool) -> dict:
+    """Every target through gates on the full width. Joint: the full model too, since it learns.
+
+    The loss of a target is cross-entropy + penalty * |E[cost] / target - 1| (the paper's latency loss)."""
+    targets = [*args.targets, 1.0] if joint else args.targets
+    losses = dict.fromkeys(targets, 0.0)
+    costs = dict.fromkeys(args.targets, 0.0)
+    for i, target in enumerate(targets):
+        for part, (x, y, share) in enumerate(batches(shards, step, i, args, device)):
+            with autocast(device):
+                if target == 1:
+                    loss = flextron.model(x, y)[1]
+                    off_target = 0.0
+                else:
+                    noise = noise_of(step, target, part, args)
+                    _, loss, picks = flextron(x, y, target, noise, masked=True)
+                    mean = flextron.mean_cost(picks)
+                    off_target = (mean / target - 1).abs()
+                    costs[target] += mean.item() * share
+            total = loss + args.penalty * off_target
+            (total * share / len(targets)).backward()
+            losses[target] += loss.item() * share
+    return dict(loss=list(losses.values()), cost=list(costs.values()), updated=True)
+
+
+def surrogate_step(flextron: Flextron, surrogate: Surrogate, shards, step: int, args, device) -> dict:
+    """Runs what the routers draw, shows S the pairs, and sends S's gradient to the routers if S is good.
+
+    A pair costs a forward of what was chosen, a forward of the full model, and no backward."""
+    losses = dict.fromkeys(args.targets, 0.0)
+    costs = dict.fromkeys(args.targets, 0.0)
+    off_target = 0.0
+    pairs = []  # of every micro-batch: soft choices, excess losses, share
+    for i, target in enumerate(args.targets):
+        for part, (x, y, share) in enumerate(batches(shards, step, i, args, device)):
+            # the forward of what was chosen, and the full model's; no weight wants a gradient
+            noise = noise_of(step, target, part, args)
+            with autocast(device):
+                logits, _, picks = flextron(x, target=target, noise=noise)
+                full = flextron.model(x)[0]
+                excess = token_losses(logits.detach(), y) - token_losses(full, y)  # B, T
+            # rows for S: of tokens, or of whole sequences
+            soft = torch.cat([pick.soft for pick in picks], dim=-1)                # B, T or 1, 2L * K
+            rows = excess
+            if not flextron.dynamic:
+                rows = excess.mean(1, keepdim=True)                                # B, 1
+            pairs.append((soft.flatten(0, 1).cpu(), rows.flatten().cpu(), share))
+            # the distance of the routers' cost from the target
+            mean = flextron.mean_cost(picks)
+            off_target = off_target + (mean / target - 1).abs() * share
+            losses[target] += excess.mean().item() * share
+            costs[target] += mean.item() * share
+
+    # S is judged by the new pairs, and learns from them
+    for soft, rows, _ in pairs:
+        surrogate.observe(soft.detach(), rows, step)
+    trusted = surrogate.error < args.threshold
+
+    # the routers descend what S predicts, and the distance from the targets
+    if trusted:
+        predicted = 0.0
+        for soft, _, share in pairs:
+            predicted = predicted + surrogate(soft).mean() * share
+        total = predicted + args.penalty * off_target.cpu()
+        (total / len(args.targets)).backward()
+    return dict(
+        loss=list(losses.values()),
+        cost=list(costs.values()),
+        error=surrogate.error,
+        updated=trusted,
+    )
+
+
+def token_losses(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of every token in nats, (B, T)."""
+    losses = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none")
+    return losses.view(y.shape)
