@@ -1,52 +1,65 @@
 """
 The starting points of models that train alone: what a family is compared with.
 
-    python tests/alone.py --model out/flex --base out/base --out out/alone
+    python -m bench.alone --model out/flex --base out/base --out out/alone
 
-For every trained budget of the family in --model, two plain Llamas of the very shape that its router chose:
+For every trained budget of the family in --model, two plain Llamas of the very shape that its
+router chose:
     OUT/cut-0.60        the slice of the sorted, untrained base
     OUT/scratch-0.60    the same shape with fresh weights
 Each then trains by itself:  python train.py --llama OUT/cut-0.60 --budgets 1.0 ...
 """
-import argparse
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from plumbing.checkpoint import RESUME, TOKENIZER, load_llama, load_tensors, save_llama
+from export import fold
+from importance import sort_
+from model import Llama, LlamaConfig
+from plumbing.checkpoint import (LLAMA_FILES, RESUME, TOKENIZER, load_llama, load_tensors,
+                                 save_llama)
+from plumbing.errors import Parser, fail
+from plumbing.family import FLEX, Family, open_family
 from plumbing.files import new_folder
-from export import OURS, fold  # noqa: E402
-from importance import sort_  # noqa: E402
-from model import Llama  # noqa: E402
-from router import FLEX, load_router  # noqa: E402
-from plumbing.errors import fail
+
+
+def open_with_base(folder, base_folder) -> tuple[Family, Llama]:
+    """A family, and the base that it was trained from with its units sorted as they were before the
+    first step."""
+    family = open_family(folder)
+    resume = Path(folder) / RESUME
+    if family.router is None or not resume.exists():
+        fail(f"{folder} has no {FLEX} or no {RESUME}; expected a family as train.py leaves it")
+    base = load_llama(base_folder)
+    if base.full != family.model.full:
+        fail(f"{base_folder} has another shape than {folder}; expected the Llama that {folder} was "
+             "trained from; name it with --base")
+    sort_(base, load_tensors(resume)["orders"])
+    return family, base
+
+
+def write(out: Path, config: LlamaConfig, state: dict, tokenizer: Path) -> None:
+    """A plain Llama's folder, in place of an earlier one."""
+    with new_folder(out, may_replace=LLAMA_FILES) as temporary:
+        save_llama(temporary, config, state, tokenizer)
+    print(f"{out}: dim {config.dim}, heads {config.n_heads}, ffn {config.ffn_dim}, "
+          f"layers {config.n_layers}")
 
 
 def main(argv=None) -> None:
     """Writes two folders per trained budget."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.error = lambda message: fail(f"{message}; python tests/alone.py --help lists the flags")
+    p = Parser("python -m bench.alone", __doc__)
     p.add_argument("--model", default="out/flex", help="a family, with its resume.pt")
     p.add_argument("--base", default="out/base", help="the Llama that it was trained from")
     p.add_argument("--out", default="out/alone")
     p.add_argument("--seed", type=int, default=0, help="of the fresh weights")
     args = p.parse_args(argv)
-    base, tokenizer = load_llama(args.base), Path(args.base) / TOKENIZER
-    router = load_router(args.model, base.config)
-    if router is None or not (Path(args.model) / RESUME).exists():
-        fail(f"{args.model} has no {FLEX} or no {RESUME}; expected a family as train.py leaves it")
-    sort_(base, load_tensors(Path(args.model) / RESUME)["orders"])
-    for budget in router.budgets:
-        subnet = router.route(budget)
+    family, base = open_with_base(args.model, args.base)
+    tokenizer = Path(args.base) / TOKENIZER
+    for budget in family.router.budgets:
+        subnet = family.router.route(budget)
         config = subnet.config(base.config)
-        fresh = fold(model := Llama(config).init_weights(args.seed), model.full, None)
-        for kind, state in (("cut", fold(base, subnet, None)), ("scratch", fresh)):
-            out = Path(args.out) / f"{kind}-{budget:.2f}"
-            with new_folder(out, may_replace=OURS["llama"]) as temporary:
-                save_llama(temporary, config, state, tokenizer)
-            print(f"{out}: dim {subnet.dim}, heads {subnet.n_heads[0]}, ffn {subnet.ffn_dim[0]}, "
-                  f"layers {subnet.layers}")
+        fresh = Llama(config).init_weights(args.seed)
+        write(Path(args.out) / f"cut-{budget:.2f}", config, fold(base, subnet), tokenizer)
+        write(Path(args.out) / f"scratch-{budget:.2f}", config, fold(fresh, fresh.full), tokenizer)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
 """
-What an export of a real shape takes: a supernet of Llama-3.2-1B's shape with random bf16 weights, exported at a half.
+What an export of a real shape takes: a supernet of Llama-3.2-1B's shape with random bf16 weights,
+exported at a half.
 
-    python tests/big_export.py [--format hf]      2.5 GB of weights made in a temporary folder; prints seconds, peak GB
+    python -m bench.big_export                  2.5 GB of weights in a temporary folder
+    python -m bench.big_export --format hf
 
-Each step runs in a process of its own, so that the peak is the export's alone.
+The weights are made in one process and exported in another, so that the peak is the export's alone.
 """
 import argparse
 import json
@@ -15,62 +17,86 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import torch
 
-import torch  # noqa: E402
-
+from model import Llama, LlamaConfig
 from plumbing.checkpoint import save_llama, save_tensors
-from model import Llama, LlamaConfig  # noqa: E402
-from router import FLEX, Router, router_state  # noqa: E402
-from space import Space  # noqa: E402
+from plumbing.errors import Parser, check_at_least_one
+from plumbing.family import FLEX, router_state
+from router import Router
+from space import Space
 
-SHAPE = LlamaConfig(dim=2048, n_layers=16, n_heads=32, n_kv_heads=8, head_dim=64, ffn_dim=8192, vocab_size=128256,
-                    rope_factor=32.0, tied=True, context=8192)
+ROOT = Path(__file__).resolve().parent.parent
+SHAPE = LlamaConfig(dim=2048, n_layers=16, n_heads=32, n_kv_heads=8, head_dim=64, ffn_dim=8192,
+                    vocab_size=128256, rope_factor=32.0, tied=True, context=8192)
+
+# Runs a script, then prints the most memory that its process had, in kB.
+WITH_PEAK = """
+import resource, runpy, sys
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def scaled(n: int) -> LlamaConfig:
+    """SHAPE with width, heads, MLP and vocabulary divided by n."""
+    return replace(SHAPE, dim=SHAPE.dim // n, n_heads=SHAPE.n_heads // n,
+                   n_kv_heads=max(1, SHAPE.n_kv_heads // n),
+                   ffn_dim=SHAPE.ffn_dim // n, vocab_size=SHAPE.vocab_size // n)
 
 
 def make(folder: Path, config: LlamaConfig = SHAPE) -> None:
     """A supernet's folder with random bf16 weights and an untrained router."""
     with torch.device("meta"):
-        names = {name: p.shape for name, p in Llama(config).state_dict().items()}
-    state = {name: torch.randn(shape, dtype=torch.bfloat16) * 0.02 if len(shape) > 1 else torch.rand(
-        shape, dtype=torch.bfloat16) + 0.5 for name, shape in names.items() if not config.tied or "output" not in name}
+        shapes = {name: p.shape for name, p in Llama(config).state_dict().items()}
+    state = {}
+    for name, shape in shapes.items():
+        if config.tied and name == "output.weight":
+            continue
+        if len(shape) > 1:
+            state[name] = torch.randn(shape, dtype=torch.bfloat16) * 0.02
+        else:  # a norm's
+            state[name] = torch.rand(shape, dtype=torch.bfloat16) + 0.5
     save_llama(folder, config, state)
-    save_tensors(folder / FLEX, router_state(Router(Space(config), budgets=[1.0, 0.5]), seq_len=16))
+    router = Router(Space(config), budgets=[1.0, 0.5])
+    save_tensors(folder / FLEX, router_state(router, seq_len=16))
 
 
-def measure(*command) -> tuple[float, float, str]:
-    """(seconds, peak GB, stdout) of a command in a process of its own."""
-    code = ("import resource, runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__'); "
-            "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)")
-    start = time.perf_counter()
-    done = subprocess.run([sys.executable, "-c", code, *map(str, command)], capture_output=True, text=True,
-                          env=os.environ | {"PYTHONPATH": str(ROOT)})
+def run(*command) -> str:
+    """stdout of python with these words, in a process of its own that finds this project."""
+    words = [sys.executable, *map(str, command)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(words, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
-    *said, peak = done.stdout.splitlines()
-    return time.perf_counter() - start, int(peak) * 1024 / 1e9, "\n".join(said)
+    return done.stdout
 
 
 def main(argv=None) -> None:
     """Makes, exports, prints."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser("python -m bench.big_export", __doc__)
     p.add_argument("--format", choices=["llama", "hf"], default="llama")
     p.add_argument("--budget", type=float, default=0.5)
     p.add_argument("--scale", type=int, default=1, help="divide width, MLP and vocabulary by this")
-    p.add_argument("--folder", help=argparse.SUPPRESS)
+    p.add_argument("--folder", help=argparse.SUPPRESS)  # where the first process makes its weights
     args = p.parse_args(argv)
+    check_at_least_one(args, "scale")
     if args.folder:
-        n = args.scale
-        return make(Path(args.folder), replace(SHAPE, dim=2048 // n, n_heads=32 // n, n_kv_heads=max(1, 8 // n),
-                                               ffn_dim=8192 // n, vocab_size=128256 // n))
+        make(Path(args.folder), scaled(args.scale))
+        return
+
     with tempfile.TemporaryDirectory() as scratch:
         flex = Path(scratch) / "flex"
-        measure(__file__, "--folder", flex, "--scale", args.scale)
-        size = sum(f.stat().st_size for f in flex.iterdir()) / 1e9
-        seconds, peak, said = measure(ROOT / "export.py", "--model", flex, "--budget", args.budget,
-                                      "--format", args.format)
-        print(said)
-        print(json.dumps(dict(source_gb=round(size, 2), seconds=round(seconds, 1), peak_gb=round(peak, 2))))
+        run("-m", "bench.big_export", "--folder", flex, "--scale", args.scale)
+        size = sum(file.stat().st_size for file in flex.iterdir()) / 1e9
+        start = time.perf_counter()
+        said = run("-c", WITH_PEAK, ROOT / "export.py", "--model", flex, "--budget", args.budget,
+                   "--format", args.format)
+        took = time.perf_counter() - start
+    *lines, peak = said.splitlines()
+    print("\n".join(lines))
+    print(json.dumps(dict(source_gb=round(size, 2), seconds=round(took, 1),
+                          peak_gb=round(int(peak) * 1024 / 1e9, 2))))
 
 
 if __name__ == "__main__":

@@ -1,83 +1,181 @@
 """
-What routers have to beat, and what they could know. With the weights frozen:
+What Flextron's routers have to beat, and what they could know. The weights stay frozen.
 
-    python tests/flextron_oracle.py --model out/elastic
+    python -m bench.flextron_oracle --model out/elastic
 
-First, at every target, the best SubNet with one size for all layers. Then: every token's loss is taken under a narrow
-and a wide uniform SubNet; its gain is the difference. How much of the gain's variance do the narrow network's hidden
-states tell (linearly, before the MLPs of the first and the middle layer, on text that the fit has not seen), and what
-is the loss if half of the tokens run wide: drawn blindly, picked by that fit, or with hindsight? The mixture is ideal:
-every token attends to the keys and values of its own network.
+1. At every target: the best SubNet with one size for all layers. A router has to beat it.
+2. Every token's loss under a narrow and a wide uniform SubNet. The difference is the token's gain from
+   width. How much of the gain's variance can a router know? A linear fit says it from the narrow
+   network's hidden states, before the MLPs of the first and the middle layer, on text that the fit has
+   not seen.
+3. The loss if half of the tokens run wide: drawn blindly, picked by that fit, or with hindsight. The
+   mixture is ideal: every token attends to the keys and values of its own network.
 """
 import argparse
-import sys
-from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from plumbing.checkpoint import load_llama, load_tensors
-from data.shards import Shards  # noqa: E402
-from flextron.deployed import FLEXTRON
-from model import Llama, SubNet  # noqa: E402
-from space import cost  # noqa: E402
+from data.shards import Shards
 from eval import evaluate
+from model import Llama, SubNet
+from plumbing.errors import Parser, check_at_least_one, fail
+from plumbing.family import FLEXTRON, Family, open_family
+from space import cost
 
-
-@torch.no_grad()
-def collect(model: Llama, windows, narrow: SubNet, wide: SubNet):
-    """(states (tokens, 2 dim + 1) of the narrow network, losses (tokens,) narrow, and wide)."""
-    batches, L = [], model.config.n_layers
-    for x, y in zip(windows[0].split(16), windows[1].split(16)):
-        seen, losses = [], []
-        hooks = [model.layers[i].ffn_norm.register_forward_hook(lambda _m, _x, h: seen.append(h.flatten(0, 1)))
-                 for i in (0, L // 2)]
-        for subnet in (narrow, wide):
-            losses.append(F.cross_entropy(model(x, subnet=subnet)[0].flatten(0, 1), y.flatten(), reduction="none"))
-            for hook in hooks:
-                hook.remove()
-        batches.append((torch.cat([*seen, torch.ones(y.numel(), 1)], 1).double(), *(loss.double() for loss in losses)))
-    return [torch.cat(part) for part in zip(*batches)]
+# -----------------------------------------------------------------------------
+# 1. one size for all layers
 
 
 def uniform(model: Llama, windows, heads: list[int], target: float) -> tuple[float, SubNet]:
     """(loss, SubNet) of the best slice of cost <= target with the same heads and neurons in every layer."""
-    c, found = model.config, []
-    for h in heads:
-        shapes = [SubNet.uniform(c.dim, range(c.n_layers), h, f) for f in range(8, c.ffn_dim + 1, 8)]
-        fits = [subnet for subnet in shapes if cost(c, subnet) <= target + 5e-4]
-        found += [(evaluate(model, windows, fits[-1])[0], fits[-1])] if fits else []
+    config = model.config
+    found = []
+    for n_heads in heads:
+        widest = None  # of those that fit: costs rise with the neurons
+        for neurons in range(8, config.ffn_dim + 1, 8):
+            subnet = uniform_subnet(model, n_heads, neurons)
+            if cost(config, subnet) <= target + 5e-4:
+                widest = subnet
+        if widest is not None:
+            found.append((evaluate(model, windows, widest)[0], widest))
+    if not found:
+        fail(f"--targets {target:g} found; no slice with the same sizes in every layer costs that "
+             "little; ask for more")
     return min(found, key=lambda row: row[0])
 
 
-def main(argv=None) -> None:
-    """Prints the uniform slices, the share of variance told, and the losses of the mixtures."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--model", default="out/elastic", help="a folder of flextron.py")
+def uniform_subnet(model: Llama, n_heads: int, ffn_dim: int) -> SubNet:
+    """All channels and layers, with these heads and neurons in each."""
+    return SubNet.uniform(model.config.dim, range(model.config.n_layers), n_heads, ffn_dim)
+
+
+# -----------------------------------------------------------------------------
+# 2. what a token gains from width
+
+
+class Tokens(NamedTuple):
+    """Text, token by token, in fp64."""
+    states: torch.Tensor  # (tokens, 2 dim + 1) hidden states of the narrow network, and 1
+    narrow: torch.Tensor  # (tokens,) losses in nats
+    wide: torch.Tensor    # (tokens,)
+
+
+@torch.no_grad()
+def collect(model: Llama, windows, narrow: SubNet, wide: SubNet) -> Tokens:
+    """States and losses of all tokens of the windows (x, y)."""
+    batches = []
+    for x, y in zip(windows[0].split(16), windows[1].split(16)):
+        batches.append(collect_batch(model, x, y, narrow, wide))
+    return Tokens(
+        torch.cat([batch.states for batch in batches]),
+        torch.cat([batch.narrow for batch in batches]),
+        torch.cat([batch.wide for batch in batches]),
+    )
+
+
+def collect_batch(model: Llama, x, y, narrow: SubNet, wide: SubNet) -> Tokens:
+    """The same for one batch (B, T)."""
+    seen = []
+
+    def listen(_module, _inputs, h):
+        seen.append(h.flatten(0, 1))  # B*T, dim
+
+    middle = model.config.n_layers // 2
+    hooks = [model.layers[i].ffn_norm.register_forward_hook(listen) for i in (0, middle)]
+    narrow_losses = token_losses(model, x, y, narrow)
+    for hook in hooks:
+        hook.remove()
+    wide_losses = token_losses(model, x, y, wide)
+    states = torch.cat([*seen, torch.ones(y.numel(), 1)], 1)
+    return Tokens(states.double(), narrow_losses.double(), wide_losses.double())
+
+
+def token_losses(model: Llama, x: torch.Tensor, y: torch.Tensor, subnet: SubNet) -> torch.Tensor:
+    """Cross-entropy of every token in nats, (B*T,)."""
+    logits = model(x, subnet=subnet)[0]
+    return F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none")
+
+
+def fit_gain(tokens: Tokens) -> torch.Tensor:
+    """(2 dim + 1,) ridge regression of the gain on the states."""
+    x = tokens.states
+    gain = tokens.narrow - tokens.wide
+    ridge = len(x) * 1e-3 * torch.eye(x.size(1))
+    fit = torch.linalg.lstsq(x.T @ x + ridge, x.T @ gain[:, None])
+    return fit.solution[:, 0]
+
+
+# -----------------------------------------------------------------------------
+# 3. half of the tokens wide
+
+
+def half_wide(tokens: Tokens, by: torch.Tensor) -> float:
+    """The mean loss if the half of the tokens with the largest `by` runs wide."""
+    n = len(by)
+    gain = tokens.narrow - tokens.wide
+    chosen = by.argsort(descending=True)[:n // 2]
+    return ((tokens.narrow.sum() - gain[chosen].sum()) / n).item()
+
+
+# -----------------------------------------------------------------------------
+# the command line
+
+
+def parse_args(argv) -> argparse.Namespace:
+    """The flags."""
+    p = Parser("python -m bench.flextron_oracle", __doc__)
+    p.add_argument("--model", default="out/elastic", help="a folder of the flextron folder's")
     p.add_argument("--data", help="folder of shards (default: the one trained on)")
     p.add_argument("--windows", type=int, default=400, help="of training text, for the fit")
     p.add_argument("--targets", type=float, nargs="+", default=[0.75, 0.563, 0.376])
     args = p.parse_args(argv)
-    model, flex = load_llama(args.model), load_tensors(Path(args.model) / FLEXTRON)
-    c, sizes, data = model.config, flex["sizes"], args.data or flex["data"]
-    shape = lambda heads, ffn: SubNet.uniform(c.dim, range(c.n_layers), heads, ffn)
-    narrow, wide = shape(sizes["n_heads"][0], sizes["ffn_dim"][1]), shape(c.n_heads, sizes["ffn_dim"][-2])
-    split = lambda name: Shards(data, name, flex["seq_len"], c.vocab_size)
-    x, slim, fat = collect(model, split("train").windows(args.windows), narrow, wide)
-    fit = torch.linalg.lstsq(x.T @ x + len(x) * 1e-3 * torch.eye(x.size(1)), x.T @ (slim - fat)[:, None]).solution[:, 0]
-    val = split("val").windows(flex["eval_windows"])
+    check_at_least_one(args, "windows")
+    return args
+
+
+def open_flextron(folder) -> Family:
+    """A folder that holds a Flextron, or fail()."""
+    family = open_family(folder)
+    if family.flextron is None:
+        fail(f"{folder} has no {FLEXTRON}; expected a folder of python -m flextron")
+    return family
+
+
+def main(argv=None) -> None:
+    """Prints the uniform slices, the share of variance told, and the losses of the mixtures."""
+    args = parse_args(argv)
+    family = open_flextron(args.model)
+    model = family.model
+    config = model.config
+    sizes = family.flextron.sizes
+    data = args.data or family.saved["data"]
+    seq_len = family.saved["seq_len"]
+    train = Shards(data, "train", seq_len, config.vocab_size).windows(args.windows)
+    val = Shards(data, "val", seq_len, config.vocab_size).windows(family.saved["eval_windows"])
+
     for target in args.targets:
-        loss, s = uniform(model, val, sizes["n_heads"], target)
-        print(f"uniform at {target:g}: {loss:.3f}, cost {cost(c, s):.3f}, {s.n_heads[0]} heads, ffn {s.ffn_dim[0]}")
-    x, slim, fat = collect(model, val, narrow, wide)
-    gain, told, half = slim - fat, x @ fit, len(x) // 2
-    mixed = lambda by: (slim.sum() - gain[by.argsort(descending=True)[:half]].sum()) / len(slim)
-    print(f"narrow (cost {cost(c, narrow):.3f}) {slim.mean():.3f}, wide ({cost(c, wide):.3f}) {fat.mean():.3f}; gain "
-          f"{gain.mean():.3f}, its standard deviation over tokens {gain.std():.3f}, told by the hidden state: "
-          f"{1 - (gain - told).square().mean() / gain.var():.1%} of the variance\nhalf of the tokens wide: drawn "
-          f"blindly {slim.mean() - gain.mean() / 2:.3f}, by the fit {mixed(told):.3f}, by hindsight {mixed(gain):.3f}")
+        loss, subnet = uniform(model, val, sizes["n_heads"], target)
+        print(f"uniform at {target:g}: {loss:.3f}, cost {cost(config, subnet):.3f}, "
+              f"{subnet.n_heads[0]} heads, ffn {subnet.ffn_dim[0]}")
+
+    narrow = uniform_subnet(model, sizes["n_heads"][0], sizes["ffn_dim"][1])
+    wide = uniform_subnet(model, config.n_heads, sizes["ffn_dim"][-2])
+    fit = fit_gain(collect(model, train, narrow, wide))
+    tokens = collect(model, val, narrow, wide)
+    gain = tokens.narrow - tokens.wide
+    told = tokens.states @ fit
+    explained = 1 - (gain - told).square().mean() / gain.var()
+    print(f"narrow (cost {cost(config, narrow):.3f}) {tokens.narrow.mean():.3f}, "
+          f"wide ({cost(config, wide):.3f}) {tokens.wide.mean():.3f}; "
+          f"gain {gain.mean():.3f}, its standard deviation over tokens {gain.std():.3f}, "
+          f"told by the hidden state: {explained:.1%} of the variance")
+    blindly = tokens.narrow.mean() - gain.mean() / 2
+    by_fit = half_wide(tokens, told)
+    by_hindsight = half_wide(tokens, gain)
+    print(f"half of the tokens wide: drawn blindly {blindly:.3f}, by the fit {by_fit:.3f}, "
+          f"by hindsight {by_hindsight:.3f}")
 
 
 if __name__ == "__main__":

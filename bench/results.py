@@ -1,63 +1,101 @@
 """
 The tables of RESULTS.md and the picture of README.md, from the runs of results.sh.
 
-    python results.py --collect out/results    reads the runs into assets/results.json, and then as below
-    python results.py                          the tables as Markdown, and assets/family.png, from assets/results.json
+    python -m bench.results --collect out/results    reads the runs into assets/results.json first
+    python -m bench.results                          prints the tables as Markdown, draws family.png
 
-A cell over several seeds is their mean (smallest to largest); losses are nats per token on the same held-out text.
-Runs that are not there are left out; results.sh makes them.
+A cell over several seeds is their mean (smallest to largest). Losses are nats per token on the same
+held-out text. Runs that are not there are left out; bash bench/results.sh makes them.
 """
-import argparse
 import json
 import statistics
 import sys
 from pathlib import Path
 
+from plumbing.errors import Parser, fail
+from plumbing.files import atomic_write
 from plumbing.params import PARAMS, read_config
 from space import train_flops
-from plumbing.files import atomic_write
-from plumbing.errors import fail
 
-ASSETS = Path(__file__).resolve().parent / "assets"
-SEEDS, TRAINED = (0, 1, 2), (1.0, 0.8, 0.6, 0.4)
-INSTEAD = {("depth", 0.6): 0.65}  # whole layers buy nothing at .6
+ASSETS = Path(__file__).resolve().parent.parent / "assets"
+SEEDS = (0, 1, 2)
+TRAINED = (1.0, 0.8, 0.6, 0.4)
 FREE = (0.95, 0.9, 0.85, 0.75, 0.7, 0.55, 0.5, 0.45)  # budgets that no run trained
+INSTEAD = {("depth", 0.6): 0.65}  # whole layers buy nothing at .6
+SPEEDS = ("prefill", "decode", "memory")
+BEFORE = "before"  # the run that is none: slices of the sorted, untrained base (bench/before.py)
 
 # -----------------------------------------------------------------------------
 # reading the runs
 
 
 def spent(folder: Path) -> dict:
-    """What a run's log says it took: optimizer steps, tokens, training FLOPs (a soft pass runs everything), seconds:
-    those of its median step, times the steps, since other programs slow some of them."""
-    header, *records = [json.loads(line) for line in open(folder / "log.jsonl", encoding="utf-8")]
+    """What a run's log says it took: optimizer steps, tokens, training FLOPs, seconds.
+
+    The seconds are those of its median step, times the steps, since other programs slow some."""
+    lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    header, *records = [json.loads(line) for line in lines]
     steps = {r["step"]: r for r in records if "loss" in r}.values()  # a resumed run repeats some
-    config, settings = read_config(folder), header["settings"]
-    ran = [1.0 if soft else got for r in steps for soft, got in zip(r["soft"], r["got"])]
-    flops = settings["batch_tokens"] * sum(train_flops(config, settings["seq_len"], share) for share in ran)
-    return dict(steps=len(steps), tokens=len(ran) * settings["batch_tokens"], flops=flops,
-                seconds=round(statistics.median(r.get("seconds", 0) for r in steps) * len(steps), 1),
-                commit=header["commit"], torch=header["torch"], device=header["device"])
+    settings = header["settings"]
+    config = read_config(folder)
+
+    passes = 0
+    flops = 0.0
+    for record in steps:
+        for soft, got in zip(record["soft"], record["got"]):
+            share = 1.0 if soft else got  # a soft pass runs everything
+            flops += train_flops(config, settings["seq_len"], share)
+            passes += 1
+
+    median = statistics.median(r.get("seconds", 0) for r in steps)
+    seconds = median * len(steps)
+    return dict(
+        steps=len(steps),
+        tokens=passes * settings["batch_tokens"],
+        flops=settings["batch_tokens"] * flops,
+        seconds=round(seconds, 1),
+        commit=header["commit"],
+        torch=header["torch"],
+        device=header["device"])
+
+
+def last_object(path: Path) -> dict:
+    """The JSON object on a file's last line."""
+    return json.loads(path.read_text(encoding="utf-8").splitlines()[-1])
+
+
+def rows_of(found: dict) -> list[dict]:
+    """The rows of eval.py's object, without what no table shows."""
+    keep = ("budget", "got", "params", "dim", "n_heads", "ffn_dim", "layers", "loss")
+    rows = []
+    for found_row in found["rows"]:
+        row = {key: found_row[key] for key in keep}
+        row["loss"] = round(row["loss"], 5)
+        rows.append(row)
+    return rows
 
 
 def collect(folder) -> dict:
-    """All finished runs of a folder of results.sh: name -> what it took and its rows of eval.py."""
-    keep = ("budget", "got", "params", "dim", "n_heads", "ffn_dim", "layers", "loss")
+    """All finished runs in a folder of results.sh: name -> what it took and its rows."""
     runs = {}
     for path in sorted(Path(folder).glob("*.json")):
-        if (path.with_suffix("") / PARAMS).exists():
-            found = json.loads(path.read_text().splitlines()[-1])
-            runs[path.stem] = spent(path.with_suffix("")) | dict(
-                context=found["context"], tokens_scored=found["rows"][0]["tokens"],
-                rows=[{k: round(row[k], 5) if k == "loss" else row[k] for k in keep} for row in found["rows"]])
-            if (speed := path.with_suffix(".speed")).exists():
-                for row, timed in zip(runs[path.stem]["rows"], json.loads(speed.read_text().splitlines()[-1])["rows"]):
-                    row["speed"] = {k: round(v, 3) for k, v in timed["speed"].items()}
-    return runs or fail(f"{folder} holds no finished run; expected what results.sh leaves; run: bash results.sh")
-
-
-# -----------------------------------------------------------------------------
-# tables
+        trained = path.with_suffix("")
+        if path.stem != BEFORE and not (trained / PARAMS).exists():
+            continue
+        found = last_object(path)
+        run = {} if path.stem == BEFORE else spent(trained)
+        run["context"] = found["context"]
+        run["tokens_scored"] = found["rows"][0]["tokens"]
+        run["rows"] = rows_of(found)
+        speed = path.with_suffix(".speed")
+        if speed.exists():
+            for row, timed in zip(run["rows"], last_object(speed)["rows"]):
+                row["speed"] = {key: round(value, 3) for key, value in timed["speed"].items()}
+        runs[path.stem] = run
+    if not runs:
+        fail(f"{folder} holds no finished run; expected what results.sh leaves; "
+             "run: bash bench/results.sh")
+    return runs
 
 
 class Runs:
@@ -65,198 +103,393 @@ class Runs:
 
     def __init__(self, runs: dict):
         if "router-0" not in runs:
-            fail(f"no run router-0 among {len(runs)}, which the others are compared with; bash results.sh router-0")
+            fail(f"no run router-0 among {len(runs)}, which the others are compared with; "
+                 "bash bench/results.sh router-0")
         self.runs = runs
         self.budgets = [row["budget"] for row in runs["router-0"]["rows"]]
 
     def row(self, name: str, budget: float) -> dict:
+        """A run's row at a budget."""
         return next(row for row in self.runs[name]["rows"] if row["budget"] == budget)
 
     def seeds(self, name: str) -> list[str]:
         """The runs of a row over seeds that are there, or the one run of that name."""
-        return [n for n in (name, *(f"{name}-{s}" for s in SEEDS)) if n in self.runs]
+        names = [name, *(f"{name}-{seed}" for seed in SEEDS)]
+        return [n for n in names if n in self.runs]
 
     def values(self, name: str, budget: float = 1.0, key: str = "loss") -> list[float]:
-        return [self.row(n, budget)[key] for n in self.seeds(name)]
+        """A column at a budget, one value a seed that has it."""
+        found = []
+        for n in self.seeds(name):
+            found += [row[key] for row in self.runs[n]["rows"] if row["budget"] == budget]
+        return found
+
+    def cell(self, name: str, budget: float = 1.0, key: str = "loss") -> str:
+        """The same as mean and range."""
+        return cell(self.values(name, budget, key))
 
     def free(self, name: str) -> list[float]:
         """Mean loss of every seed over the budgets that were not trained."""
-        return [statistics.mean(self.row(n, b)["loss"] for b in FREE) for n in self.seeds(name)]
+        means = []
+        for n in self.seeds(name):
+            means.append(statistics.mean(self.row(n, b)["loss"] for b in FREE))
+        return means
 
     def at(self, name: str, got: float) -> float:
         """The loss of a run at a cost, linear between the neighbours that it has."""
-        points = sorted({(row["got"], row["loss"]) for row in self.runs[name]["rows"]})
-        below, above = [p for p in points if p[0] <= got][-1:] or points[:1], [p for p in points if p[0] >= got][:1]
-        (x, a), (y, b) = below[0], (above or points[-1:])[0]
-        return a if x == y else a + (b - a) * (got - x) / (y - x)
+        rows = self.runs[name]["rows"]
+        points = sorted({(row["got"], row["loss"]) for row in rows})
+        smaller = [point for point in points if point[0] <= got]
+        larger = [point for point in points if point[0] >= got]
+        x, a = smaller[-1] if smaller else points[0]
+        y, b = larger[0] if larger else points[-1]
+        if x == y:
+            return a
+        return a + (b - a) * (got - x) / (y - x)
+
+
+# -----------------------------------------------------------------------------
+# cells
 
 
 def cell(values: list[float], digits: int = 3) -> str:
-    """Mean and range."""
+    """Mean and range; a dash for no values."""
     if not values:
         return "-"
-    text = [f"{v:.{digits}f}" for v in (statistics.mean(values), min(values), max(values))]
-    return text[0] if len(set(text)) == 1 else f"{text[0]} ({text[1]} to {text[2]})"
+    mean = f"{statistics.mean(values):.{digits}f}"
+    low = f"{min(values):.{digits}f}"
+    high = f"{max(values):.{digits}f}"
+    return mean if low == mean == high else f"{mean} ({low} to {high})"
+
+
+def asked(budget: float) -> str:
+    """A budget, with a star if it was trained."""
+    return f"{budget:.2f}*" if budget in TRAINED else f"{budget:.2f}"
 
 
 def markdown(head: list[str], rows: list[list[str]]) -> str:
     """A table."""
-    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def speed_cells(row: dict) -> list[str]:
+    """Prefill, decode and memory of a row, over the full model's."""
+    speed = row.get("speed")
+    if speed is None:
+        return ["-"] * len(SPEEDS)
+    return [f"{speed[key]:.2f}" for key in SPEEDS]
+
+
+# -----------------------------------------------------------------------------
+# tables
 
 
 def family_table(r: Runs) -> str:
-    """Row 1: every budget of the family; sizes are seed 0's."""
-    return markdown(["budget", "got", "parameters", "loss"],
-                    [[f"{b:.2f}" + "*" * (b in TRAINED), cell(r.values("router", b, "got")),
-                      f"{r.row('router-0', b)['params']:,}", cell(r.values("router", b))] for b in r.budgets])
+    """Every budget of the family. What training started from, parameters and speed are seed 0's."""
+    rows = []
+    for b in r.budgets:
+        row = r.row("router-0", b)
+        sizes = [r.cell("router", b, "got"), f"{row['params']:,}"]
+        losses = [r.cell(BEFORE, b), r.cell("router", b)]
+        rows.append([asked(b), *sizes, *losses, *speed_cells(row)])
+    head = ["budget", "got", "parameters", "loss before training", "loss"]
+    return markdown([*head, *SPEEDS], rows)
+
+
+# How a model trained alone: prefix of the runs' names -> steps x tokens.
+ALONE = {
+    "same": "alone, own tokens: 450 x 1,024",
+    "small": "1,800 x 256",
+    "scratch": "from scratch: 3,000 x 1,024",
+    "large": "alone, all tokens: 450 x 4,096",
+    "whole": "1,800 x 1,024",
+    "high": "at 3e-3"}
+FAMILIES = {
+    "router-0": "family: 450 x 4 x 1,024",
+    "steps-x4": "family: 1,800 x 4 x 256"}
 
 
 def alone_table(r: Runs) -> str:
-    """Row 1: the trained members of the family of seed 0, and models of their shapes that trained alone."""
-    kinds = {"same": "alone, own tokens: 450 x 1,024", "small": "1,800 x 256", "scratch": "from scratch: 3,000 x 1,024",
-             "large": "alone, all tokens: 450 x 4,096", "whole": "1,800 x 1,024", "high": "at 3e-3"}
-    families = {"router-0": "family: 450 x 4 x 1,024", "steps-x4": "family: 1,800 x 4 x 256"}
-    return markdown(["parameters", *families.values(), *kinds.values()],
-                    [[f"{r.row('router-0', b)['params']:,}", *(cell(r.values(name, b)) for name in families),
-                      *(cell(r.values(f"{kind}-{b:.2f}")) for kind in kinds)] for b in TRAINED])
+    """The trained members of the family of seed 0, and models of their shapes that trained
+    alone."""
+    rows = []
+    for b in TRAINED:
+        params = r.row("router-0", b)["params"]
+        families = [r.cell(name, b) for name in FAMILIES]
+        alone = [r.cell(f"{kind}-{b:.2f}") for kind in ALONE]
+        rows.append([f"{params:,}", *families, *alone])
+    return markdown(["parameters", *FAMILIES.values(), *ALONE.values()], rows)
+
+
+# What is compared by its cost: label -> prefix of the runs' names.
+COSTS = {
+    "four alone, each its own tokens": "same",
+    "four alone, each all tokens": "whole",
+    "four from scratch, each all tokens and the base's": "scratch"}
 
 
 def cost_table(r: Runs) -> str:
-    """Row 1: what the family cost and what four models that train alone cost, of seed 0."""
-    family, rows = r.runs["router-0"], []
-    for name, kind in (("the family", None), ("four alone, each its own tokens", "same"),
-                       ("four alone, each all tokens", "whole"),
-                       ("four from scratch, each all tokens and the base's", "scratch")):
-        names = ["router-0"] if kind is None else [f"{kind}-{b:.2f}-0" for b in TRAINED]
-        if all(n in r.runs for n in names):
-            total = {k: sum(r.runs[n][k] for n in names) for k in ("tokens", "flops", "seconds")}
-            rows.append([name, f"{total['tokens'] / 1e6:.2f}M", f"{total['flops']:.2e}",
-                         f"{total['flops'] / family['flops']:.2f}",
-                         f"{total['seconds'] / family['seconds']:.2f}" if all(r.runs[n]["seconds"] for n in names)
-                         else "-"])
-    return markdown(["", "tokens", "FLOPs", "FLOPs over the family's", "time over the family's"], rows)
+    """What the family cost and what four models that train alone cost, of seed 0."""
+    compared = {"the family": ["router-0"]}
+    for label, kind in COSTS.items():
+        compared[label] = [f"{kind}-{b:.2f}-0" for b in TRAINED]
 
-
-def budget_table(r: Runs) -> str:
-    """Row 2: how near penalty and constrained come, and the loss of both at what the penalty got."""
-    rows, seeds = [], [s for s in SEEDS if f"penalty-{s}" in r.runs]
-    for b in r.budgets:
-        same = [r.at(f"router-{s}", r.row(f"penalty-{s}", b)["got"]) for s in seeds]
-        rows.append([f"{b:.2f}" + "*" * (b in TRAINED), cell(r.values("router", b, "got")),
-                     cell(r.values("penalty", b, "got")), cell(r.values("penalty", b)), cell(same)])
-    off = {name: [r.row(f"{name}-{s}", b)["got"] - b for s in seeds for b in r.budgets]
-           for name in ("router", "penalty")}
-    mean, over = ({name: of(gaps) for name, gaps in off.items()} for of in (
-        lambda gaps: cell([abs(gap) for gap in gaps]), lambda gaps: sum(gap > 1e-9 for gap in gaps)))
-    head = ["asked", "constrained got", "penalty got", "penalty's loss", "constrained's loss at that cost"]
-    return (f"{markdown(head, rows)}\n\n|got - asked|: constrained {mean['router']}, penalty {mean['penalty']}; "
-            f"over what was asked: {over['router']} and {over['penalty']} of {len(off['router'])}.")
-
-
-def rows_table(r: Runs, names: dict[str, str]) -> str:
-    """Rows 3 to 7: a line per run: loss (and what was got) at the trained budgets, and the mean of the others."""
+    family = r.runs["router-0"]
     rows = []
-    for name, label in names.items():
-        if found := r.seeds(name):
-            trained = [INSTEAD.get((name, b), b) for b in TRAINED]
-            rows.append([label, str(len(found)), *(f"{cell(r.values(name, b))} [{cell(r.values(name, b, 'got'))}]"
-                                                   for b in trained), cell(r.free(name))])
-    head = ["", "seeds", *(f"loss at {b:g} [got]" for b in TRAINED), f"mean at {len(FREE)} budgets never trained"]
+    for label, names in compared.items():
+        if not all(name in r.runs for name in names):
+            continue
+        runs = [r.runs[name] for name in names]
+        tokens = sum(run["tokens"] for run in runs)
+        flops = sum(run["flops"] for run in runs)
+        seconds = [run["seconds"] for run in runs]
+        time = "-"
+        if all(seconds):
+            time = f"{sum(seconds) / family['seconds']:.2f}"
+        over = f"{flops / family['flops']:.2f}"
+        rows.append([label, f"{tokens / 1e6:.2f}M", f"{flops:.2e}", over, time])
+    head = ["", "tokens", "FLOPs", "FLOPs over the family's", "time over the family's"]
     return markdown(head, rows)
 
 
-def speed_table(r: Runs) -> str:
-    """Row 8: what a slice costs to run, as an export, over the full model; width and depth alone at similar sizes."""
+def penalty_table(r: Runs) -> str:
+    """How near the penalty comes, and the loss of both at what it got. Budgets that got one slice
+    from every seed share a row."""
+    seeds = [seed for seed in SEEDS if f"penalty-{seed}" in r.runs]
+    lines = {}  # cells without the budget -> its budgets
+    for b in r.budgets:
+        same = []
+        for seed in seeds:
+            got = r.row(f"penalty-{seed}", b)["got"]
+            same.append(r.at(f"router-{seed}", got))
+        cells = (r.cell("penalty", b, "got"), r.cell("penalty", b), cell(same))
+        lines.setdefault(cells, []).append(b)
     rows = []
-    for name, label in (("router-0", "router"), ("width-0", "width alone"), ("depth-0", "depth alone")):
-        for row in r.runs.get(name, {}).get("rows", ()):
-            if "speed" in row and (name == "router-0" or row["budget"] in (0.8, 0.65, 0.4)):
-                rows.append([label, f"{row['budget']:.2f}", f"{row['got']:.3f}", f"{row['loss']:.3f}",
-                             *(f"{row['speed'][k]:.2f}" for k in ("prefill", "decode", "memory"))])
-    return markdown(["", "budget", "got", "loss", "prefill, tokens/s", "decode, tokens/s", "memory"], rows)
+    for cells, budgets in lines.items():
+        label = asked(budgets[0])
+        if len(budgets) > 1:
+            label += f" to {asked(budgets[-1])}"
+        rows.append([label, *cells])
+
+    # How far off each is, over all budgets and seeds.
+    means, over = {}, {}
+    for name in ("router", "penalty"):
+        gaps = []
+        for seed in seeds:
+            gaps += [r.row(f"{name}-{seed}", b)["got"] - b for b in r.budgets]
+        means[name] = cell([abs(gap) for gap in gaps])
+        over[name] = sum(gap > 1e-9 for gap in gaps)
+    head = ["asked", "penalty got", "penalty's loss", "constrained's loss at that cost"]
+    n = len(seeds) * len(r.budgets)
+    gaps = f"|got - asked|: constrained {means['router']}, penalty {means['penalty']}"
+    over = f"over what was asked: {over['router']} and {over['penalty']} of {n}"
+    return f"{markdown(head, rows)}\n\n{gaps}; {over}."
 
 
-TABLES = {
-    "1. The family": family_table,
-    "1. Models that train alone": alone_table,
-    "1. What they cost": cost_table,
-    "1. More and smaller steps, and a higher rate, the same tokens": {
-        "router-0": "450 steps of 1,024 tokens per budget (default)", "steps-x2": "900 of 512",
-        "steps-x4": "1,800 of 256",
-        "lr-3e-3": "450 of 1,024, the Llama's rate 3e-3 instead of 1e-3"},
-    "2. Meeting a budget": budget_table,
-    "3. Modulation": {"router-0": "a factor per block and sub-block (default)", "modulation-none": "none",
-                      "modulation-channel": "a factor per channel"},
-    "4. What chooses, and from what": {
-        "router": "router (default)", "uniform": "uniform shrink", "random": "a random member",
-        "frozen": "router alone, weights frozen", "width": "width, heads, MLP",
-        "depth": "depth alone (.65 in place of .6)"},
-    "5. What teaches the router": {
-        "router-0": "soft share 1, rate 1.4e-3, kappa to 10, tau to .056 (default)", "soft-0": "soft share 0",
-        "soft-0.25": "soft share .25", "router-lr-4e-4": "rate 4e-4 (the paper's x .01)",
-        "router-lr-4e-3": "rate 4e-3 (x .1)", "router-lr-4e-2": "rate 4e-2 (x 1)", "kappa-1": "kappa stays 1",
-        "tau-1": "tau stays 1"},
-    "6. Distillation": {"router-0": "cross-entropy (default)", "kd-0.5": "half, half", "kd-1": "KL to the base alone"},
-    "7. Importance": {"router-0": "activation; layers by logits (default)", "units-random": "units at random",
-                      "units-reversed": "units worst first", "depth-by-influence": "layers by block influence"},
-    "8. What a budget costs to run, over the full model": speed_table}
+# Heads of the columns that compare whole families.
+LOSSES = [f"loss at {b:g} [got]" for b in TRAINED] + [f"mean at {len(FREE)} budgets never trained"]
+
+# What chooses the slices that are trained: prefix of the runs' names -> label.
+CHOOSERS = {
+    "router": "router (default)",
+    "uniform": "uniform shrink",
+    "random": "a random member",
+    "frozen": "router alone, weights frozen",
+    "width": "width, heads, MLP",
+    "depth": "depth alone (.65 in place of .6)"}
+
+
+def chooser_table(r: Runs) -> str:
+    """A line per way to choose: loss and what was got at the trained budgets, the mean of the
+    others."""
+    rows = []
+    for name, label in CHOOSERS.items():
+        seeds = len(r.seeds(name))
+        if seeds == 0:
+            continue
+        cells = []
+        for b in TRAINED:
+            b = INSTEAD.get((name, b), b)
+            got = r.cell(name, b, "got")
+            cells.append(f"{r.cell(name, b)} [{got}]")
+        rows.append([label, str(seeds), *cells, cell(r.free(name))])
+    return markdown(["", "seeds", *LOSSES], rows)
+
+
+# One change at a time, of seed 0: run -> (what is changed, to what).
+CHANGES = {
+    "steps-x2": ("steps x tokens", "900 x 512"),
+    "steps-x4": ("", "1,800 x 256"),
+    "lr-3e-3": ("the Llama's rate", "3e-3"),
+    "modulation-none": ("modulation", "none"),
+    "soft-0": ("soft share", "0"),
+    "soft-0.25": ("", ".25"),
+    "router-lr-4e-4": ("router's rate", "4e-4 (the paper's x .01)"),
+    "router-lr-4e-3": ("", "4e-3 (x .1)"),
+    "router-lr-4e-2": ("", "4e-2 (x 1)"),
+    "kappa-1": ("kappa", "stays 1"),
+    "tau-1": ("tau", "stays 1"),
+    "kd-0.5": ("loss", "half cross-entropy, half KL to the base"),
+    "kd-1": ("", "KL to the base alone"),
+    "units-random": ("order of units", "at random"),
+    "units-reversed": ("", "worst first"),
+    "depth-by-influence": ("order of layers", "by block influence")}
+
+
+def change_table(r: Runs) -> str:
+    """The default, and what each change makes of it. What a slice got is shown where the change
+    moved it."""
+    default = {b: r.row("router-0", b)["got"] for b in TRAINED}
+
+    def cells(name: str) -> list[str]:
+        """The columns of a run."""
+        found = []
+        for b in TRAINED:
+            row = r.row(name, b)
+            text = f"{row['loss']:.3f}"
+            if name == "router-0" or abs(row["got"] - default[b]) >= 5e-4:
+                text += f" [{row['got']:.3f}]"
+            found.append(text)
+        return [*found, cell(r.free(name))]
+
+    rows = [["**default**", "", *cells("router-0")]]
+    for name, (what, value) in CHANGES.items():
+        if name in r.runs:
+            rows.append([what, value, *cells(name)])
+    return markdown(["change", "to", *LOSSES], rows)
+
+
+def shape_speed_table(r: Runs) -> str:
+    """What slices of width alone and of depth alone cost to run, over the full model, beside the
+    router's. Seed 0."""
+    budgets = (0.8, 0.65, 0.4)
+    rows = []
+    labels = {
+        "router-0": "router",
+        "width-0": "width alone",
+        "depth-0": "depth alone"}
+    for name, label in labels.items():
+        if name not in r.runs:
+            continue
+        cells = []
+        for b in budgets:
+            row = r.row(name, b)
+            got = f"[{row['got']:.3f}]"
+            loss = f"{row['loss']:.3f}"
+            speeds = ", ".join(speed_cells(row))
+            cells.append(f"{speeds} {got} {loss}")
+        rows.append([label, *cells])
+    heads = [f"{', '.join(SPEEDS)} [got] loss at {b:g}" for b in budgets]
+    return markdown(["", *heads], rows)
+
+
+TABLES = {  # in the order of RESULTS.md
+    "One family": family_table,
+    "Models that train alone": alone_table,
+    "What they cost": cost_table,
+    "Meeting a budget": penalty_table,
+    "What chooses": chooser_table,
+    "What their slices cost to run": shape_speed_table,
+    "One change at a time": change_table}
+
+# -----------------------------------------------------------------------------
+# the picture
+
+
+def points(rows: list[dict]) -> tuple[list[float], list[float]]:
+    """(millions of parameters, losses), the smallest first."""
+    rows = sorted(rows, key=lambda row: row["params"])
+    return [row["params"] / 1e6 for row in rows], [row["loss"] for row in rows]
+
+
+def write_beside(axes, rows: list[dict], place: int, offset: tuple, text: str, colour: str) -> None:
+    """A series' name, `offset` typographic points from its point number `place`."""
+    sizes, losses = points(rows)
+    axes.annotate(text, (sizes[place], losses[place]), offset, textcoords="offset points",
+                  color=colour, fontsize=12, fontweight="bold")
 
 
 def draw(r: Runs, path: Path) -> None:
-    """Loss against parameters: one elastic run, and every model that trained alone."""
+    """Loss against parameters, of seed 0: slices of the base before training, the family after one
+    run, models that trained alone. What is not there is left out. ImportError: no matplotlib."""
     from matplotlib.figure import Figure
-    axes = (figure := Figure(figsize=(7, 5.4), layout="constrained")).add_subplot()
-    million = r.runs["router-0"]["tokens"] / 1e6
-    for name, colour, label in (("router-0", "tab:blue", f"one elastic run, {million:.1f}M tokens: every size"),
-                                ("steps-x4", "tab:cyan", "the same in more, smaller steps")):
-        if name not in r.runs:
-            continue
-        rows = sorted(r.runs[name]["rows"], key=lambda row: row["params"])
-        axes.plot([row["params"] / 1e6 for row in rows], [row["loss"] for row in rows], color=colour, label=label)
-        for trained, face in ((True, colour), (False, "white")):
-            some = [row for row in rows if (row["budget"] in TRAINED) == trained]
-            axes.scatter([row["params"] / 1e6 for row in some], [row["loss"] for row in some], s=22, zorder=4,
-                         edgecolors=colour, facecolors=face)
-    for kind, label, colour, mark in (
-            ("same", f"models alone, {million / 4:.1f}M tokens each", "tab:orange", "v"),
-            ("whole", f"models alone, {million:.1f}M tokens each", "tab:red", "s"),
-            ("scratch", "from scratch, on those tokens and the base's", "tab:gray", "x")):
-        four = [r.runs[n]["flops"] for b in TRAINED if (n := f"{kind}-{b:.2f}-0") in r.runs]
-        if len(four) == len(TRAINED):
-            label += f" (the four of them: {sum(four) / r.runs['router-0']['flops']:.2g} times the run's FLOPs)"
-        points = [(r.row(n, 1.0)["params"] / 1e6, r.row(n, 1.0)["loss"])
-                  for b in TRAINED for n in r.seeds(f"{kind}-{b:.2f}")]
-        if points:
-            axes.scatter(*zip(*points), label=label, color=colour, marker=mark, s=22, zorder=2)
-    axes.set(xlabel="parameters without embeddings, millions", ylabel="loss on held-out text, nats per token")
-    figure.legend(loc="outside lower center", frameon=False)
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    family = r.runs["router-0"]["rows"]
+    gray = "#555555"
+    blue = "#1565c0"
+    red = "#c62828"
+
+    # (a) The same slices, cut from the sorted base before training.
+    if BEFORE in r.runs:
+        rows = r.runs[BEFORE]["rows"]
+        axes.plot(*points(rows), color=gray, linewidth=2, linestyle="--")
+        write_beside(axes, rows, len(rows) // 4, (12, 8), "cut out before training", gray)
+
+    # (b) The family after one run: filled where a budget was trained, hollow where it never was.
+    axes.plot(*points(family), color=blue, linewidth=2.5)
+    trained = [row for row in family if row["budget"] in TRAINED]
+    never = [row for row in family if row["budget"] not in TRAINED]
+    axes.scatter(*points(trained), s=64, zorder=4, color=blue)
+    axes.scatter(*points(never), s=64, zorder=4, edgecolors=blue, facecolors="white", linewidths=2)
+    write_beside(axes, family, len(family) // 3, (0, -40),
+                 "one run, every size\n(hollow: sizes that it never trained)", blue)
+
+    # (c) Separate runs on the same tokens in all.
+    names = [f"same-{b:.2f}-0" for b in TRAINED]
+    rows = [r.row(name, 1.0) for name in names if name in r.runs]
+    if rows:
+        axes.scatter(*points(rows), s=64, zorder=3, color=red, marker="s")
+        write_beside(axes, rows, 0, (10, 8), "separate runs, same tokens", red)
+
+    low, high = axes.get_ylim()
+    axes.set_ylim(bottom=low - 0.15 * (high - low))  # room for the lowest name
+    axes.set_xlabel("parameters without embeddings, millions", fontsize=12)
+    axes.set_ylabel("loss on held-out text (nats)", fontsize=12)
+    axes.tick_params(labelsize=11)
+    axes.spines[["top", "right"]].set_visible(False)
     with atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=150)
 
 
+# -----------------------------------------------------------------------------
+# the command line
+
+
+def save_runs(path: Path, runs: dict) -> None:
+    """results.json, a line a run."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for name, run in runs.items():
+        lines.append(f"{json.dumps(name)}: {json.dumps(run)}")
+    text = "{" + ",\n".join(lines) + "}\n"
+    with atomic_write(path) as file:
+        file.write(text.encode())
+
+
 def main(argv=None) -> None:
     """Prints all tables; collects first if asked to; draws if matplotlib is there."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.error = lambda message: fail(f"{message}; python results.py --help lists the flags")
-    p.add_argument("--collect", metavar="DIR", help="folder of results.sh's runs to read into results.json first")
-    p.add_argument("--assets", type=Path, default=ASSETS, help="folder of results.json and family.png")
+    p = Parser("python -m bench.results", __doc__)
+    p.add_argument("--collect", metavar="DIR", help="folder of results.sh's runs to read first")
+    p.add_argument("--assets", type=Path, default=ASSETS,
+                   help="folder of results.json and family.png")
     args = p.parse_args(argv)
     path = args.assets / "results.json"
     if args.collect:
-        runs = collect(args.collect)
-        args.assets.mkdir(parents=True, exist_ok=True)
-        with atomic_write(path) as file:
-            lines = [f"{json.dumps(name)}: {json.dumps(run)}" for name, run in runs.items()]  # a line a run
-            file.write(("{" + ",\n".join(lines) + "}\n").encode())
+        save_runs(path, collect(args.collect))
     if not path.is_file():
-        fail(f"{path} does not exist; expected the numbers of results.sh's runs; run: bash results.sh")
-    runs = Runs(json.loads(path.read_text()))
+        fail(f"{path} does not exist; expected the numbers of results.sh's runs; "
+             "run: bash bench/results.sh")
+    runs = Runs(json.loads(path.read_text(encoding="utf-8")))
     for title, table in TABLES.items():
-        print(f"## {title}\n\n{table(runs) if callable(table) else rows_table(runs, table)}\n")
+        print(f"## {title}\n\n{table(runs)}\n")
+    picture = args.assets / "family.png"
     try:
-        draw(runs, args.assets / "family.png")
+        draw(runs, picture)
     except ImportError:
-        print(f"{args.assets / 'family.png'} was not drawn: pip install matplotlib", file=sys.stderr)
+        print(f"{picture} was not drawn: pip install matplotlib", file=sys.stderr)
 
 
 if __name__ == "__main__":

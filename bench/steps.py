@@ -1,22 +1,25 @@
 """
-What a training step costs, side by side in one process: elastic against dense, dense against a plain loop.
+What a training step costs, side by side in one process: elastic against dense, dense against a
+plain loop.
 
-    python bench_train.py                    a random Llama of dim 512 on this machine
-    python bench_train.py --compile          the same with compiled blocks
-    python bench_train.py --device cuda --dim 2048 --layers 16 --heads 32 --kv-heads 8 --ffn-dim 8192 --seq-len 2048
+    python -m bench.steps                 a random Llama of dim 512 on this machine
+    python -m bench.steps --compile       the same with compiled blocks
+    python -m bench.steps --device cuda --dim 2048 --heads 32 --kv-heads 8 --ffn-dim 8192
 
     plain       a loop in the manner of nanoGPT around a Llama written for nothing else (below)
     dense       train.py's step with budget 1.0 alone, clip and AdamW included
-    elastic     train.py's step with budgets 1.0 .8 .6 .4, router and modulation included, all passes sliced
+    elastic     train.py's step with budgets 1.0 .8 .6 .4, router and modulation included,
+                all passes sliced
     soft .25    the same with a quarter of the passes soft, at full width
 
-All run in turn in every round, so a busy machine slows them alike; a row is the median over rounds of its tokens/s over
-the dense step's in the same round.
+All run in turn in every round, so a busy machine slows them alike. A row is the median over the
+rounds of its tokens/s over the dense step's in the same round.
 """
 import argparse
 import json
 import statistics
 import sys
+from typing import Callable
 
 import torch
 import torch.nn as nn
@@ -24,18 +27,19 @@ import torch.nn.functional as F
 
 import train
 from bench.slices import add_shape, shape_of
-from plumbing.latency import seconds
 from model import Llama, LlamaConfig, SubNet, apply_rope, rope_frequencies
-from optimizer import clip_gradients, make_optimizers
+from plumbing.errors import Parser
+from plumbing.latency import seconds
 from plumbing.parallel import autocast, device_of
-from router import Router
 from plumbing.settings import parse_args
 from plumbing.sharding import compile_blocks, compiled_graphs
+from router import Router
 from space import Space, cost, n_params, train_flops
-from plumbing.errors import fail
 
 # bf16 without sparsity, for MFU: NVIDIA's data sheets, FLOP/s
 PEAK = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "L40S": 362e12, "4090": 165e12}
+BUDGETS = [1.0, 0.8, 0.6, 0.4]
+WARM_UP = 2  # rounds that do not count
 
 # -----------------------------------------------------------------------------
 # the plain loop
@@ -46,60 +50,77 @@ class PlainBlock(nn.Module):
 
     def __init__(self, c: LlamaConfig):
         super().__init__()
-        self.c, q, kv = c, c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
-        self.wq, self.wk, self.wv = (nn.Linear(c.dim, out, bias=False) for out in (q, kv, kv))
-        self.wo = nn.Linear(q, c.dim, bias=False)
-        self.w1, self.w3, self.w2 = (nn.Linear(*shape, bias=False) for shape in
-                                     ((c.dim, c.ffn_dim), (c.dim, c.ffn_dim), (c.ffn_dim, c.dim)))
-        self.norm1, self.norm2 = nn.RMSNorm(c.dim, c.norm_eps), nn.RMSNorm(c.dim, c.norm_eps)
+        self.head_dim = c.head_dim
+        self.wq = nn.Linear(c.dim, c.n_heads * c.head_dim, bias=False)
+        self.wk = nn.Linear(c.dim, c.n_kv_heads * c.head_dim, bias=False)
+        self.wv = nn.Linear(c.dim, c.n_kv_heads * c.head_dim, bias=False)
+        self.wo = nn.Linear(c.n_heads * c.head_dim, c.dim, bias=False)
+        self.w1 = nn.Linear(c.dim, c.ffn_dim, bias=False)
+        self.w3 = nn.Linear(c.dim, c.ffn_dim, bias=False)
+        self.w2 = nn.Linear(c.ffn_dim, c.dim, bias=False)
+        self.norm1 = nn.RMSNorm(c.dim, c.norm_eps)
+        self.norm2 = nn.RMSNorm(c.dim, c.norm_eps)
 
     def forward(self, x, cos, sin):
         """x: (B, T, dim), and so is what comes out."""
         B, T, _ = x.shape
         h = self.norm1(x)
-        q, k, v = (w(h).view(B, T, -1, self.c.head_dim) for w in (self.wq, self.wk, self.wv))
-        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
-        y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True,
-                                           enable_gqa=True)
-        x = x + self.wo(y.transpose(1, 2).reshape(B, T, -1))
+        q = self.wq(h).view(B, T, -1, self.head_dim)               # B, T, n_heads, head_dim
+        k = self.wk(h).view(B, T, -1, self.head_dim)               # B, T, n_kv, head_dim
+        v = self.wv(h).view(B, T, -1, self.head_dim)
+        q = apply_rope(q, cos, sin).transpose(1, 2)                # B, n_heads, T, head_dim
+        k = apply_rope(k, cos, sin).transpose(1, 2)
+        y = F.scaled_dot_product_attention(q, k, v.transpose(1, 2), is_causal=True, enable_gqa=True)
+        y = y.transpose(1, 2).reshape(B, T, -1)                    # B, T, n_heads * head_dim
+        x = x + self.wo(y)                                         # B, T, dim
         h = self.norm2(x)
-        return x + self.w2(F.silu(self.w1(h)) * self.w3(h))
+        h = F.silu(self.w1(h)) * self.w3(h)                        # B, T, ffn_dim
+        return x + self.w2(h)
 
 
 class PlainLlama(nn.Module):
-    """The same function and the same number of parameters as Llama, without slices, gates or modulation."""
+    """The same function and the same number of parameters as Llama, without slices, gates or
+    modulation."""
 
     def __init__(self, c: LlamaConfig, length: int):
         super().__init__()
-        self.embed, self.out = nn.Embedding(c.vocab_size, c.dim), nn.Linear(c.dim, c.vocab_size, bias=False)
-        self.blocks, self.norm = nn.ModuleList(PlainBlock(c) for _ in range(c.n_layers)), nn.RMSNorm(c.dim, c.norm_eps)
-        angle = torch.outer(torch.arange(length).float(), rope_frequencies(c))[:, None]
-        for name, table in (("cos", angle.cos()), ("sin", angle.sin())):
-            self.register_buffer(name, table, persistent=False)
+        self.embed = nn.Embedding(c.vocab_size, c.dim)
+        self.out = nn.Linear(c.dim, c.vocab_size, bias=False)
+        self.blocks = nn.ModuleList(PlainBlock(c) for _ in range(c.n_layers))
+        self.norm = nn.RMSNorm(c.dim, c.norm_eps)
+        position = torch.arange(length).float()
+        angle = torch.outer(position, rope_frequencies(c))[:, None]  # length, 1, head_dim/2
+        self.register_buffer("cos", angle.cos(), persistent=False)
+        self.register_buffer("sin", angle.sin(), persistent=False)
 
     def forward(self, tokens, targets):
         """(B, T) ids -> mean cross-entropy in nats."""
         x = self.embed(tokens)
         for block in self.blocks:
             x = block(x, self.cos, self.sin)
-        return F.cross_entropy(self.out(self.norm(x)).float().flatten(0, 1), targets.flatten())
+        logits = self.out(self.norm(x)).float()
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
-def plain_step(config: LlamaConfig, shards, args, device):
-    """A function that makes one step of the plain loop on the tokens of one budget."""
+def plain_step(config: LlamaConfig, shards, args, device) -> Callable[[int], float]:
+    """A function that makes one step of the plain loop on the tokens of one budget, and returns its
+    loss."""
     torch.manual_seed(0)
     model = PlainLlama(config, args.seq_len).to(device)
-    for block in model.blocks if args.compile else ():
-        block.forward = torch.compile(block.forward)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    if args.compile:
+        for block in model.blocks:
+            block.forward = torch.compile(block.forward)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95),
+                                  weight_decay=0.1, fused=True)
     rows = args.batch_tokens // args.seq_len
 
     def step(i: int) -> float:
         """Step i; its loss."""
         optimizer.zero_grad(set_to_none=True)
         x, y = shards.batch(i, rows, 0, rows)
-        for m in range(0, rows, args.micro_batch):
-            tokens, targets = (t[m:m + args.micro_batch].to(device) for t in (x, y))
+        for first in range(0, rows, args.micro_batch):
+            tokens = x[first:first + args.micro_batch].to(device)
+            targets = y[first:first + args.micro_batch].to(device)
             with autocast(device):
                 loss = model(tokens, targets)
             (loss * len(tokens) / rows).backward()
@@ -117,83 +138,143 @@ class RandomTokens:
     """In place of data.shards.Shards: the bench reads no files."""
 
     def __init__(self, vocab_size: int, seq_len: int):
-        self.vocab_size, self.seq_len = vocab_size, seq_len
+        self.vocab_size = vocab_size
+        self.seq_len = seq_len
 
     def batch(self, step, rows, first, last):
-        """Windows first..last of a step's batch, as Shards.batch: (x, y), each (last - first, seq_len)."""
+        """Windows first..last of a step's batch, as Shards.batch: (x, y), each (last - first,
+        seq_len)."""
         generator = torch.Generator().manual_seed(step * rows + first)
-        tokens = torch.randint(self.vocab_size, (last - first, self.seq_len + 1), generator=generator)
-        return tokens[:, :-1], tokens[:, 1:]
+        shape = (last - first, self.seq_len + 1)
+        tokens = torch.randint(self.vocab_size, shape, generator=generator)
+        x = tokens[:, :-1]
+        y = tokens[:, 1:]
+        return x, y
 
 
-def our_step(config: LlamaConfig, shards, args, device, budgets, soft: float):
-    """A function that makes one whole step of train.py's, as its loop does."""
-    # The share of soft passes stays what it is, and the router learns from the start.
-    args = argparse.Namespace(**vars(args) | dict(budgets=budgets, soft_prob=soft, soft_end=1e9, router_start=0.0))
-    model = Llama(config).init_weights().to(device)
-    router = Router(Space(config), budgets=budgets) if len(budgets) > 1 else None
-    if args.compile:
-        compile_blocks(model)
-    optimizers, got = make_optimizers(model, router, args), []
+class OurStep:
+    """Makes whole steps of train.py's, as its loop does. costs: the mean cost of each step's passes
+    so far."""
 
-    def step(i: int) -> float:
+    def __init__(self, config: LlamaConfig, shards, args, device, budgets: list, soft: float):
+        """soft: the share of soft passes. It stays what it is, and the router learns from the
+        start."""
+        fixed = dict(budgets=budgets, soft_prob=soft, soft_end=1e9, router_start=0.0)
+        self.args = argparse.Namespace(**vars(args) | fixed)
+        self.shards = shards
+        self.device = device
+        self.model = Llama(config).init_weights().to(device)
+        self.router = None
+        if len(budgets) > 1:
+            self.router = Router(Space(config), budgets=budgets)
+        if args.compile:
+            compile_blocks(self.model)
+        self.optimizers = train.make_optimizers(self.model, self.router, self.args)
+        self.costs = []
+
+    def __call__(self, i: int) -> float:
         """Step i; the loss at budget 1."""
-        for optimizer in optimizers:
+        for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
-        result = train.train_step(model, model, router, shards, i, args, device)
-        clip_gradients(model, router, 1.0)
-        for optimizer in optimizers:
+        result = train.train_step(self.model, self.model, self.router, self.shards, i, self.args,
+                                  self.device)
+        train.clip_gradients(self.model, self.router, 1.0)
+        for optimizer in self.optimizers:
             optimizer.step()
-        got.append(statistics.mean(1.0 if p["soft"] else cost(config, p["subnet"]) for p in result["passes"]))
-        return result["passes"][-1]["loss"]
-    step.got = got
-    return step
+        passes = result["passes"]
+        self.costs.append(statistics.mean(self.cost_of(one) for one in passes))
+        return passes[-1]["loss"]
+
+    def cost_of(self, one: dict) -> float:
+        """The cost of a pass. A soft pass runs at full width."""
+        if one["soft"]:
+            return 1.0
+        return cost(self.model.config, one["subnet"])
 
 
 # -----------------------------------------------------------------------------
 # the table
 
 
-def mfu(config: LlamaConfig, seq_len: int, tokens_per_second: float, name: str, share: float = 1.0) -> float | None:
-    """What part of the GPU's bf16 peak a step uses whose passes run a share of the blocks. None on a device whose peak
-    is not known here."""
-    peak = next((peak for gpu, peak in PEAK.items() if gpu in name), None)
-    return peak and train_flops(config, seq_len, share) * tokens_per_second / peak
+def mfu(config: LlamaConfig, seq_len: int, tokens_per_second: float, name: str,
+        share: float = 1.0) -> float | None:
+    """What part of the GPU's bf16 peak a step uses whose passes run a share of the blocks. None on
+    a device whose peak is not known here."""
+    for gpu, peak in PEAK.items():
+        if gpu in name:
+            return train_flops(config, seq_len, share) * tokens_per_second / peak
+    return None
+
+
+def measure_steps(config: LlamaConfig, flags, device, rounds: int) -> tuple[dict, dict]:
+    """(tokens/s of every counted round, mean cost of the counted passes), by the name of the
+    step."""
+    shards = RandomTokens(config.vocab_size, flags.seq_len)
+    given = (config, shards, flags, device)
+    steps = {
+        "plain": plain_step(*given),
+        "dense": OurStep(*given, [1.0], 0.0),
+        "elastic": OurStep(*given, BUDGETS, 0.0),
+        "soft .25": OurStep(*given, BUDGETS, 0.25)}
+    passes = {
+        "plain": 1,
+        "dense": 1,
+        "elastic": len(BUDGETS),
+        "soft .25": len(BUDGETS)}
+
+    speeds = {name: [] for name in steps}
+    for r in range(rounds + WARM_UP):
+        for name, step in steps.items():
+            took = seconds(lambda: step(r), device)
+            if r >= WARM_UP:
+                speeds[name].append(passes[name] * flags.batch_tokens / took)
+
+    costs = {"plain": 1.0}
+    for name in ("dense", "elastic", "soft .25"):
+        costs[name] = statistics.mean(steps[name].costs[WARM_UP:])
+    return speeds, costs
 
 
 def main(argv=None) -> None:
     """Prints the table on stderr, with --json also one JSON line on stdout."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.error = lambda message: fail(f"{message}; python bench_train.py --help lists the flags")
+    p = Parser("python -m bench.steps", __doc__)
     add_shape(p)
     p.add_argument("--micro-batch", type=int, default=4, help="sequences per forward")
-    p.add_argument("--compile", action="store_true", help="compile the blocks, also the plain loop's")
+    p.add_argument("--compile", action="store_true", help="compile the blocks, the plain ones too")
     args = p.parse_args(argv)
-    config, device = shape_of(args), device_of(args.device)
-    flags = parse_args(["--batch-tokens", str(args.batch * args.seq_len), "--seq-len", str(args.seq_len), "--device",
-                        args.device, "--micro-batch", str(args.micro_batch), *["--compile"] * args.compile])
-    tokens, budgets = RandomTokens(config.vocab_size, args.seq_len), [1.0, 0.8, 0.6, 0.4]
-    given = (config, tokens, flags, device)
-    steps = {"plain": plain_step(*given), "dense": our_step(*given, [1.0], 0.0),
-             "elastic": our_step(*given, budgets, 0.0), "soft .25": our_step(*given, budgets, 0.25)}
-    passes = {name: 1 if name in ("plain", "dense") else len(budgets) for name in steps}
-    speed = {name: [] for name in steps}
-    for r in range(args.rounds + 2):  # two to warm up
-        for name, step in steps.items():
-            speed[name].append(passes[name] * flags.batch_tokens / seconds(lambda: step(r), device))
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
-    print(f"{name}, torch {torch.__version__}; {args.batch} x {args.seq_len} tokens per budget and step, dim "
-          f"{config.dim}, {n_params(config, SubNet.full(config)):,} parameters", file=sys.stderr)
-    print(f"{'step':>9} {'tok/s over dense':>17} {'mean cost of its passes':>24} {'MFU':>6}", file=sys.stderr)
+    config = shape_of(args)
+    device = device_of(args.device)
+
+    # train.py's own flags, for its step.
+    words = ["--batch-tokens", str(args.batch * args.seq_len)]
+    words += ["--seq-len", str(args.seq_len)]
+    words += ["--micro-batch", str(args.micro_batch)]
+    words += ["--device", args.device]
+    if args.compile:
+        words.append("--compile")
+    flags = parse_args(words)
+
+    speeds, costs = measure_steps(config, flags, device, args.rounds)
+
+    name = f"cpu, {torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name()
+    print(f"{name}, torch {torch.__version__}; {args.batch} x {args.seq_len} tokens per budget and "
+          f"step, dim {config.dim}, {n_params(config, SubNet.full(config)):,} parameters",
+          file=sys.stderr)
+    print("     step  tok/s over dense  mean cost of its passes    MFU", file=sys.stderr)
     rows = []
-    for step, run in steps.items():
-        ratios = [a / b for a, b in zip(speed[step][2:], speed["dense"][2:])]
-        got = statistics.mean(getattr(run, "got", [1.0])[2:] or [1.0])
-        used = mfu(config, args.seq_len, statistics.median(speed[step][2:]), name, got)
-        rows.append(dict(step=step, ratio=statistics.median(ratios), low=min(ratios), high=max(ratios), cost=got,
-                         mfu=used))
-        print(f"{step:>9} {rows[-1]['ratio']:17.3f} {got:24.3f} {f'{used:.1%}' if used else '-':>6}   "
-              f"({min(ratios):.3f} to {max(ratios):.3f})", file=sys.stderr)
+    for step, speed in speeds.items():
+        ratios = [ours / dense for ours, dense in zip(speed, speeds["dense"])]
+        low = min(ratios)
+        middle = statistics.median(ratios)
+        high = max(ratios)
+        share = costs[step]
+        used = mfu(config, args.seq_len, statistics.median(speed), name, share)
+        percent = f"{used:.1%}" if used else "-"
+        print(f"{step:>9} {middle:17.3f} {share:24.3f} {percent:>6}   "
+              f"({low:.3f} to {high:.3f})", file=sys.stderr)
+        rows.append(dict(step=step, ratio=middle, low=low, high=high, cost=share, mfu=used))
     if args.compile:
         print(f"{compiled_graphs()} graphs", file=sys.stderr)
     if args.json:
