@@ -9,11 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from plumbing.checkpoint import save_llama, save_tensors
-from model import Gates, Llama, LlamaConfig, SubNet
-from router import FLEX, Router, router_state
-from space import AXES, Space
+import export as exporting
 from data.tokenizer import save_tokenizer, train_bpe
+from model import Gates, Llama, LlamaConfig, SubNet
+from plumbing.checkpoint import save_llama, save_tensors
+from plumbing.family import FLEX, open_family, router_state
+from plumbing.sizes import default_folder
+from router import Router
+from space import Space, kv_groups
 
 ROOT = Path(__file__).resolve().parent.parent
 GQA = LlamaConfig(dim=48, n_layers=4, n_heads=8, n_kv_heads=2, head_dim=8, ffn_dim=80, vocab_size=97, context=32)
@@ -67,35 +70,59 @@ def hard_gates(config: LlamaConfig, subnet: SubNet) -> Gates:
 
 
 def odd_choices(config: LlamaConfig) -> dict[str, list[int]]:
-    """A handful of sizes per axis, one of them odd, so that the exact costs of the members are all over the place."""
-    step = config.n_kv_heads if config.n_heads > config.n_kv_heads else 1
-    return {"dim": [23, 32, 40, config.dim], "n_heads": list(range(step, config.n_heads + 1, step)),
-            "ffn_dim": [20, 33, 60, config.ffn_dim], "n_layers": [2, 3, config.n_layers]}
+    """A handful of sizes per axis, some of them odd: the costs of the members are all over the place."""
+    groups = kv_groups(config)
+    return {"dim": [23, 32, 40, config.dim],
+            "n_heads": list(range(groups, config.n_heads + 1, groups)),
+            "ffn_dim": [20, 33, 60, config.ffn_dim],
+            "n_layers": [2, 3, config.n_layers]}
 
 
-def random_router(config: LlamaConfig, mode: str = "constrained", seed: int = 0, choices=None,
-                  per_channel: bool = False) -> Router:
-    """A router as after a long training: every tensor random, every choice seen, layers in an order of their own."""
-    router = Router(Space(config, choices or odd_choices(config), [2, 0, 3, 1]), mode, seed, (), per_channel)
+def random_router(config: LlamaConfig, mode: str = "constrained", seed: int = 0, choices=None) -> Router:
+    """A router as after a long training: every tensor random, layers in an order of their own."""
+    space = Space(config, choices or odd_choices(config), [2, 0, 3, 1])
+    router = Router(space, mode, seed)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in router.named_parameters():
-            size = 0.1 if name == "modulation.out" else 1 / p.size(-1) ** 0.5 if p.dim() > 1 else 1
+            if name == "modulation.out":
+                size = 0.1
+            elif p.dim() > 1:
+                size = 1 / p.size(-1) ** 0.5
+            else:
+                size = 1
             p.copy_(torch.randn(p.shape, generator=generator) * size)
-    router.seen = {(axis, size) for axis in AXES for size in router.space.choices[axis]}
     return router
 
 
-def make_supernet(folder, config: LlamaConfig, seed: int = 0, per_channel: bool = False) -> tuple[Llama, Router]:
-    """A supernet's folder as train.py leaves it, of random weights; its vocabulary (560) is that of its tokenizer."""
+def make_supernet(folder, config: LlamaConfig, seed: int = 0) -> tuple[Llama, Router]:
+    """A supernet's folder as train.py leaves it, of random weights; its vocabulary (560) is that of its
+    tokenizer."""
+    text = "the cat sat on the mat and the dog ate the cake; def main(argv): return [line for line in argv]\n"
     config = dataclasses.replace(config, vocab_size=560)
-    text = "the cat sat on the mat and the dog ate the cake; def main(argv): return [line for line in argv]\n" * 3
-    save_tokenizer(Path(folder) / "tokenizer.model", train_bpe([text], config.vocab_size))
-    model, router = random_llama(config, seed), random_router(config, seed=seed, per_channel=per_channel)
-    router.budgets = [0.5, 1.0]
+    save_tokenizer(Path(folder) / "tokenizer.model", train_bpe([text * 3], config.vocab_size))
+    model = random_llama(config, seed)
     save_llama(folder, config, model.state_dict())
+    router = random_router(config, seed=seed)
+    router.budgets = [0.5, 1.0]
     save_tensors(Path(folder) / FLEX, router_state(router, seq_len=16))
     return model, router
+
+
+def deployed(router: Router, budget: float) -> tuple[SubNet, torch.Tensor | None]:
+    """What runs at a budget: the slice and its factors."""
+    subnet = router.route(budget)
+    return subnet, router.factors(subnet)
+
+
+def export_at(folder, budget: float = 1.0, out=None, dtype: torch.dtype | None = None,
+              format: str = "llama") -> tuple[Path, SubNet]:
+    """An export as the command line makes it: (where, the slice)."""
+    family = open_family(folder, dtype=None)
+    member = exporting.route(family, budget)
+    out = Path(out or default_folder(folder, budget, "params", format))
+    exporting.export(family, member, out, dtype or family.model.norm.weight.dtype, format)
+    return out, member.subnet
 
 
 @contextlib.contextmanager

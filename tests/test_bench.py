@@ -1,27 +1,53 @@
-"""bench.py and bench_train.py: what they compare is the same computation; what they print is what they measured."""
+"""bench/: what is compared is the same computation; what is printed is what was measured."""
 import dataclasses
 import json
 
 import pytest
 import torch
 
-import bench.slices as bench
-import bench.steps as bench_train
+from bench import alone, before, big_export, latency, oracle, slices, speed, steps
+from eval import evaluate
+from importance import rank, sort_
 from model import LlamaConfig
-from tests.helpers import GQA, close, one_line_error, random_llama, tokens_for
+from plumbing.checkpoint import RESUME, load_llama, save_llama, save_tensors
+from plumbing.family import FLEX, open_family, router_state
+from plumbing.latency import LATENCY_FILE
+from space import Space, cost
+from tests.helpers import (
+    GQA,
+    ROOT,
+    SHAPES,
+    close,
+    make_supernet,
+    one_line_error,
+    random_llama,
+    random_router,
+    subnets,
+    tokens_for,
+)
 
-SHAPE = "--dim 64 --layers 2 --heads 4 --kv-heads 2 --head-dim 16 --ffn-dim 64 --seq-len 16 --vocab-size 99".split()
+SHAPE = ("--dim 64 --layers 2 --heads 4 --kv-heads 2 --head-dim 16 --ffn-dim 64 --seq-len 16 "
+         "--vocab-size 99").split()
+SMALL = LlamaConfig(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=16, ffn_dim=64, vocab_size=99)
+
+
+# -----------------------------------------------------------------------------
+# steps
 
 
 def test_the_plain_loop_is_the_same_llama():
     """Catches a baseline that is slower, or faster, because it computes something else."""
     config = dataclasses.replace(GQA, rope_factor=8.0)
-    ours, plain, x = random_llama(config), bench_train.PlainLlama(config, 17), tokens_for(config)
-    names = dict(embed="tok_embeddings", out="output", blocks="layers", norm1="attention_norm", norm2="ffn_norm",
-                 **{w: f"attention.{w}" for w in ("wq", "wk", "wv", "wo")},
-                 **{w: f"feed_forward.{w}" for w in ("w1", "w2", "w3")})
-    theirs = {name: ".".join(names.get(part, part) for part in name.split("."))
-              for name, _ in plain.named_parameters()}
+    ours = random_llama(config)
+    plain = steps.PlainLlama(config, 17)
+    x = tokens_for(config)
+    names = dict(embed="tok_embeddings", out="output", blocks="layers")
+    names |= dict(norm1="attention_norm", norm2="ffn_norm")
+    names |= {w: f"attention.{w}" for w in ("wq", "wk", "wv", "wo")}
+    names |= {w: f"feed_forward.{w}" for w in ("w1", "w2", "w3")}
+    theirs = {}
+    for name, _ in plain.named_parameters():
+        theirs[name] = ".".join(names.get(part, part) for part in name.split("."))
     state = ours.state_dict()
     plain.load_state_dict({name: state[theirs[name]] for name in theirs})
     assert sorted(theirs.values()) == sorted(state)
@@ -34,54 +60,217 @@ def test_the_plain_loop_is_the_same_llama():
 
 
 def test_every_step_learns_and_is_counted():
-    """Catches a step that leaves its gradients or weights alone, and soft passes that are counted as sliced."""
-    flags = bench_train.parse_args(["--batch-tokens", "64", "--seq-len", "16", "--device", "cpu", "--lr", "1e-2"])
-    config = LlamaConfig(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=16, ffn_dim=64, vocab_size=99)
-    tokens, device = bench_train.RandomTokens(99, 16), torch.device("cpu")
-    given, costs = (config, tokens, flags, device), {}
-    for name, step in dict(plain=bench_train.plain_step(*given), dense=bench_train.our_step(*given, [1.0], 0.0),
-                           sliced=bench_train.our_step(*given, [1.0, 0.5], 0.0),
-                           soft=bench_train.our_step(*given, [1.0, 0.5], 1.0)).items():
+    """Catches a step that leaves its gradients or weights alone, and soft passes counted as sliced."""
+    flags = steps.parse_args(["--batch-tokens", "64", "--seq-len", "16", "--device", "cpu", "--lr", "1e-2"])
+    given = (SMALL, steps.RandomTokens(99, 16), flags, torch.device("cpu"))
+    compared = dict(
+        plain=steps.plain_step(*given),
+        dense=steps.OurStep(*given, [1.0], 0.0),
+        sliced=steps.OurStep(*given, [1.0, 0.5], 0.0),
+        soft=steps.OurStep(*given, [1.0, 0.5], 1.0))
+    for name, step in compared.items():
         losses = [step(0) for _ in range(25)]
         assert losses[-1] < losses[0] - 0.1, name
-        costs[name] = getattr(step, "got", [None])[-1]
-    assert costs["dense"] == costs["soft"] == 1 and 0.6 < costs["sliced"] <= 0.75
+    assert compared["dense"].costs[-1] == compared["soft"].costs[-1] == 1
+    assert 0.6 < compared["sliced"].costs[-1] <= 0.75
+
+
+def test_mfu():
+    """Catches FLOPs counted by hand otherwise: 6 per weight that multiplies, attention on half
+    its square."""
+    c = LlamaConfig(dim=8, n_layers=3, n_heads=2, n_kv_heads=1, head_dim=4, ffn_dim=16, vocab_size=10)
+    T = 5
+    norms = 7 * 8
+    weights = 3 * (8 * 8 + 2 * 8 * 4 + 8 * 8 + 3 * 8 * 16) + 8 * 10 + norms
+    # layers, heads, q k and p v of the causal half, multiply and add
+    scores = 3 * 2 * (2 * 4 * T * T / 2) * 2
+    flops = 6 * weights + 3 * scores / T
+    assert steps.mfu(c, T, 1e12, "NVIDIA H100 80GB HBM3") == pytest.approx(flops * 1e12 / 989e12)
+    assert steps.mfu(c, T, 1e12, "cpu") is None
+
+
+# -----------------------------------------------------------------------------
+# slices and speed
 
 
 def test_the_tables(capsys):
     """Catches rows that are missing, ratios of nothing, and MFU on a device that has no known peak."""
-    bench.main([*SHAPE, "--rounds", "1", "--json", "--device", "cpu"])
+    slices.main([*SHAPE, "--rounds", "1", "--json", "--device", "cpu"])
     out = json.loads(capsys.readouterr().out)
-    assert [(r["budget"], r["way"]) for r in out["rows"]][:3] == [(1.0, "full"), (0.8, "sliced"), (0.8, "masked")]
-    assert [r["budget"] for r in out["generation"]] == [1.0, 0.8, 0.6, 0.4] and out["generation"][0]["cached"] == 1
+    ways = [(r["budget"], r["way"]) for r in out["rows"]]
+    assert ways[:3] == [(1.0, "full"), (0.8, "sliced"), (0.8, "masked")]
+    assert [r["budget"] for r in out["generation"]] == [1.0, 0.8, 0.6, 0.4]
+    assert out["generation"][0]["cached"] == 1
     assert all(r["recomputed"] > 0 for r in out["generation"])
-    bench_train.main([*SHAPE, "--rounds", "1", "--json", "--device", "cpu"])
+    steps.main([*SHAPE, "--rounds", "1", "--json", "--device", "cpu"])
     rows = json.loads(capsys.readouterr().out)["rows"]
     assert [r["step"] for r in rows] == ["plain", "dense", "elastic", "soft .25"] and rows[1]["ratio"] == 1
     assert all(r["low"] <= r["ratio"] <= r["high"] and r["mfu"] is None for r in rows)
-    for main in (bench.main, bench_train.main):
+    for main in (slices.main, steps.main):
         with one_line_error(capsys, "heads"):
             main([*SHAPE, "--heads", "3"])
+        with one_line_error(capsys, "python -m bench.", "--help"):
+            main(["--rounds", "many"])
 
 
-def test_mfu():
-    """Catches FLOPs counted by hand otherwise: 6 per weight that multiplies, attention on half its square."""
-    c = LlamaConfig(dim=8, n_layers=3, n_heads=2, n_kv_heads=1, head_dim=4, ffn_dim=16, vocab_size=10)
-    T, norms = 5, 7 * 8
-    weights = 3 * (8 * 8 + 2 * 8 * 4 + 8 * 8 + 3 * 8 * 16) + 8 * 10 + norms
-    scores = 3 * 2 * (2 * 4 * T * T / 2) * 2  # layers, heads, q k and p v of the causal half, multiply and add
-    flops = 6 * weights + 3 * scores / T
-    assert bench_train.mfu(c, T, 1e12, "NVIDIA H100 80GB HBM3") == pytest.approx(flops * 1e12 / 989e12)
-    assert bench_train.mfu(c, T, 1e12, "cpu") is None
-
-
-@pytest.mark.parametrize("cut", bench.CUTS)
+@pytest.mark.parametrize("cut", slices.CUTS)
 def test_what_shrinks(cut, capsys):
     """Catches a depth-only slice with fewer channels, or a width-only one with fewer layers."""
-    c = LlamaConfig(dim=64, n_layers=4, n_heads=4, n_kv_heads=2, head_dim=16, ffn_dim=64, vocab_size=99)
-    space = bench.Space(c, bench.CUTS[cut](c))
-    subnet = space.uniform(0.55)
+    c = dataclasses.replace(SMALL, n_layers=4)
+    subnet = Space(c, slices.choices_of_cut(cut, c)).uniform(0.55)
     assert (len(subnet.layers) == 4 or cut != "width") and (subnet.dim == 64) == (cut == "depth")
-    flags = ["--layers", "4", "--rounds", "1", "--json", "--device", "cpu", "--cut", cut, "--budgets", "0.55"]
-    bench.main([*SHAPE, *flags])
-    assert json.loads(capsys.readouterr().out)["rows"][1]["cost"] == pytest.approx(bench.cost(c, subnet))
+    flags = ["--layers", "4", "--rounds", "1", "--json", "--device", "cpu"]
+    slices.main([*SHAPE, *flags, "--cut", cut, "--budgets", "0.55"])
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert rows[1]["cost"] == pytest.approx(cost(c, subnet))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_way_runs_the_same_slice(shape):
+    """Catches a mask or an export that is timed beside a slice and computes something else, or
+    has no gradients."""
+    config = SHAPES[shape]
+    model = random_llama(config)
+    space = Space(config)
+    x = tokens_for(config)
+    found = slices.variants(model, space, space.uniform, [1.0, 0.6], torch.device("cpu"))
+    assert list(found) == [(1.0, "full"), (0.6, "sliced"), (0.6, "masked"), (0.6, "exported")]
+    want = found[0.6, "sliced"].model(x, subnet=space.uniform(0.6))[0]
+    for way in ("sliced", "masked", "exported"):
+        variant = found[0.6, way]
+        logits, loss = variant.model(x, x, **variant.arguments)
+        assert close(logits, want), way
+        loss.backward()
+    assert all(p.grad is not None for p in found[0.6, "exported"].model.parameters())
+
+
+def test_a_native_slice_has_the_dtype_of_its_device():
+    """Catches a slice that is timed in another dtype than it is deployed in, or that shares the
+    model's storage."""
+    model = random_llama(GQA)
+    subnet = subnets(GQA)["per layer"]
+    native = speed.native_llama(model, subnet, torch.device("cpu"))
+    assert native.config == subnet.config(GQA)
+    assert {p.dtype for p in native.parameters()} == {torch.float32}
+    assert not {p.data_ptr() for p in native.parameters()} & {p.data_ptr() for p in model.parameters()}
+    native = speed.native_llama(model, subnet, torch.device("cpu"), torch.bfloat16)
+    assert {p.dtype for p in native.parameters()} == {torch.bfloat16}
+
+
+# -----------------------------------------------------------------------------
+# before, alone, oracle
+
+
+@pytest.fixture
+def family(tmp_path, demo_data):
+    """A base, and a family in flex/ whose router is random and whose weights are other ones."""
+    base = random_llama(dataclasses.replace(GQA, vocab_size=560, context=16))
+    save_llama(tmp_path / "base", base.config, base.state_dict())
+    orders = rank(base, tokens_for(base.config, batch=4))
+    other = random_llama(base.config, seed=5)
+    router = random_router(base.config)
+    router.budgets = [0.5, 1.0]
+    router.space.order_layers(orders["layers"])
+    save_llama(tmp_path / "flex", base.config, other.state_dict())
+    flex = router_state(router, seq_len=16, data=str(demo_data), eval_windows=4)
+    save_tensors(tmp_path / "flex" / FLEX, flex)
+    save_tensors(tmp_path / "flex" / RESUME, dict(orders=orders))
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def demo_data(tmp_path_factory):
+    """A folder of shards of a little text."""
+    from data.prepare import prepare
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "text").mkdir()
+    for i in range(30):
+        lines = (ROOT / "model.py").read_text()[500 * i:500 * i + 2000]
+        (folder / f"text/{i}.py").write_text(lines)
+    prepare([str(folder / "text")], str(folder / "shards"), vocab_size=560)
+    return folder / "shards"
+
+
+def test_before_and_alone_are_slices_of_the_sorted_base(family, capsys):
+    """Catches slices of the trained weights, of the unsorted base, and starting points of another shape."""
+    flags = ["--model", str(family / "flex"), "--base", str(family / "base")]
+    before.main([*flags, "--budgets", "1.0", "0.7", "0.5", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["context"] == 16 and [row["budget"] for row in found["rows"]] == [1.0, 0.7, 0.5]
+
+    base = load_llama(family / "base")
+    sort_(base, torch.load(family / "flex" / RESUME, weights_only=True)["orders"])
+    opened = open_family(family / "flex")
+    shards = before.Shards(opened.saved["data"], "val", 16, base.config.vocab_size)
+    val = shards.windows(4)
+    for row in found["rows"]:
+        subnet = opened.router.route(row["budget"])
+        assert row["loss"] == evaluate(base, val, subnet)[0] and row["tokens"] == 64
+        assert row["layers"] == list(subnet.layers) and row["dim"] == subnet.dim
+        assert row["loss"] != evaluate(opened.model, val, subnet)[0]
+
+    alone.main([*flags, "--out", str(family)])
+    for budget in (0.5, 1.0):
+        cut = load_llama(family / f"cut-{budget:.2f}")
+        subnet = opened.router.route(budget)
+        assert evaluate(cut, val)[0] == pytest.approx(evaluate(base, val, subnet)[0], rel=1e-5)
+        scratch = load_llama(family / f"scratch-{budget:.2f}")
+        assert scratch.config == cut.config == subnet.config(base.config)
+        assert not close(scratch.output.weight, cut.output.weight)
+
+
+def test_before_and_alone_need_what_training_left(family, capsys):
+    """Catches a traceback for a folder without a resume state, or a base of another shape."""
+    with one_line_error(capsys, FLEX, RESUME):
+        alone.main(["--model", str(family / "base"), "--base", str(family / "base")])
+    other = random_llama(dataclasses.replace(GQA, ffn_dim=96, vocab_size=560))
+    save_llama(family / "other", other.config, other.state_dict())
+    with one_line_error(capsys, "another shape", "--base"):
+        before.main(["--model", str(family / "flex"), "--base", str(family / "other")])
+
+
+def test_the_oracle_ranks_every_member(family, demo_data, capsys):
+    """Catches members that are left out, a rank that is not the choice's, and a best that is not
+    the smallest loss."""
+    flags = ["--model", str(family / "flex"), "--data", str(demo_data), "--windows", "2"]
+    oracle.main([*flags, "--all"])
+    first, *members = capsys.readouterr().out.splitlines()
+    row = json.loads(first)
+    router = open_family(family / "flex").router
+    assert row["budget"] == 0.5 and row["members"] == len(members) == len(router.space.feasible(0.5))
+    assert row["best"] <= row["choice"] <= row["worst"] and row["best"] <= row["mean"] <= row["worst"]
+    dim, heads, ffn, layers = router.space.sizes(router.route(0.5))
+    assert members[row["rank"] - 1].endswith(f"dim {dim} heads {heads} ffn {ffn} layers {layers}")
+    losses = [float(line.split()[2]) for line in members]
+    assert losses == sorted(losses)
+    with one_line_error(capsys, FLEX):
+        oracle.main(["--model", str(family / "base"), "--data", str(demo_data)])
+
+
+# -----------------------------------------------------------------------------
+# latency, big_export
+
+
+def test_a_table_is_measured_and_checked(tmp_path, capsys):
+    """Catches a command that prints without writing its table, and a check on sizes that the
+    folder does not have."""
+    _, router = make_supernet(tmp_path / "flex", GQA)
+    latency.main(["--model", str(tmp_path / "flex"), "--rounds", "1", "--slices", "3", "--device", "cpu"])
+    assert capsys.readouterr().out.count("%") == 3
+    assert (tmp_path / "flex" / LATENCY_FILE).is_file()
+    choices = router.space.choices
+    for subnet in latency.random_slices(4, choices, 3):
+        assert subnet.dim in choices["dim"] and len(subnet.layers) == 4
+        assert set(subnet.n_heads) <= set(choices["n_heads"])
+        assert set(subnet.ffn_dim) <= set(choices["ffn_dim"])
+    with one_line_error(capsys, "--rounds"):
+        latency.main(["--model", str(tmp_path / "flex"), "--rounds", "0"])
+
+
+def test_a_big_export_in_small(capsys):
+    """Catches a supernet that export.py cannot read, and a peak that is not the export's."""
+    big_export.main(["--scale", "16"])
+    *said, last = capsys.readouterr().out.splitlines()
+    found = json.loads(last)
+    assert any("got" in line for line in said)
+    assert found["source_gb"] > 0 and found["seconds"] > 0 and 0.05 < found["peak_gb"] < 4

@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 
-import plumbing.checkpoint as checkpoint
+from plumbing import describe
 from plumbing.checkpoint import load_llama, load_tensors, save_llama, save_tensors
 from plumbing.files import new_folder
 from model import LlamaConfig
@@ -286,7 +286,7 @@ def test_new_folder_survives_a_rename_that_fails(tmp_path, monkeypatch):
             raise OSError("disk on fire")
         return replace(source, target)
 
-    monkeypatch.setattr(checkpoint.os, "replace", no_second)
+    monkeypatch.setattr(os, "replace", no_second)
     with pytest.raises(OSError), new_folder(out, {"a"}) as temporary:
         (temporary / "a").write_text("new")
     assert files_of(tmp_path) == {os.path.join("out", "a"): b"old"}
@@ -410,7 +410,7 @@ def test_every_published_shape_is_known(tmp_path, capsys, name):
             "rope_theta", "use_scaled_rope")
     p = {k: v for k, v in zip(keys, values) if v is not None} | dict(norm_eps=1e-6 if "Llama1" in name else 1e-5)
     (tmp_path / "params.json").write_text(json.dumps(p))
-    checkpoint.main([str(tmp_path / "params.json")])
+    describe.main([str(tmp_path / "params.json")])
     said = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
     family = {"Llama1": "Llama 1 ", "Llama2": "Llama 2 "}.get(name.split("-")[0], f"Llama {name.split('-')[0]} ")
     assert said["family"].startswith(family.replace("3.1 ", "3.1 ")) and said["family"].endswith(name.split("-")[1])
@@ -425,34 +425,10 @@ def test_a_folder_is_described_as_it_is(tmp_path, capsys):
     """Catches a dtype, a number of shards or a tie that is guessed from params.json."""
     cut_into(tmp_path / "llama", 2, False, dataclasses.replace(WHOLE, tied=True), dtype=torch.bfloat16)
     (tmp_path / "llama/tokenizer.model").write_bytes(b"\x0a\x0b")
-    checkpoint.main([str(tmp_path / "llama")])
+    describe.main([str(tmp_path / "llama")])
     said = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
     assert (said["dtype"], said["shards"], said["tied"], said["tokenizer"]) == ("bfloat16", "2", "yes", "SentencePiece")
     assert said["family"] == "none of Meta's"
-
-
-def test_md5_sums_are_checked(tmp_path, capsys):
-    """Catches --verify that passes over a damaged file, or one that the list names and nobody downloaded."""
-    import hashlib
-    cut_into(tmp_path / "llama", 2, False)
-    names = ("consolidated.00.pth", "consolidated.01.pth", "params.json")
-    sums = "".join(f"{hashlib.md5((tmp_path / 'llama' / n).read_bytes()).hexdigest()}  {n}\n" for n in names)
-    with one_line_error(capsys, "checklist.chk"):
-        checkpoint.main([str(tmp_path / "llama"), "--verify"])
-    (tmp_path / "llama/checklist.chk").write_text("3f2a\n")
-    with one_line_error(capsys, "3f2a"):
-        checkpoint.main([str(tmp_path / "llama"), "--verify"])
-    (tmp_path / "llama/checklist.chk").write_text(sums)
-    checkpoint.main([str(tmp_path / "llama"), "--verify"])
-    assert "as in checklist.chk" in capsys.readouterr().out
-    content = bytearray((tmp_path / "llama/consolidated.01.pth").read_bytes())
-    content[-40000 % len(content)] ^= 1
-    (tmp_path / "llama/consolidated.01.pth").write_bytes(content)
-    with one_line_error(capsys, "consolidated.01.pth", "md5"):
-        checkpoint.main([str(tmp_path / "llama"), "--verify"])
-    (tmp_path / "llama/consolidated.01.pth").unlink()
-    with one_line_error(capsys, "consolidated.01.pth", "missing"):
-        checkpoint.main([str(tmp_path / "llama"), "--verify"])
 
 
 def test_memory_while_merging(tmp_path):
@@ -461,7 +437,7 @@ def test_memory_while_merging(tmp_path):
     config = LlamaConfig(dim=768, n_layers=8, n_heads=12, n_kv_heads=4, head_dim=64, ffn_dim=2048, vocab_size=8000)
     cut_into(tmp_path / "llama", 4, False, config)
     size = sum(f.stat().st_size for f in (tmp_path / "llama").glob("*.pth"))
-    code = ("import resource, sys; from checkpoint import load_llama; "
+    code = ("import resource, sys; from plumbing.checkpoint import load_llama; "
             "peak = lambda: 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; before = peak(); "
             "model = load_llama(sys.argv[1]); print(peak() - before)")
     done = run("-c", code, tmp_path / "llama")

@@ -9,10 +9,18 @@ import torch
 import eval as evaluation
 from plumbing.checkpoint import load_llama, save_llama
 from data.shards import write_shard
-from export import export
 from model import LlamaConfig
 from bench.speed import Peak
-from tests.helpers import GQA, MHA, SHAPES, make_supernet, one_line_error, random_llama
+from tests.helpers import (
+    GQA,
+    MHA,
+    SHAPES,
+    deployed,
+    export_at,
+    make_supernet,
+    one_line_error,
+    random_llama,
+)
 from data.tokenizer import BOS, load_tokenizer
 
 TEXT = "the dog sat on the cake: def ate(mat): return cat <|eot_id|> naïve 日本 🐈\n  and [line] for line in argv"
@@ -59,7 +67,7 @@ def test_loss_on_a_file_is_the_slow_sum(tmp_path, capsys, shape):
     assert (result["model"], result["context"]) == (str(tmp_path / "flex"), 16), "flex.pt says the context"
     assert [row["budget"] for row in result["rows"]] == [0.6, 1, 0.5]
     for row in result["rows"]:
-        subnet, factors = router.deploy(row["budget"])
+        subnet, factors = deployed(router, row["budget"])
         loss, n = slow_loss(model, tokens, 16, subnet, factors)
         assert abs(row["loss"] - loss) < 1e-4 * loss and row["tokens"] == n == len(tokens) - 1
         assert KEYS <= set(row) and row["got"] <= row["budget"]
@@ -101,7 +109,7 @@ def test_export_scores_as_the_supernet_does(tmp_path, capsys, shape):
                                      *rest)["rows"][0]
     for budget in (0.8, 0.5):
         flex = ask(tmp_path / "flex", "--budgets", budget)
-        slim = ask(export(tmp_path / "flex", budget, tmp_path / "slim")[0])
+        slim = ask(export_at(tmp_path / "flex", budget, tmp_path / "slim")[0])
         assert slim["budget"] == slim["got"] == 1 and abs(slim["loss"] - flex["loss"]) < 1e-4 * flex["loss"]
         assert all(slim[k] == flex[k] for k in ("params", "params_total", "dim", "n_heads", "ffn_dim", "tokens"))
         everything = sum(p.numel() for p in load_llama(tmp_path / "slim").parameters())
@@ -117,7 +125,7 @@ def test_shards_are_scored_without_text(tmp_path, capsys):
     smallest = router.space.costs.min()
     assert [r["budget"] for r in rows] == [b for b in (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4) if b >= smallest]
     for row in rows[::2]:
-        loss, n = slow_loss(model, ids.tolist(), 16, *router.deploy(row["budget"]))
+        loss, n = slow_loss(model, ids.tolist(), 16, *deployed(router, row["budget"]))
         assert abs(row["loss"] - loss) < 1e-4 * loss and row["tokens"] == n == 64
     few = score(capsys, "--model", tmp_path, "--data", tmp_path, "--seq-len", 16, "--windows", 2, "--budgets", 1)
     assert few["rows"][0]["tokens"] == 32

@@ -11,45 +11,69 @@ import torch
 import eval as evaluation
 import export as exporting
 from plumbing.checkpoint import load_llama, load_tensors, save_llama
-from export import export, fold
+from plumbing.sizes import amount
+from router import Router
+from export import fold
 from model import SubNet
 from space import cost
-from tests.helpers import ROOT, GQA, MHA, SHAPES, close, files_of, make_supernet, one_line_error, random_llama, run, \
-    subnets, tokens_for
+from tests.helpers import (
+    GQA,
+    MHA,
+    ROOT,
+    SHAPES,
+    close,
+    deployed,
+    export_at,
+    files_of,
+    make_supernet,
+    one_line_error,
+    random_llama,
+    run,
+    subnets,
+    tokens_for,
+)
 from tests.test_model import reference_logits
 
 EXPORTED = {"gqa": GQA, "mha": MHA, "tied": SHAPES["tied"], "tied mha": dataclasses.replace(MHA, tied=True),
             "scaled rope": dataclasses.replace(GQA, rope_factor=32.0)}
 
 
-@pytest.mark.parametrize("per_channel", [False, True])
 @pytest.mark.parametrize("shape", EXPORTED)
 @pytest.mark.parametrize("budget", [1.0, 0.77, 0.5])
-def test_export_computes_what_the_supernet_does(tmp_path, shape, budget, per_channel):
+def test_export_computes_what_the_supernet_does(tmp_path, shape, budget):
     """Invariant 2. Catches modulation that is not folded, folded twice, into the wrong layer or channel, heads cut
     across groups, and traces of the supernet: the export is read by a Llama that knows nothing of slices."""
-    model, router = make_supernet(tmp_path / "flex", EXPORTED[shape], per_channel=per_channel)
+    model, router = make_supernet(tmp_path / "flex", EXPORTED[shape])
     before = files_of(tmp_path / "flex")
-    out, subnet, _ = export(tmp_path / "flex", budget)
+    out, subnet = export_at(tmp_path / "flex", budget)
     assert out == tmp_path / f"flex-{budget:.2f}"
     assert subnet == router.route(budget) and cost(model.config, subnet) <= budget
     slim, tokens = load_llama(out), tokens_for(model.config)
-    deployed, factors = router.deploy(budget)
+    factors = deployed(router, budget)[1]
     assert (factors is None) == (budget == 1)
-    want = model(tokens, subnet=deployed, factors=factors)[0]
+    want = model(tokens, subnet=subnet, factors=factors)[0]
     assert close(slim(tokens)[0], want)
-    assert slim.config == deployed.config(model.config) and slim.config.tied == model.config.tied
+    assert slim.config == subnet.config(model.config) and slim.config.tied == model.config.tied
     raw = load_tensors(out / "consolidated.00.pth")
     assert close(reference_logits(raw, slim.config, tokens), want.double())
     if budget < 1:
-        assert not close(model(tokens, subnet=deployed)[0], want, 1e-2), "this modulation does nothing"
+        assert not close(model(tokens, subnet=subnet)[0], want, 1e-2), "this modulation does nothing"
     assert files_of(tmp_path / "flex") == before
+
+
+def test_a_budget_is_walked_once(tmp_path, monkeypatch):
+    """Catches an export that asks the router again and again for the same budget."""
+    make_supernet(tmp_path / "flex", GQA)
+    route, asked = Router.route, []
+    monkeypatch.setattr(Router, "route", lambda self, *args: asked.append(args[0]) or route(self, *args))
+    exporting.main(["--model", str(tmp_path / "flex"), "--budget", "0.7"])
+    assert asked == [0.7]
 
 
 def test_no_trace_of_router_or_modulation(tmp_path):
     """Catches flex.pt copied along, or tensors that only the supernet has: other readers would refuse the export."""
     make_supernet(tmp_path / "flex", GQA)
-    out, *_ = export(tmp_path / "flex", 0.6)
+    out, *_ = export_at(tmp_path / "flex", 0.6)
     files = files_of(out)
     assert set(files) == {"params.json", "consolidated.00.pth", "tokenizer.model"}
     assert set(load_tensors(out / "consolidated.00.pth")) == set(load_llama(out).state_dict())
@@ -86,8 +110,8 @@ def test_fold_leaves_the_model_alone():
 def test_bfloat16_rounds_once(tmp_path):
     """Catches weights rounded to bf16 before the factors are folded in, and again after."""
     model, router = make_supernet(tmp_path / "flex", GQA)
-    out, subnet, _ = export(tmp_path / "flex", 0.5, dtype=torch.bfloat16)
-    factors, twice, got = router.deploy(0.5)[1], 0, load_tensors(out / "consolidated.00.pth")
+    out, subnet = export_at(tmp_path / "flex", 0.5, dtype=torch.bfloat16)
+    factors, twice, got = deployed(router, 0.5)[1], 0, load_tensors(out / "consolidated.00.pth")
     for name, w in model.slices(subnet).items():
         w = w.detach()
         for new, old in enumerate(subnet.layers):
@@ -99,18 +123,18 @@ def test_bfloat16_rounds_once(tmp_path):
         assert got[name].dtype == torch.bfloat16 and torch.equal(got[name], w.bfloat16()), name
     assert twice > 0, "a test of nothing: rounding twice gives the same"
     bytes16 = (out / "consolidated.00.pth").stat().st_size
-    assert bytes16 < 0.7 * (export(tmp_path / "flex", 0.5)[0] / "consolidated.00.pth").stat().st_size
+    assert bytes16 < 0.7 * (export_at(tmp_path / "flex", 0.5)[0] / "consolidated.00.pth").stat().st_size
 
 
 def test_export_again_gives_the_same_bytes(tmp_path):
     """Catches an export that depends on what is there already, on the folder's name or on the hour."""
     make_supernet(tmp_path / "flex", MHA)
-    out, *_ = export(tmp_path / "flex", 0.6)
+    out, *_ = export_at(tmp_path / "flex", 0.6)
     first = files_of(out)
-    export(tmp_path / "flex", 0.8, out)
+    export_at(tmp_path / "flex", 0.8, out)
     assert files_of(out) != first
-    assert export(tmp_path / "flex", 0.6, out)[0] == out and files_of(out) == first
-    assert files_of(export(tmp_path / "flex", 0.6, tmp_path / "deep" / "other")[0]) == first
+    assert export_at(tmp_path / "flex", 0.6, out)[0] == out and files_of(out) == first
+    assert files_of(export_at(tmp_path / "flex", 0.6, tmp_path / "deep" / "other")[0]) == first
     assert {p.name for p in tmp_path.iterdir()} == {"flex", "flex-0.60", "deep"}, "temporary folders left behind"
 
 
@@ -175,7 +199,7 @@ def test_amounts():
     """Catches thousands taken for 1024s, and units that are dropped."""
     for text, want in [("4.0B", 4e9), ("350M", 3.5e8), ("6GB", 6e9), ("6GiB", 6 * 2**30), ("1.5T", 1.5e12), ("12", 12),
                        ("800k", 8e5), ("2 GB".replace(" ", ""), 2e9), ("3MiB", 3 * 2**20)]:
-        assert exporting.amount(text) == pytest.approx(want), text
+        assert amount(text) == pytest.approx(want), text
 
 
 @pytest.mark.parametrize("shape", ["gqa", "mha", "tied"])

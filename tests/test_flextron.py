@@ -1,49 +1,48 @@
-"""flextron.py and pertoken.py: routers, per-token execution, what a target buys, the three stages."""
+"""The flextron folder: routers, per-token execution, what a target buys, the three stages."""
 import dataclasses
 import json
 import shutil
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import eval as evaluation
 import flextron.__main__ as training
+import plumbing.run
 import sample
-from plumbing.checkpoint import load_llama, load_tensors, save_llama
+from bench import flextron_oracle, token_time
 from data.shards import write_shard
-from flextron.deployed import Deployed, deploy, flextron_state, load_flextron, restore_flextron
-from model import KVCache, LlamaConfig, SubNet
-from flextron.network import (
-    KINDS,
-    Flextron,
-    Noise,
-    attend,
-    costs_of,
-    feed,
-    parameters_of,
-    sizes_for,
-    total,
-)
-from space import cost, random_generator
-from flextron.stages import Surrogate
-from tests.helpers import GQA, MHA, SHAPES, close, files_of, make_supernet, one_line_error, random_llama, tokens_for
 from data.tokenizer import save_tokenizer, train_bpe
+from flextron.deployed import Deployed, deploy, flextron_state, picture, restore_flextron
+from flextron.network import Flextron, costs_of, parameter_cost, sizes_for, total_cost
+from flextron.routers import ELASTIC, Noise
+from flextron.segments import attend, feed
+from flextron.stages import Surrogate
+from model import KVCache, LlamaConfig, SubNet
+from plumbing.checkpoint import load_llama, load_tensors, save_llama
+from plumbing.family import open_family
+from space import cost, random_generator
+from tests.helpers import (GQA, MHA, SHAPES, close, files_of, make_supernet, one_line_error, random_llama,
+                           tokens_for)
 
 NOISE = Noise(0.7, 2.0, (0, 5, 0.6))
 
 
 def random_flextron(config: LlamaConfig, dynamic: bool = True, seed: int = 0, spread: float = 3.0) -> Flextron:
-    """Random Llama, random routers with strong opinions (spread 0: as they start), odd sizes; prices measured on
-    random text."""
+    """Random Llama, random routers with strong opinions (spread 0: as they start), odd sizes; prices
+    measured on random text."""
     heads = sizes_for(config)["n_heads"]
     sizes = dict(n_heads=heads, ffn_dim=[13, 37, 60, config.ffn_dim])
-    costs = costs_of(config, sizes, parameters_of(config, dynamic))
+    costs = costs_of(config, sizes, parameter_cost(config, dynamic))
     flextron = Flextron(random_llama(config, seed), sizes, dynamic, costs, seed=seed)
     generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in flextron.routers.parameters() if spread else ():
-            p.copy_(torch.randn(p.shape, generator=generator) * (spread if p.dim() < 3 else spread / p.size(-2) ** 0.5))
+    if spread:
+        with torch.no_grad():
+            for p in flextron.routers.parameters():
+                scale = spread if p.dim() < 3 else spread / p.size(-2) ** 0.5
+                p.copy_(torch.randn(p.shape, generator=generator) * scale)
     flextron.calibrate(tokens_for(config, 4, 16, seed=9), [0.8, 0.6, 0.5])
     return flextron
 
@@ -64,12 +63,16 @@ def assert_same(a, b):
     assert type(a) is type(b)
     if isinstance(a, dict):
         assert list(a) == list(b)
-        [assert_same(a[key], b[key]) for key in a]
+        for key in a:
+            assert_same(a[key], b[key])
     elif isinstance(a, (list, tuple)):
         assert len(a) == len(b)
-        [assert_same(x, y) for x, y in zip(a, b)]
+        for x, y in zip(a, b):
+            assert_same(x, y)
+    elif torch.is_tensor(a):
+        assert torch.equal(a, b)
     else:
-        assert torch.equal(a, b) if torch.is_tensor(a) else a == b
+        assert a == b
 
 
 # ---- per-token execution
@@ -83,9 +86,9 @@ def test_segments_are_the_mask(shape):
     with torch.no_grad():
         logits, loss, picks = f(x, x, 0.6)
         masked, masked_loss, _ = f(x, x, 0.6, masked=True)
-    for i, kind in enumerate(KINDS):
-        chosen = torch.cat([p.choice.flatten() for p in picks[i::2]])
-        assert len(chosen.unique()) > 1, f"{kind}: one choice proves little"
+    for axis in ELASTIC:
+        chosen = torch.cat([pick.choice.flatten() for pick in picks if pick.axis == axis])
+        assert len(chosen.unique()) > 1, f"{axis}: one choice proves little"
     assert close(logits, masked) and abs(loss - masked_loss) < 1e-5
 
 
@@ -94,74 +97,87 @@ def test_segments_are_the_slow_way(config):
     """Catches an attention or MLP that agrees with the masked one because both are wrong: token by token, the layer
     that each token chose is run as a slice of its own on the whole sequence, and only that token's row is kept."""
     model = random_llama(config)
+    block = model.layers[1]
     x = torch.randn(2, 11, config.dim, generator=torch.Generator().manual_seed(3))
+    generator = torch.Generator().manual_seed(4)
+
+    neurons = [13, 37, config.ffn_dim]
+    choice = torch.randint(len(neurons), (2, 11), generator=generator)
+    with torch.no_grad():
+        got = feed(block.feed_forward, x, choice, neurons)
+        want = slow_feed(block.feed_forward, x, choice, neurons)
+    assert close(got, want)
+
+    heads = sizes_for(config)["n_heads"]
+    choice = torch.randint(len(heads), (2, 11), generator=generator)
     cos, sin = model.rope(0, 11, x.device)
-    generator, block = torch.Generator().manual_seed(4), model.layers[1]
-    for sizes, fast, slow in (
-            ([13, 37, config.ffn_dim], lambda c, s: feed(block.feed_forward, x, c, s),
-             lambda c, s: slow_feed(block.feed_forward, x, c, s)),
-            (sizes_for(config)["n_heads"], lambda c, s: attend(block.attention, x, c, s, cos, sin), None)):
-        choice = torch.randint(len(sizes), (2, 11), generator=generator)
-        with torch.no_grad():
-            got = fast(choice, sizes)
-            if slow is None:
-                rows = torch.stack([block.attention(x, cos, sin, n) for n in sizes])         # K, B, T, dim
-                want = rows.gather(0, choice[None, ..., None].expand(1, *x.shape))[0]
-            else:
-                want = slow(choice, sizes)
-        assert close(got, want)
+    with torch.no_grad():
+        got = attend(block.attention, x, choice, heads, cos, sin)
+        rows = torch.stack([block.attention(x, cos, sin, n) for n in heads])         # K, B, T, dim
+    want = rows.gather(0, choice[None, ..., None].expand(1, *x.shape))[0]
+    assert close(got, want)
 
 
 def test_one_choice_for_all_is_a_subnet():
     """Catches a static network, as exported, that is not what its routers choose."""
     for config in (GQA, MHA):
         f = random_flextron(config, dynamic=False)
-        subnet, x = f.route(0.6), tokens_for(config)
+        subnet = f.route(0.6)
+
+        def pick_of_subnet(axis, layer, target, h, noise, price):
+            k = f.sizes[axis].index(getattr(subnet, axis)[layer])
+            return SimpleNamespace(axis=axis, choice=torch.full(h.shape[:2], k))
+
+        f.pick = pick_of_subnet
+        x = tokens_for(config)
         with torch.no_grad():
-            sliced = f.model(x, subnet=subnet)[0]
-            choice = {k: [f.sizes[k].index(s) for s in getattr(subnet, k)] for k in KINDS}
-            f.pick = lambda kind, i, target, h, noise, price: type("P", (), dict(choice=torch.full(
-                h.shape[:2], choice[kind][i])))
-            assert close(f(x, target=0.6)[0], sliced)
+            assert close(f(x, target=0.6)[0], f.model(x, subnet=subnet)[0])
         assert len(set(subnet.n_heads)) > 1 or len(set(subnet.ffn_dim)) > 1, "every layer alike: proves little"
 
 
 def test_a_token_alone():
     """Catches a choice, or a result, that depends on what else is in the batch or comes later in the text."""
-    f, x = random_flextron(GQA), tokens_for(GQA, 5, 21)
+    f = random_flextron(GQA)
+    x = tokens_for(GQA, 5, 21)
     with torch.no_grad():
         logits, _, picks = f(x, target=0.6)
         for b in range(5):
             alone, _, own = f(x[b:b + 1], target=0.6)
-            assert all(torch.equal(p.choice[b], o.choice[0]) for p, o in zip(picks, own)) and close(alone[0], logits[b])
+            assert all(torch.equal(p.choice[b], o.choice[0]) for p, o in zip(picks, own))
+            assert close(alone[0], logits[b])
         short, _, own = f(x[:, :9], target=0.6)
-        assert all(torch.equal(p.choice[:, :9], o.choice) for p, o in zip(picks, own)) and close(short, logits[:, :9])
+        assert all(torch.equal(p.choice[:, :9], o.choice) for p, o in zip(picks, own))
+        assert close(short, logits[:, :9])
 
 
 @pytest.mark.parametrize("config", [GQA, MHA], ids=["gqa", "mha"])
 def test_the_cache_is_complete(config):
     """Catches keys and values that a narrow token did not leave for later ones, and positions off by the cache's."""
-    f, x = random_flextron(config), tokens_for(config, 2, 15)
+    f = random_flextron(config)
+    x = tokens_for(config, 2, 15)
+    cache = KVCache(15)
     with torch.no_grad():
-        whole, cache = f(x, target=0.6)[0], KVCache(15)
+        whole = f(x, target=0.6)[0]
         parts = [f(x[:, a:b], target=0.6, cache=cache)[0] for a, b in ((0, 6), (6, 7), (7, 12), (12, 15))]
     assert close(torch.cat(parts, 1), whole)
 
 
 def test_work_is_saved(monkeypatch):
     """Catches segments that run on everybody: the multiply-adds of MLP matmuls are those that the tokens chose."""
-    f, x, work = random_flextron(GQA), tokens_for(GQA), []
+    f = random_flextron(GQA)
+    work = []
     linear = torch.nn.functional.linear
 
     def counted(a, w, bias=None):
         work.append(a.numel() // a.size(-1) * w.numel())
         return linear(a, w, bias)
+
     h = torch.randn(3, 17, GQA.dim)
     choice = torch.randint(4, (3, 17), generator=torch.Generator().manual_seed(0))
-    monkeypatch.setattr("pertoken.F.linear", counted)
+    monkeypatch.setattr("flextron.segments.F.linear", counted)
     feed(f.model.layers[0].feed_forward, h, choice, f.sizes["ffn_dim"])
     chosen = torch.tensor(f.sizes["ffn_dim"])[choice].sum().item()
-    assert sum(work) == 3 * GQA.dim * chosen < 3 * GQA.dim * GQA.ffn_dim * x.numel()
+    assert sum(work) == 3 * GQA.dim * chosen < 3 * GQA.dim * GQA.ffn_dim * choice.numel()
 
 
 # ---- routers and targets
@@ -188,12 +204,14 @@ def test_gradients_reach_every_router(dynamic, teach):
 def test_cost_gradient_alone_moves_to_the_target():
     """Catches a latency loss with the wrong sign, or cut off from the routers."""
     for dynamic in (False, True):
-        f, x = random_flextron(GQA, dynamic, spread=0), tokens_for(GQA)
+        f = random_flextron(GQA, dynamic, spread=0)
+        x = tokens_for(GQA)
         optimizer = torch.optim.AdamW(f.routers.parameters(), lr=2e-2)
         for step in range(40):
             optimizer.zero_grad()
-            sum((f.mean_cost(f(x, target=t, noise=NOISE._replace(parts=(step, t)))[2]) / t - 1).abs()
-                for t in (0.4, 0.8)).backward()
+            for t in (0.4, 0.8):
+                picks = f(x, target=t, noise=NOISE._replace(parts=(step, t)))[2]
+                (f.mean_cost(picks) / t - 1).abs().backward()
             optimizer.step()
         for t in (0.4, 0.8):
             assert abs(f.mean_cost(f(x, target=t, noise=NOISE)[2]).item() - t) < 0.06, (dynamic, t)
@@ -240,7 +258,7 @@ def test_static_meets_every_target(config):
     for target in [f.smallest(), 0.4, 0.5, 0.6, 0.7, 0.8, 0.95, 1.0]:
         if target >= f.smallest():
             subnet = f.route(target)
-            got = total(f.shares(target), f.costs)
+            got = total_cost(f.shares(target), f.costs)
             assert abs(got - cost(config, subnet)) < 1e-6 and got <= target + 1e-6, target
             assert target in (1.0, f.smallest()) or got > target - 0.04, (target, got)
     assert f.route(1.0) == SubNet.full(config)
@@ -255,17 +273,21 @@ def test_dynamic_meets_its_target_on_its_text():
             deployed(text)
         assert target - 0.03 < deployed.got() <= target + 1e-6
         widths = deployed.widths()
-        assert all(min(f.sizes[kind]) <= w <= max(f.sizes[kind]) for kind in KINDS for w in widths[kind])
-    assert torch.equal(Deployed(f, 1.0)(text)[0], f.model(text)[0]) and Deployed(f, 1.0).got() == pytest.approx(1)
+        for axis in ELASTIC:
+            assert all(min(f.sizes[axis]) <= width <= max(f.sizes[axis]) for width in widths[axis])
+    assert torch.equal(Deployed(f, 1.0)(text)[0], f.model(text)[0])
+    assert Deployed(f, 1.0).got() == pytest.approx(1)
 
 
 def test_kv_heads_stay_when_tokens_choose():
     """Catches a cost that counts the keys and values of MHA as saved, which later tokens need."""
     f = random_flextron(MHA, dynamic=True)
-    static = costs_of(MHA, f.sizes, parameters_of(MHA, False))
+    static = costs_of(MHA, f.sizes, parameter_cost(MHA, False))
     assert (f.costs["n_heads"][:-1] > static["n_heads"][:-1]).all()
-    assert torch.equal(costs_of(GQA, f.sizes | dict(n_heads=[2, 8]), parameters_of(GQA, True))["n_heads"],
-                       costs_of(GQA, f.sizes | dict(n_heads=[2, 8]), parameters_of(GQA, False))["n_heads"])
+    sizes = f.sizes | dict(n_heads=[2, 8])  # GQA: no slice drops a KV head
+    dynamic = costs_of(GQA, sizes, parameter_cost(GQA, True))
+    static = costs_of(GQA, sizes, parameter_cost(GQA, False))
+    assert torch.equal(dynamic["n_heads"], static["n_heads"])
 
 
 def test_a_target_in_another_currency():
@@ -273,10 +295,11 @@ def test_a_target_in_another_currency():
     for dynamic in (False, True):
         f = random_flextron(GQA, dynamic)
         params = f.costs
-        f.costs, f.unit = {kind: c * 0.7 for kind, c in params.items()}, "latency"  # this machine saves less
+        f.costs = {axis: saved * 0.7 for axis, saved in params.items()}  # this machine saves less
+        f.unit = "latency"
         f.calibrate(tokens_for(GQA, 4, 16, seed=9), [0.8, 0.7])
         target = f.target_for(0.75, params, "params")
-        assert target > 0.75 and 0.6 < total(f.shares(target), params) <= 0.75 + 1e-6
+        assert target > 0.75 and 0.6 < total_cost(f.shares(target), params) <= 0.75 + 1e-6
 
 
 # ---- folders, stages, mistakes
@@ -294,10 +317,9 @@ def desk(tmp_path_factory):
         tokens = torch.randint(300, (n,), generator=random_generator(split)).cumsum(0) % 300
         write_shard(root / f"data/{split}_000000.bin", tokens.numpy(), 560)
     save_llama(root / "base", config, random_llama(config).state_dict(), root / "data/tokenizer.model")
-    flags = ["--llama", str(root / "base"), "--data", str(root / "data"), "--batch-tokens", "64", "--seq-len", "16",
-             "--elastic-steps", "3", "--router-steps", "3", "--joint-steps", "3", "--samples", "2", "--eval-windows",
-             "6", "--calibration-windows", "4", "--targets", "0.7", "0.5", "--threshold", "100", "--device", "cpu",
-             "--teach", "surrogate"]
+    flags = ["--llama", str(root / "base"), "--data", str(root / "data"), "--targets", "0.7", "0.5",
+             *("--elastic-steps 3 --router-steps 3 --joint-steps 3 --samples 2 --batch-tokens 64 --seq-len 16 "
+               "--eval-windows 6 --calibration-windows 4 --teach surrogate --threshold 100 --device cpu").split()]
     for kind in ("static", "dynamic"):
         training.main(flags + ["--router", kind, "--out", str(root / kind)])
     return root, flags
@@ -307,15 +329,22 @@ def test_folder_round_trip(desk):
     """Catches routers, prices or sizes that a folder forgets, and a folder that is no plain Llama any more."""
     root, _ = desk
     for kind in ("static", "dynamic"):
-        model = load_llama(root / kind)
-        f, x = load_flextron(root / kind, model), tokens_for(model.config)
+        f = open_family(root / kind).flextron
+        model = f.model
+        x = tokens_for(model.config)
         again = restore_flextron(model, flextron_state(f))
         with torch.no_grad():
             for target in (0.7, 0.6, 0.5):
                 assert torch.equal(Deployed(f, target)(x)[0], Deployed(again, target)(x)[0])
             assert torch.equal(Deployed(f, 1.0)(x)[0], model(x)[0])
         assert f.dynamic == (kind == "dynamic") and bool(f.calibrated) == f.dynamic
-    assert load_flextron(root / "base", load_llama(root / "base")) is None
+    assert open_family(root / "base").flextron is None
+
+
+def logged(folder, key: str) -> dict:
+    """step -> what log.jsonl has under a key."""
+    records = [json.loads(line) for line in open(folder / "log.jsonl")]
+    return {record["step"]: record[key] for record in records if key in record}
 
 
 @pytest.mark.parametrize("teach", ["surrogate", "gates"])
@@ -324,33 +353,35 @@ def test_killed_and_resumed(desk, tmp_path, monkeypatch, teach):
     root, flags = desk
     flags = flags + ["--router", "dynamic", "--teach", teach, "--micro-batch", "3"]
     training.main(flags + ["--out", str(tmp_path / "a")])
-    stop = training.Stop
 
-    class Impatient(stop):
+    class Impatient(plumbing.run.Stop):
         asked = 0
 
         @property
         def wished(self):
             self.asked += 1
-            return self.asked > 6
+            return self.asked > 3
 
         @wished.setter
         def wished(self, value):
             pass
-    monkeypatch.setattr(training, "Stop", Impatient)
-    for _ in range(30):
+    monkeypatch.setattr(plumbing.run, "Stop", Impatient)
+    for starts in range(1, 31):
         try:
             training.main(flags + ["--out", str(tmp_path / "b"), "--resume"])
             break
         except SystemExit as left:
             assert left.code == 0
+    assert starts == 3
     a, b = files_of(tmp_path / "a"), files_of(tmp_path / "b")
     assert a.keys() == b.keys()
-    assert all(a[name] == b[name] for name in a if name not in ("log.jsonl", "resume.pt"))  # a pickle also remembers
-    assert_same(*(load_tensors(tmp_path / run / "resume.pt") for run in "ab"))          # which strings are one object
-    steps = lambda folder: {r["step"]: r["loss"] for r in map(json.loads, open(folder / "log.jsonl")) if "loss" in r}
-    assert steps(tmp_path / "a") == steps(tmp_path / "b")
-    costs = [r["cost"] for r in map(json.loads, open(tmp_path / "a/log.jsonl")) if "cost" in r]
+    for name in a:
+        if name not in ("log.jsonl", "resume.pt"):
+            assert a[name] == b[name], name
+    # resume.pt is a pickle, which also remembers which strings are one object
+    assert_same(load_tensors(tmp_path / "a/resume.pt"), load_tensors(tmp_path / "b/resume.pt"))
+    assert logged(tmp_path / "a", "loss") == logged(tmp_path / "b", "loss")
+    costs = logged(tmp_path / "a", "cost").values()
     state = load_tensors(tmp_path / "a/flextron.pt")
     assert costs and all(len(of) == len(state["targets"]) for of in costs), "one number a target, of all micro-batches"
 
@@ -359,14 +390,18 @@ def test_stages_train_what_they_should(desk, tmp_path):
     """Catches a Llama that moves while it is frozen, routers that move before their stage, and routers that follow a
     surrogate whose error is over the threshold."""
     root, flags = desk
+
     def after(*more):
         training.main(flags + ["--out", str(tmp_path / "o"), *more])
         state = load_tensors(tmp_path / "o/resume.pt")
-        state = {part: {k: t.clone() for k, t in of.items()} for part, of in (
-            ("model", state["model"]), ("routers", state["flextron"]["routers"]))} | dict(updates=state["updates"])
+        model = {name: tensor.clone() for name, tensor in state["model"].items()}
+        routers = {name: tensor.clone() for name, tensor in state["flextron"]["routers"].items()}
         shutil.rmtree(tmp_path / "o")
-        return state
-    same = lambda a, b: all(torch.equal(a[k], b[k]) for k in a)
+        return dict(model=model, routers=routers, updates=state["updates"])
+
+    def same(a, b):
+        return all(torch.equal(a[name], b[name]) for name in a)
+
     elastic = after("--router-steps", "0", "--joint-steps", "0")
     for teach in ("surrogate", "gates"):
         routed = after("--joint-steps", "0", "--teach", teach)
@@ -398,16 +433,24 @@ def test_where_it_starts(desk, tmp_path):
 def test_targets_in_time(desk, tmp_path, monkeypatch):
     """Catches --cost latency that prices sizes by parameters, or whose folder loses the table it was trained with."""
     root, flags = desk
-    flat = lambda model, choices, rounds=1, tokens=None: dict(
-        dim=[48], n_heads=[2, 8], ffn_dim=[8, 80], fixed=[0.2], layer=[0.2], heads=[[-0.12, 0.0]],
-        neurons=[[-0.06, 0.0]], hardware="a machine whose heads are slow", threads=1, torch="", device="cpu")
-    monkeypatch.setattr("latency.measure", flat)
+
+    def flat(model, choices, rounds=1, tokens=None):
+        return dict(dim=[48], n_heads=[2, 8], ffn_dim=[8, 80], fixed=[0.2], layer=[0.2], heads=[[-0.12, 0.0]],
+                    neurons=[[-0.06, 0.0]], hardware="a machine whose heads are slow", threads=1, torch="",
+                    device="cpu")
+
+    monkeypatch.setattr("plumbing.latency.measure_latency", flat)
     training.main(flags + ["--cost", "latency", "--out", str(tmp_path / "o"), "--targets", "0.6"])
-    f = load_flextron(tmp_path / "o", load_llama(tmp_path / "o"))
+    f = open_family(tmp_path / "o").flextron
     assert f.unit == "latency" and (tmp_path / "o/latency.json").is_file()
     assert torch.allclose(f.costs["n_heads"], torch.tensor([-0.12, -0.08, -0.04, 0.0]))
-    by_time, by_size = (deploy(f, tmp_path / "o", 0.6, unit).subnet for unit in ("latency", "params"))
-    time_of = lambda s: 0.2 + sum(0.2 - 0.02 * (8 - h) - 0.06 * (80 - n) / 72 for h, n in zip(s.n_heads, s.ffn_dim))
+    by_time = deploy(f, tmp_path / "o", 0.6, "latency").subnet
+    by_size = deploy(f, tmp_path / "o", 0.6, "params").subnet
+
+    def time_of(subnet):
+        layers = zip(subnet.n_heads, subnet.ffn_dim)
+        return 0.2 + sum(0.2 - 0.02 * (8 - heads) - 0.06 * (80 - neurons) / 72 for heads, neurons in layers)
+
     assert 0.5 < time_of(by_time) <= 0.6 + 1e-6 and cost(f.model.config, by_size) <= 0.6 < time_of(by_size)
 
 
@@ -445,21 +488,27 @@ def test_mistakes_end_in_one_line(desk, capsys, tmp_path):
     """Catches a traceback, or a run that begins, for what a user can get wrong."""
     root, flags = desk
     new = ["--out", str(tmp_path / "x")]
-    for wrong, words in ((["--targets", "1.2"], ["1.2", "--targets 0.8"]),
-                         (["--targets", "0.05"], ["0.05", "smallest"]),
-                         (["--ffn-dim-choices", "99999"], ["99999"]), (["--n-heads-choices", "3"], ["n_heads 3"]),
-                         (["--llama", str(tmp_path)], ["params.json"]),
-                         (["--out", str(root / "base")], ["starts from"]),
-                         (["--router-lr", "-1"], ["--router-lr"]), (["--batch-tokens", "63"], ["--seq-len"]),
-                         (["--seed", "7", "--out", str(root / "static")], ["other settings"])):
+    mistakes = [
+        (["--targets", "1.2"], ["1.2", "--targets 0.8"]),
+        (["--targets", "0.05"], ["0.05", "smallest"]),
+        (["--ffn-dim-choices", "99999"], ["99999"]),
+        (["--n-heads-choices", "3"], ["n_heads 3"]),
+        (["--llama", str(tmp_path)], ["params.json"]),
+        (["--out", str(root / "base")], ["starts from"]),
+        (["--router-lr", "-1"], ["--router-lr"]),
+        (["--lr", "inf"], ["--lr inf"]),
+        (["--micro-batch", "0"], ["--micro-batch 0", "1 or more"]),
+        (["--batch-tokens", "63"], ["--seq-len"]),
+        (["--colour", "red"], ["--colour", "python -m flextron --help"]),
+        (["--seed", "7", "--out", str(root / "static")], ["other settings"]),
+        (["--lr", "7", "--out", str(root / "static")], ["other settings"]),
+    ]
+    for wrong, words in mistakes:
         with one_line_error(capsys, *words):
-            try:
-                training.main(flags + new + wrong)
-            finally:
-                print(capsys.readouterr().err.splitlines()[-1], file=sys.stderr)  # its progress, then the line
-    for kind, asked, words in (("static", 0.01, ["0.01"]), ("dynamic", 0.2, ["0.2"]), ("static", 1.5, ["1.5"])):
-        f = load_flextron(root / kind, load_llama(root / kind))
-        with one_line_error(capsys, *words):
+            last_line_only(capsys, flags + new + wrong)
+    for kind, asked in (("static", 0.01), ("dynamic", 0.2), ("static", 1.5)):
+        f = open_family(root / kind).flextron
+        with one_line_error(capsys, str(asked)):
             deploy(f, root / kind, asked)
     (tmp_path / "bad").mkdir()
     for name, content in files_of(root / "dynamic").items():
@@ -467,4 +516,65 @@ def test_mistakes_end_in_one_line(desk, capsys, tmp_path):
     state = load_tensors(root / "dynamic/flextron.pt")
     torch.save({**state, "sizes": {"n_heads": [8], "ffn_dim": [80]}}, tmp_path / "bad/flextron.pt")
     with one_line_error(capsys, "flextron.pt", "take both from one folder"):
-        load_flextron(tmp_path / "bad", load_llama(tmp_path / "bad"))
+        open_family(tmp_path / "bad")
+    with one_line_error(capsys, "no static routers", "python -m flextron --router static"):
+        token_time.main(["--model", str(root / "dynamic")])
+    with one_line_error(capsys, "flextron.pt", "python -m flextron"):
+        flextron_oracle.main(["--model", str(root / "base")])
+
+
+def test_bad_steps_end_the_run(desk, capsys, tmp_path, monkeypatch):
+    """Catches a run that goes on for ever with a loss that is not finite, weights that such a step has moved, and a
+    count that a resumed run forgets; and a command line in the message that is refused."""
+    root, flags = desk
+    flags = flags + ["--out", str(tmp_path / "o"), "--save-every", "2", "--max-bad-steps", "4"]
+    step_of = training.train_step
+
+    def broken(flextron, surrogate, shards, step, *rest):
+        result = step_of(flextron, surrogate, shards, step, *rest)
+        if step >= 1:
+            result["loss"][0] = float("nan")
+        return result
+
+    monkeypatch.setattr(training, "train_step", broken)
+    monkeypatch.setattr(sys, "argv", [str(training.__file__), *flags])
+    again = f"python -m flextron {' '.join(flags)} --resume --override --lr 0.0005 --router-lr 0.005"
+    with one_line_error(capsys, "4 steps in a row, up to step 4,", again):
+        last_line_only(capsys, flags)
+    state = load_tensors(tmp_path / "o/resume.pt")
+    assert (state["step"], state["bad"], state["updates"]) == (4, 3, 0)
+    with one_line_error(capsys, "4 steps in a row, up to step 4,"):
+        last_line_only(capsys, flags + ["--resume"])
+    monkeypatch.setattr(training, "train_step", step_of)
+    training.main(again.split()[3:])
+    state = load_tensors(tmp_path / "o/resume.pt")
+    assert (state["step"], state["bad"], state["settings"]["lr"]) == (9, 0, 5e-4)
+
+
+def last_line_only(capsys, flags: list[str]) -> None:
+    """A run that ends with fail(): drops its lines of progress before the last one."""
+    try:
+        training.main(flags)
+    finally:
+        print(capsys.readouterr().err.splitlines()[-1], file=sys.stderr)
+
+
+def test_a_picture_of_what_tokens_took():
+    """Catches a bar under the wrong character: after a line break, a long line, a token of several characters."""
+
+    class Pieces:
+        texts = [b"ab", b"\n", b"c", b"def", b"<|end|>", b"\t"]
+
+        def decode_single_token_bytes(self, token):
+            return self.texts[token]
+
+    class Network:
+        flextron = SimpleNamespace(costs=dict(ffn_dim=torch.tensor([-0.3, -0.2, 0.0])))
+        tok_embeddings = torch.nn.Embedding(6, 1)
+        picks = [SimpleNamespace(axis="ffn_dim", choice=torch.tensor([[2, 0, 0, 1, 2, 2]]))] * 2
+
+        def __call__(self, tokens):
+            assert tokens.tolist() == [[0, 1, 2, 3, 4, 5]]
+
+    drawn = picture(Network(), list(range(6)), Pieces(), columns=3)
+    assert drawn == "ab\n██\ncde\n▁▃▃\nf \n▃█"

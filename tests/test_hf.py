@@ -9,11 +9,21 @@ import torch
 import export as exporting
 import plumbing.hf as hf
 from plumbing.checkpoint import load_llama, save_llama, save_tensors
-from export import export
 from model import LlamaConfig
 from plumbing.params import params_json
 from sample import generate
-from tests.helpers import GQA, SHAPES, close, files_of, make_supernet, one_line_error, random_llama, tokens_for
+from tests.helpers import (
+    GQA,
+    SHAPES,
+    close,
+    deployed,
+    export_at,
+    files_of,
+    make_supernet,
+    one_line_error,
+    random_llama,
+    tokens_for,
+)
 from data.tokenizer import BOS, END, encode_document, load_tokenizer, save_tokenizer, train_bpe
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -95,11 +105,11 @@ def test_an_export_is_the_supernet(tmp_path, shape):
     from transformers import AutoModelForCausalLM
     model, router = make_supernet(tmp_path / "flex", SHAPES[shape])
     for budget in (1.0, 0.6):
-        out, subnet, _ = export(tmp_path / "flex", budget, kind="hf")
+        out, subnet = export_at(tmp_path / "flex", budget, format="hf")
         assert out == tmp_path / f"flex-{budget:.2f}-hf"
         theirs, tokens = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32), tokens_for(model.config)
         with torch.no_grad():
-            want = model(tokens, subnet=subnet, factors=router.deploy(budget)[1])[0]
+            want = model(tokens, subnet=subnet, factors=deployed(router, budget)[1])[0]
             assert close(theirs(tokens).logits, want, 1e-4)
 
 
@@ -163,8 +173,8 @@ def test_another_shape_in_every_layer_is_refused(tmp_path, capsys):
     config = dataclasses.replace(GQA, n_heads=(8, 2, 6, 4), n_kv_heads=(2, 2, 1, 2), ffn_dim=(80, 13, 41, 7))
     save_llama(tmp_path / "uneven", config, random_llama(config).state_dict())
     with one_line_error(capsys, "every layer", "--format llama"):
-        export(tmp_path / "uneven", kind="hf", out=tmp_path / "hf")
-    out, *_ = export(tmp_path / "uneven", out=tmp_path / "raw")
+        export_at(tmp_path / "uneven", format="hf", out=tmp_path / "hf")
+    out, *_ = export_at(tmp_path / "uneven", out=tmp_path / "raw")
     assert {p.name for p in tmp_path.iterdir()} == {"uneven", "raw"} and load_llama(out).config == config
 
 

@@ -24,7 +24,10 @@ def test_first_are_the_best():
     model, tokens = random_llama(GQA), tokens_for(GQA)
     sort_(model, rank(model, tokens))
     scores = activation_scores(model, tokens)
-    falls = lambda s: bool((s[..., 1:] <= s[..., :-1] * (1 + 1e-4)).all())
+
+    def falls(s):
+        return bool((s[..., 1:] <= s[..., :-1] * (1 + 1e-4)).all())
+
     assert falls(torch.stack(scores["dim"]).sum(0)) and all(falls(s) for s in scores["ffn_dim"])
     assert all(falls(s.view(GQA.n_kv_heads, -1)) for s in scores["n_heads"])
 
@@ -62,6 +65,8 @@ def test_scores_are_the_formula():
     for n in range(GQA.ffn_dim):
         want[n] = sum((sum(abs(v) for v in s[0, :, n].tolist()) / 17) ** 2 for s in seen) ** 0.5
     assert torch.allclose(got["ffn_dim"][2], want, rtol=1e-4)
+    assert [len(got[axis]) for axis in ("dim", "n_heads", "ffn_dim")] == [9, 4, 4]
+    assert not any(module._forward_hooks for module in model.modules()), "something still listens"
 
 
 def test_layer_orders_find_the_layer_that_does_nothing():

@@ -9,11 +9,12 @@ import torch
 
 import export
 import plumbing.latency as timing
+from bench import latency as command
 from plumbing.checkpoint import load_llama, save_tensors
-from plumbing.latency import TABLE, Latency, fractions, load_latency, measure, some
+from plumbing.family import open_family, router_state
+from plumbing.latency import LATENCY_FILE, Latency, fractions, load_latency, measure_latency, some
 from model import SubNet
 from plumbing.params import read_config
-from router import load_router, router_state
 from space import Space
 from tests.helpers import GQA, make_supernet, odd_choices, one_line_error, random_llama, random_router
 
@@ -43,14 +44,14 @@ def machine(monkeypatch):
 def test_the_table_is_the_machine(machine):
     """Catches a layer counted twice, a fixed part that scales with depth, an axis looked up in another's column, and
     an interpolation that is off between grid points: on a machine whose times are linear the table is exact."""
-    table = json.loads(json.dumps(measure(machine, odd_choices(GQA), rounds=2)))
+    table = json.loads(json.dumps(measure_latency(machine, odd_choices(GQA), rounds=2)))
     found, full = Latency(table, GQA.n_layers), invented(SubNet.full(GQA))
     assert table["full_ms"] == pytest.approx(full) and table["threads"] >= 1 and table["hardware"] and table["torch"]
     for subnet in (SubNet.full(GQA), SubNet.uniform(33, [0, 2], 4, 41), SubNet(48, (0, 1, 3), (2, 8, 4), (20, 80, 47)),
                    SubNet.uniform(25, [1], 6, 79)):
         assert found(subnet) == pytest.approx(invented(subnet) / full, rel=1e-6), subnet
     space = Space(GQA, odd_choices(GQA), [2, 0, 3, 1])
-    of = found.of(space)
+    of = found.of_members(space)
     for row in range(0, len(space.members), 17):
         assert of[row].item() == pytest.approx(found(space.subnet(space.members[row])), rel=1e-9)
 
@@ -59,7 +60,7 @@ def test_noise_never_makes_a_larger_slice_faster(machine, monkeypatch):
     """Catches a table that a router could be fooled by: a wide layer that was timed in a quiet moment."""
     rng, quiet = np.random.default_rng(0), timing.seconds
     monkeypatch.setattr(timing, "seconds", lambda run, device: quiet(run, device) * rng.uniform(0.6, 1.4))
-    table = measure(machine, odd_choices(GQA), rounds=1)
+    table = measure_latency(machine, odd_choices(GQA), rounds=1)
     for kind in ("heads", "neurons"):
         assert all(row == sorted(row) and max(row) <= 0 for row in table[kind])
 
@@ -98,7 +99,7 @@ def slow_route(router, costs, asked):
 
 def test_routing_by_latency(machine):
     """Catches --latency that is answered with a budget, that goes over, or that asks the router at another budget."""
-    found, router = Latency(measure(machine, odd_choices(GQA), rounds=1), GQA.n_layers), random_router(GQA)
+    found, router = Latency(measure_latency(machine, odd_choices(GQA), rounds=1), GQA.n_layers), random_router(GQA)
     router.budgets, over = [0.4, 0.8, 1.0], 0
     with torch.no_grad():
         for asked in (0.95, 0.8, 0.65, 0.5, 0.4):
@@ -106,27 +107,27 @@ def test_routing_by_latency(machine):
             subnet = router.route(asked, costs)
             assert subnet == slow_route(router, costs, asked) and found(subnet) <= asked + 1e-9
             over += router.route(asked) != subnet
-    assert over and router.route(1.0, found.of(router.space)) == SubNet.full(GQA)
+    assert over and router.route(1.0, found.of_members(router.space)) == SubNet.full(GQA)
 
 
 def test_export_at_a_latency(tmp_path, monkeypatch, capsys):
     """Catches an export that measures anew each time, forgets where the table came from, or writes another slice."""
     make_supernet(tmp_path / "flex", GQA)
     flags = ["--model", str(tmp_path / "flex")]
-    monkeypatch.setattr(timing, "measure", functools.partial(measure, rounds=1))
+    monkeypatch.setattr(timing, "measure_latency", functools.partial(measure_latency, rounds=1))
     export.main(flags + ["--latency", "0.9"])
-    table = (tmp_path / "flex" / TABLE).read_bytes()
+    table = (tmp_path / "flex" / LATENCY_FILE).read_bytes()
     measured = json.loads(table)
     assert {"hardware", "threads", "torch", "python", "device", "rounds", "full_ms"} <= measured.keys()
     export.main(flags + ["--latency", "0.9", "--out", str(tmp_path / "again")])
-    assert (tmp_path / "flex" / TABLE).read_bytes() == table
-    model = load_llama(tmp_path / "flex")
-    router, found = load_router(tmp_path / "flex", model.config), load_latency(tmp_path / "flex", model)
+    assert (tmp_path / "flex" / LATENCY_FILE).read_bytes() == table
+    family = open_family(tmp_path / "flex")
+    model, router, found = family.model, family.router, load_latency(tmp_path / "flex", family.model)
     want = router.route(0.9, found.costs(router.space, 0.9))
     for name in ("flex-latency-0.90", "again"):
         assert read_config(tmp_path / name) == dataclasses.replace(want.config(model.config), context=32)
-    monkeypatch.setattr(timing, "measure", lambda *_: pytest.fail("measured again"))
-    (tmp_path / "flex" / TABLE).write_text(json.dumps(measured | dict(hardware="a calculator")))
+    monkeypatch.setattr(timing, "measure_latency", lambda *_: pytest.fail("measured again"))
+    (tmp_path / "flex" / LATENCY_FILE).write_text(json.dumps(measured | dict(hardware="a calculator")))
     capsys.readouterr()
     export.main(flags + ["--latency", "0.9", "--dry-run"])
     assert "a calculator" in capsys.readouterr().err
@@ -136,12 +137,12 @@ def test_timing_a_folder(tmp_path, capsys):
     """Catches a command that prints without writing its table, one of other sizes than the router's, and a table that
     is another model's."""
     make_supernet(tmp_path / "flex", GQA)
-    timing.main(["--model", str(tmp_path / "flex"), "--rounds", "1", "--slices", "2", "--device", "cpu"])
-    assert capsys.readouterr().out.count("%") == 2 and (tmp_path / "flex" / TABLE).is_file()
-    table, sizes = json.loads((tmp_path / "flex" / TABLE).read_text()), odd_choices(GQA)
+    command.main(["--model", str(tmp_path / "flex"), "--rounds", "1", "--slices", "2", "--device", "cpu"])
+    assert capsys.readouterr().out.count("%") == 2 and (tmp_path / "flex" / LATENCY_FILE).is_file()
+    table, sizes = json.loads((tmp_path / "flex" / LATENCY_FILE).read_text()), odd_choices(GQA)
     assert all(min(table[axis]) == min(sizes[axis]) for axis in ("n_heads", "ffn_dim"))
     other = random_llama(dataclasses.replace(GQA, ffn_dim=96))
-    with one_line_error(capsys, TABLE, "python latency.py"):
+    with one_line_error(capsys, LATENCY_FILE, "python -m bench.latency"):
         load_latency(tmp_path / "flex", other)
 
 
@@ -149,18 +150,18 @@ def test_mistakes_end_in_one_line(tmp_path, capsys):
     """Catches a traceback for a latency nobody can meet, a table that is no table, a router that no latency bounds."""
     make_supernet(tmp_path / "flex", GQA)
     flags = ["--model", str(tmp_path / "flex"), "--dry-run"]
-    timing.main(["--model", str(tmp_path / "flex"), "--rounds", "1", "--device", "cpu"])
+    command.main(["--model", str(tmp_path / "flex"), "--rounds", "1", "--device", "cpu"])
     for wrong, words in ((["--latency", "0.001"], ["0.001", "fastest"]), (["--latency", "1.5"], ["1.5", "(0, 1]"]),
                          (["--latency", "0.6", "--budget", "0.5"], ["not allowed"])):
         with one_line_error(capsys, *words):
             export.main(flags + wrong)
-    (tmp_path / "flex" / TABLE).write_text("{}")
-    with one_line_error(capsys, TABLE, "measures it again"):
+    (tmp_path / "flex" / LATENCY_FILE).write_text("{}")
+    with one_line_error(capsys, LATENCY_FILE, "measures it again"):
         export.main(flags + ["--latency", "0.6"])
     with one_line_error(capsys, "--rounds"):
-        timing.main(["--model", str(tmp_path / "flex"), "--rounds", "0"])
+        command.main(["--model", str(tmp_path / "flex"), "--rounds", "0"])
     save_tensors(tmp_path / "flex/flex.pt", router_state(random_router(GQA, "penalty"), seq_len=16))
-    (tmp_path / "flex" / TABLE).unlink()
+    (tmp_path / "flex" / LATENCY_FILE).unlink()
     with one_line_error(capsys, "penalty", "latency"):
         export.main(flags + ["--latency", "0.6"])
-    assert not (tmp_path / "flex" / TABLE).exists(), "measured before it was refused"
+    assert not (tmp_path / "flex" / LATENCY_FILE).exists(), "measured before it was refused"

@@ -1,4 +1,4 @@
-"""tasks.py, likelihood.py: the numbers of lm-evaluation-harness, request by request and metric by metric.
+"""tasks/: the numbers of lm-evaluation-harness, request by request and metric by metric.
 
 The harness's own tasks run through its own evaluator on its own Hugging Face model; only the address of their data is
 replaced, by local files in the same form. Needs lm_eval: pip install -r requirements-interop.txt.
@@ -13,14 +13,12 @@ from pathlib import Path
 import pytest
 
 import eval as evaluation
-from plumbing.checkpoint import TOKENIZER, load_llama
-from export import export
-from tasks.likelihood import score
-from router import load_router
-from tasks.questions import TASKS, load_task, requests_of
-from tests.helpers import GQA, make_supernet
+from data.tokenizer import TOKENIZER, load_tokenizer
+from plumbing.family import open_family
+from tasks.likelihood import requests_of, score
+from tasks.questions import TASKS, load_task
+from tests.helpers import GQA, export_at, make_supernet
 from tests.tiny_tasks import SUBJECTS, rows_of_tasks, write_hf, write_jsonl, write_raw
-from data.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("lm_eval", "transformers")),
@@ -59,7 +57,7 @@ def both(request, tmp_path_factory):
         for s in SUBJECTS:
             write_jsonl(path / f"hf/mmlu_{s}_{split}.jsonl", [r for r in rows[key] if r["subject"] == s])
     make_supernet(path / "flex", dataclasses.replace(GQA, context=WINDOW))
-    export(path / "flex", BUDGET, path / "slim", kind="hf")
+    export_at(path / "flex", BUDGET, path / "slim", format="hf")
     model = HFLM(pretrained=str(path / "slim"), device="cpu", dtype="float32", batch_size=8, max_length=request.param)
     assert model.max_length == request.param or WINDOW
     theirs = simple_evaluate(model=model, tasks=their_tasks(path / "hf"), log_samples=True)
@@ -70,13 +68,13 @@ def both(request, tmp_path_factory):
 def ours(both):
     """task -> (questions, requests, scores) of the same slice, from the supernet."""
     path, window, _ = both
-    model, tokenizer = load_llama(path / "flex"), load_tokenizer(path / "flex" / TOKENIZER)
-    deployed = load_router(path / "flex", model.config).deploy(BUDGET)
+    tokenizer = load_tokenizer(path / "flex" / TOKENIZER)
+    member = open_family(path / "flex").member(BUDGET)
     found = {}
     for name in TASKS:
         questions = load_task(name, path / "raw")
         requests = list(requests_of(questions, tokenizer, window or WINDOW))
-        found[name] = questions, requests, score(model, requests, *deployed)[0]
+        found[name] = questions, requests, score(member.model, requests, member.subnet, member.factors)[0]
     return found
 
 

@@ -21,7 +21,7 @@ SMALL = LlamaConfig(dim=512, n_layers=6, n_heads=8, n_kv_heads=4, head_dim=64, f
 MEASURE = r"""
 import re, sys, train
 peak = lambda: 1024 * int(re.search(r"VmHWM:\s+(\d+)", open("/proc/self/status").read())[1])
-before, train.table = peak(), lambda *args: None
+before, train.show_family = peak(), lambda *args: None
 train.main(sys.argv[1:])
 print(peak() - before)
 """

@@ -14,7 +14,6 @@ def reference_logits(state: dict, c: LlamaConfig, tokens: torch.Tensor) -> torch
     """A Llama written a second time from Meta's description, one head at a time, complex RoPE, in float64; reads a raw
     state dict and knows nothing of slices."""
     w = {k: v.detach().double() for k, v in state.items()}
-    norm = lambda x, g: x / (x.pow(2).mean(-1, keepdim=True) + c.norm_eps).sqrt() * g
     f = torch.tensor([c.rope_theta ** (-2 * j / c.head_dim) for j in range(c.head_dim // 2)], dtype=torch.float64)
     for j, x in enumerate(f.tolist()):
         wave = 2 * math.pi / x
@@ -26,21 +25,29 @@ def reference_logits(state: dict, c: LlamaConfig, tokens: torch.Tensor) -> torch
     T = tokens.size(1)
     turn = torch.polar(torch.ones(T, len(f), dtype=torch.float64), torch.outer(torch.arange(T).double(), f))
 
+    def norm(x, weight):
+        return x / (x.pow(2).mean(-1, keepdim=True) + c.norm_eps).sqrt() * weight
+
     def rotate(x):  # B, T, head_dim
         pairs = torch.view_as_complex(x.reshape(*x.shape[:-1], -1, 2).contiguous())
         return torch.view_as_real(pairs * turn).flatten(-2)
 
+    def head(weight, h):
+        return weight[h * c.head_dim:(h + 1) * c.head_dim].T
+
     x = w["tok_embeddings.weight"][tokens]
     for i in range(c.n_layers):
-        p, H, K = f"layers.{i}.", c.per_layer("n_heads")[i], c.per_layer("n_kv_heads")[i]
+        p = f"layers.{i}."
+        H, K = c.per_layer("n_heads")[i], c.per_layer("n_kv_heads")[i]
+        wq, wk, wv = (w[p + f"attention.{name}.weight"] for name in ("wq", "wk", "wv"))
         y = norm(x, w[p + "attention_norm.weight"])
-        cut = lambda name, h: y @ w[p + f"attention.{name}.weight"][h * c.head_dim:(h + 1) * c.head_dim].T
         heads = []
         for h in range(H):
             kv = h // (H // K)
-            scores = rotate(cut("wq", h)) @ rotate(cut("wk", kv)).transpose(1, 2) / c.head_dim ** 0.5
+            q, k, v = y @ head(wq, h), y @ head(wk, kv), y @ head(wv, kv)
+            scores = rotate(q) @ rotate(k).transpose(1, 2) / c.head_dim ** 0.5
             scores = scores.masked_fill(~torch.ones(T, T).tril().bool(), -torch.inf)
-            heads.append(scores.softmax(-1) @ cut("wv", kv))
+            heads.append(scores.softmax(-1) @ v)
         x = x + torch.cat(heads, -1) @ w[p + "attention.wo.weight"].T
         y = norm(x, w[p + "ffn_norm.weight"])
         gate = y @ w[p + "feed_forward.w1.weight"].T
@@ -68,8 +75,7 @@ def test_sliced_equals_masked_equals_cut_and_read_by_another(shape, name):
     for new, old in enumerate(subnet.layers):  # the factors, folded by hand
         state[f"layers.{new}.attention.wo.weight"] *= factors[old, 0]
         state[f"layers.{new}.feed_forward.w2.weight"] *= factors[old, 1]
-    native = Llama(subnet.config(config))
-    native.load_state_dict(state, strict=True)
+    native = Llama.from_state(subnet.config(config), state)
     assert close(masked, sliced) and close(native(tokens)[0], sliced)
     assert close(reference_logits(state, subnet.config(config), tokens), sliced.double())
     if name != "full":
@@ -137,11 +143,30 @@ def test_cache_equals_recomputation(shape, chunks):
     assert close(torch.cat(parts, 1), whole)
 
 
-@pytest.mark.parametrize("per_channel", [False, True])
-def test_modulation_is_one_at_full_and_knows_every_axis(per_channel):
+@pytest.mark.parametrize("shape", ["gqa", "tied"])
+def test_from_state_takes_the_tensors_themselves(shape):
+    """Catches weights that are copied, tied embeddings that are two tensors, parameters that do not train or stay on
+    the meta device, and a state dict that lacks a tensor or has one too many."""
+    config = SHAPES[shape]
+    source = random_llama(config)
+    state = {name: w.detach().clone() for name, w in source.state_dict().items()}
+    model, tokens = Llama.from_state(config, state), tokens_for(config)
+    assert torch.equal(model(tokens)[0], source(tokens)[0])
+    assert (model.output.weight is model.tok_embeddings.weight) == config.tied
+    assert all(p.requires_grad and p.device.type == "cpu" for p in model.parameters())
+    name = "layers.2.attention.wo.weight"
+    assert model.layers[2].attention.wo.weight.data_ptr() == state[name].data_ptr()
+    assert Llama.from_state(config, {n: w.bfloat16() for n, w in state.items()}).norm.weight.dtype == torch.bfloat16
+    for wrong in ({n: w for n, w in state.items() if n != name}, state | {"more": state[name]},
+                  state | {name: state[name][:-1]}):
+        with pytest.raises(RuntimeError):
+            Llama.from_state(config, wrong)
+
+
+def test_modulation_is_one_at_full_and_knows_every_axis():
     """Invariant 3. Catches a modulated full network, and an embedding that cannot tell two axes or depth apart."""
-    modulation, config = Modulation(GQA, per_channel=per_channel), GQA
-    nets, ones = subnets(config), torch.ones(4, 2, *[GQA.dim] * per_channel)
+    modulation, config = Modulation(GQA), GQA
+    nets, ones = subnets(config), torch.ones(4, 2)
     assert torch.equal(modulation(nets["all"]), ones), "starts as the identity"
     with torch.no_grad():
         modulation.out.normal_()

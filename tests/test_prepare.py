@@ -1,7 +1,7 @@
 """data/prepare.py on small text: what is read, how it is split, and what an accident leaves."""
+import argparse
 import gzip
 import json
-import re
 import subprocess
 import sys
 import sysconfig
@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from data import prepare as module
-from data.prepare import documents, find_files, is_val, prepare
+from data.prepare import HIDDEN, NO_PROSE, documents, find_files, is_val, open_data, prepare
 from data.shards import Shards, read_shard
-from test_tokenizer import one_line
 from data.tokenizer import BOS, load_tokenizer, save_tokenizer, train_bpe
+from test_tokenizer import one_line
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = [f"part{k % 3}/file{k:02d}.txt" for k in range(60)]
@@ -82,7 +82,7 @@ def test_every_kind_of_input(tmp_path, tokenizer):
                        "j.txt": b"\xff\xfe not UTF-8"}.items():
         (folder / name).write_bytes(data)
     skipped = set()
-    docs = list(documents(find_files(folder, re.compile(r"\..*")), skipped))
+    docs = list(documents(find_files(folder, HIDDEN), skipped))
     assert docs == [("a.txt", "plain"), ("b.md", "# mark\r\n"), ("c.py", "x = 1\n"),
                     ("d.jsonl:1", "line 0 é"), ("d.jsonl:2", "line 1 é"), ("d.jsonl:3", "line 2 é"),
                     ("e.jsonl.gz:1", "zipped"), ("f.txt.gz", "packed")]
@@ -132,6 +132,38 @@ def test_an_interrupted_run_leaves_the_old_folder(corpus, tmp_path, tokenizer, m
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
+def test_the_data_of_a_run(corpus, tmp_path, monkeypatch, capsys):
+    """Catches: the demo's data made with a Llama's own tokenizer, or made again when it is there; shards whose ids
+    mean other words to the Llama."""
+    made = []
+
+    def little(inputs, out, tokenizer):
+        made.append((out, tokenizer))
+        prepare([corpus], out, tokenizer, vocab_size=600)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(module, "prepare", little)
+    args = argparse.Namespace(llama=None, data=None, seq_len=16, seed=3)
+    for _ in range(2):
+        folder, train, val = open_data(args)
+        assert folder == "data/pystdlib" and made == [(folder, None)]
+        assert train.vocab_size == 600 and train.seq_len == 16 and val.seed == 3
+    assert val.paths[0].name == "val_000000.bin"
+    # A Llama with a tokenizer of its own gets its own folder; the demo's stays what it was.
+    llama = tmp_path / "own"
+    save_tokenizer(llama / "tokenizer.model", train_bpe(["the quick brown fox jumps over"], 520))
+    (llama / "params.json").write_text(json.dumps(dict(dim=32, n_layers=1, n_heads=2, vocab_size=520, norm_eps=1e-5)))
+    args.llama = "own"
+    folder, train, _ = open_data(args)
+    assert folder == "data/pystdlib-own" and made[1:] == [(folder, Path("own/tokenizer.model"))]
+    assert train.vocab_size == 520
+    args.data = "data/pystdlib"
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        open_data(args)
+    assert "another tokenizer than own/tokenizer.model" in one_line(capsys)
+
+
 def bad_inputs(tmp_path: Path) -> dict[str, tuple[dict, str]]:
     """What a user can get wrong -> arguments of prepare(), and words the message must hold."""
     for name, data in {"empty.txt": b" \n", "bad.jsonl": b'{"text": "ok"}\n{"text": \n', "a.csv": b"x",
@@ -174,7 +206,7 @@ def test_mistakes_end_in_one_line(tmp_path, capsys, case):
 
 def test_the_default_corpus_is_the_standard_library():
     """Catches: tests, tables and site-packages in the corpus; the manual read as Python source."""
-    files = find_files(Path(sysconfig.get_path("stdlib")), module.NO_PROSE)
+    files = find_files(Path(sysconfig.get_path("stdlib")), NO_PROSE)
     keys = [key for key, _ in files]
     assert {"argparse.py", "json/decoder.py", "pydoc_data/topics.py"} <= set(keys) and keys == sorted(keys)
     parts = {part for key in keys for part in key.split("/")}

@@ -1,5 +1,6 @@
-"""README.md: every command in it runs, with the files it names standing in as tiny ones, and a few steps for many."""
+"""The READMEs: every command in them runs, with the files they name standing in as tiny ones, and few steps for many."""
 import gzip
+import importlib
 import importlib.util
 import json
 import re
@@ -9,61 +10,73 @@ import sys
 
 import pytest
 
-import bench.slices as bench
-import bench.steps as bench_train
-import plumbing.checkpoint as checkpoint
-import export
-import flextron.__main__ as flextron
-import plumbing.latency as latency
-import bench.results as results
-import sample
-import search.__main__ as search
-import train
 import data.prepare
 import tasks.download
-import eval as evaluation
-from plumbing.checkpoint import save_llama
 from model import LlamaConfig
-from bench import ablation_search, big_export, flextron_oracle, oracle, token_time
+from plumbing.checkpoint import save_llama
 from tests.helpers import ROOT, random_llama, run
 from tests.tiny_tasks import rows_of_tasks, write_raw
 
+PAGES = ("README.md", "search/README.md", "flextron/README.md", "tasks/README.md", "bench/README.md", "RESULTS.md")
 FEW_CANDIDATES = "--generations 1 --population 4 --fitness-windows 2 --calibration-windows 4 --report-windows 2"
-FEWER = {"train.py": "--base-steps 3 --steps 2 --eval-windows 4 --calibration-windows 4 --batch-tokens 128 "
-                     "--seq-len 16",
-         "bench_train.py": "--dim 64 --layers 2 --heads 4 --kv-heads 2 --head-dim 16 --ffn-dim 64 --seq-len 16 "
-                           "--rounds 1 --device cpu",
-         "bench.py": "--dim 64 --layers 2 --heads 4 --kv-heads 2 --head-dim 16 --ffn-dim 64 --seq-len 16 --rounds 1",
-         "sample.py": "--max-new-tokens 5", "eval.py": "--windows 4", "tests/oracle.py": "--windows 2",
-         "tests/big_export.py": "--scale 16", "latency.py": "--rounds 1", "results.py": "--assets .",
-         "tests/token_time.py": "--dim 64 --rounds 1 --latency 0.9",
-         "tests/flextron_oracle.py": "--windows 4", "search.py": FEW_CANDIDATES,
-         "tests/ablation_search.py": FEW_CANDIDATES + " --budgets 0.6 --seeds 0",
-         "flextron.py": "--elastic-steps 2 --router-steps 2 --joint-steps 2 --eval-windows 4 --calibration-windows 4 "
-                        "--batch-tokens 64 --seq-len 16"}
-MAINS = {"train.py": train.main, "export.py": export.main, "eval.py": evaluation.main, "sample.py": sample.main,
-         "bench.py": bench.main, "bench_train.py": bench_train.main, "data/prepare.py": data.prepare.main,
-         "data/tasks.py": data.tasks.main, "checkpoint.py": checkpoint.main, "tests/oracle.py": oracle.main,
-         "tests/big_export.py": big_export.main, "latency.py": latency.main, "flextron.py": flextron.main,
-         "results.py": results.main,
-         "tests/token_time.py": token_time.main, "tests/flextron_oracle.py": flextron_oracle.main,
-         "search.py": search.main, "tests/ablation_search.py": ablation_search.main}
+TINY_SHAPE = "--dim 64 --layers 2 --heads 4 --kv-heads 2 --head-dim 16 --ffn-dim 64 --seq-len 16 --rounds 1"
+FEWER = {
+    "train": "--base-steps 3 --steps 2 --eval-windows 4 --calibration-windows 4 --batch-tokens 128 --seq-len 16",
+    "eval": "--windows 4",
+    "sample": "--max-new-tokens 5",
+    "search": FEW_CANDIDATES,
+    "flextron": "--elastic-steps 2 --router-steps 2 --joint-steps 2 --eval-windows 4 --calibration-windows 4 "
+                "--batch-tokens 64 --seq-len 16",
+    "bench.slices": TINY_SHAPE,
+    "bench.steps": TINY_SHAPE + " --device cpu",
+    "bench.oracle": "--windows 2",
+    "bench.latency": "--rounds 1",
+    "bench.results": "--assets .",
+    "bench.big_export": "--scale 16",
+    "bench.token_time": "--dim 64 --rounds 1 --latency 0.9",
+    "bench.flextron_oracle": "--windows 4",
+    "bench.ablation_search": FEW_CANDIDATES + " --budgets 0.6 --seeds 0",
+}
+PROGRAMS = {
+    "train", "export", "eval", "sample", "data.prepare", "search", "flextron", "tasks.download", "plumbing.describe",
+    "bench.slices", "bench.steps", "bench.oracle", "bench.latency", "bench.results", "bench.big_export",
+    "bench.token_time", "bench.flextron_oracle", "bench.ablation_search", "bench.alone", "bench.before",
+}
 
 
 def commands() -> list[list[str]]:
-    """Every `python ...` and `torchrun ...` line of README's and RESULTS' sh blocks, as words, in order."""
-    text = "".join((ROOT / name).read_text() for name in ("README.md", "RESULTS.md")).replace("\\\n", " ")
-    lines = [line for block in re.findall(r"```sh\n(.*?)```", text, re.S) for line in block.splitlines()]
-    lines = [re.sub(r"^.*pip install -r requirements.txt && ", "", line) for line in lines]
-    return [shlex.split(line, comments=True) for line in lines if line.startswith(("python", "torchrun"))]
+    """Every `python ...` and `torchrun ...` line of the pages' sh blocks, as words, in order."""
+    text = "".join((ROOT / page).read_text() for page in PAGES).replace("\\\n", " ")
+    found = []
+    for block in re.findall(r"```sh\n(.*?)```", text, re.S):
+        for line in block.splitlines():
+            line = re.sub(r"^.*pip install -r requirements.txt && ", "", line)
+            if line.startswith(("python ", "torchrun ")):
+                found.append(shlex.split(line, comments=True))
+    return found
+
+
+def program_of(words: list[str]) -> tuple[str, list[str]]:
+    """(the module that a command runs, its arguments)."""
+    if words[1] == "-m":
+        return words[2], words[3:]
+    at = next(i for i, word in enumerate(words) if word.endswith(".py"))
+    return words[at].removesuffix(".py").replace("/", "."), words[at + 1:]
+
+
+def main_of(program: str):
+    """The main() of a module, or of a folder that runs with python -m."""
+    folder = program in ("search", "flextron")
+    return importlib.import_module(f"{program}.__main__" if folder else program).main
 
 
 @pytest.fixture(scope="module")
 def desk(tmp_path_factory):
-    """A folder with what the README's reader has: some text, and a Llama 3.1 (a very small one)."""
+    """A folder with what the pages' reader has: some text, and a Llama 3.1 (a very small one)."""
     desk = tmp_path_factory.mktemp("desk")
     (desk / "notes").mkdir()
-    prose = "".join(path.read_text() for path in sorted(ROOT.glob("*.py")))
+    sources = sorted([*ROOT.glob("*.py"), *ROOT.glob("plumbing/*.py"), *ROOT.glob("bench/*.py")])
+    prose = "".join(path.read_text() for path in sources)
     for i in range(30):
         (desk / "notes" / f"{i}.md").write_text(prose[i * 5000:(i + 1) * 5000])
     (desk / "book.txt").write_text(prose)
@@ -78,32 +91,31 @@ def desk(tmp_path_factory):
 
 
 def test_every_command_runs(desk, monkeypatch):
-    """Catches a README that names a flag, a file or a default that the code no longer has."""
+    """Catches a page that names a flag, a file or a default that the code no longer has, and a program on no page."""
     monkeypatch.chdir(desk)
-    monkeypatch.setattr(data.tasks, "get", lambda source, folder: None)  # they are there
+    monkeypatch.setattr(tasks.download, "get", lambda source, folder: None)  # they are there
     ran = set()
     for words in commands():
-        if words[:3] == ["python", "-m", "pytest"]:
+        program, args = program_of(words)
+        if program == "pytest":
             continue
-        script = next(word for word in words if word.endswith(".py"))
-        args = words[words.index(script) + 1:]
-        if script == "train.py" and "--resume" not in args:
-            args += shlex.split(FEWER["train.py"])
-        elif script in FEWER:
-            args += shlex.split(FEWER[script])
+        if program != "train" or "--resume" not in args:
+            args = args + shlex.split(FEWER.get(program, ""))
         if "--tasks" in args:  # an answer must fit in the window, and this family learned windows of 16 tokens
             args += ["--seq-len", "128"]
+        if "--memory" in args:  # the pages' sizes are those of a real model
+            args[args.index("--memory") + 1] = "10MB"
         if "--plot" in args and importlib.util.find_spec("matplotlib") is None:
             at = args.index("--plot")
             args = args[:at] + args[at + 2:]
         if words[0] == "torchrun":
-            done = run(ROOT / script, *args, cwd=desk, ranks=2)
+            done = run(ROOT / f"{program}.py", *args, cwd=desk, ranks=2)
             assert done.returncode == 0, (words, done.stderr[-2000:])
         else:
-            monkeypatch.setattr(sys, "argv", [script, *args])
-            MAINS[script](args)
-        ran.add(script)
-    assert ran == set(MAINS)
+            monkeypatch.setattr(sys, "argv", [program, *args])
+            main_of(program)(args)
+        ran.add(program)
+    assert ran == PROGRAMS
 
 
 def test_the_install_and_test_lines():
@@ -113,10 +125,30 @@ def test_the_install_and_test_lines():
     assert start + "train.py" in lines and any(line.startswith(start + "-m pytest") for line in lines)
 
 
-def test_files_are_the_ones_that_exist():
-    """Catches a file table that names a file that is gone, or leaves one out."""
-    text = (ROOT / "README.md").read_text()
-    for path in [*ROOT.glob("*.py"), *(ROOT / "data").glob("*.py")]:
-        assert f"`{path.relative_to(ROOT)}`" in text, path
-    for name in re.findall(r"`((?:data/|tests/)?\w+\.py)`", text):
-        assert (ROOT / name).is_file(), name
+def test_every_file_has_a_place():
+    """Catches a page that names a file that is gone, and a program or a chapter that no page names."""
+    front = (ROOT / "README.md").read_text()
+    for path in ROOT.glob("*.py"):
+        assert f"`{path.name}`" in front, path
+        lines = len(path.read_text().splitlines())
+        row = next(line for line in front.splitlines() if line.startswith("|") and f"`{path.name}`" in line)
+        assert str(lines) in row, f"README says other than {lines} lines of {path.name}"
+    for folder in ("search", "flextron", "tasks", "bench"):
+        page = (ROOT / folder / "README.md").read_text()
+        for path in (ROOT / folder).glob("[!_]*.py"):
+            assert path.name in page or f"{folder}.{path.stem}" in page, path
+    for page in PAGES:
+        folder = (ROOT / page).parent
+        for name in re.findall(r"`((?:\w+/)?\w+\.py)`", (ROOT / page).read_text()):
+            assert (folder / name).is_file() or (ROOT / name).is_file(), (page, name)
+
+
+def test_no_old_command_is_left():
+    """Catches a docstring or a message that names a program as it was called before it moved into a folder."""
+    moved = ("bench", "bench_train", "results", "flextron", "search", "latency", "checkpoint", "tasks", "data/tasks",
+             "tests/\\w+", "tokenizer", "params", "hf", "parallel", "speed", "likelihood", "pertoken", "stages")
+    old = re.compile(r"(?:python |torchrun .*)(?:" + "|".join(moved) + r")\.py\b|bash results\.sh")
+    for path in [*ROOT.rglob("*.py"), *ROOT.rglob("*.md"), *ROOT.rglob("*.sh")]:
+        if ".venv" in str(path) or path.parent.name == "tests":
+            continue
+        assert not old.findall(path.read_text()), path

@@ -6,9 +6,18 @@ import torch
 
 import sample
 from plumbing.checkpoint import load_llama, save_llama
-from export import export
 from sample import generate
-from tests.helpers import GQA, MHA, SHAPES, make_supernet, one_line_error, random_llama, subnets
+from tests.helpers import (
+    GQA,
+    MHA,
+    SHAPES,
+    deployed,
+    export_at,
+    make_supernet,
+    one_line_error,
+    random_llama,
+    subnets,
+)
 from data.tokenizer import BOS, load_tokenizer
 
 PROMPT = [3, 1, 4, 1, 5]
@@ -71,8 +80,8 @@ def test_export_and_supernet_say_the_same(tmp_path, capsys):
     model, router = make_supernet(tmp_path / "flex", MHA)
     said = set()
     for budget in (1.0, 0.8, 0.5):
-        slim, *_ = export(tmp_path / "flex", budget)
-        ids = list(generate(model, PROMPT, 24, *router.deploy(budget), temperature=0))
+        slim, *_ = export_at(tmp_path / "flex", budget)
+        ids = list(generate(model, PROMPT, 24, *deployed(router, budget), temperature=0))
         assert ids == list(generate(load_llama(slim), PROMPT, 24, temperature=0))
         common = ["--prompt", "the cat", "--temperature", 0, "--max-new-tokens", 16, "--device", "cpu"]
         flex = text_of(capsys, "--model", tmp_path / "flex", "--budget", budget, *common)
@@ -86,7 +95,7 @@ def test_main_prints_the_prompt_and_what_follows(tmp_path, capsys):
     model, router = make_supernet(tmp_path, GQA)
     tokenizer, prompt = load_tokenizer(tmp_path / "tokenizer.model"), "the dog <|begin_of_text|> né"
     bos = tokenizer.encode_single_token(BOS)
-    ids = list(generate(model, [bos, *tokenizer.encode(prompt, disallowed_special=())], 12, *router.deploy(0.6),
+    ids = list(generate(model, [bos, *tokenizer.encode(prompt, disallowed_special=())], 12, *deployed(router, 0.6),
                         temperature=1.0, top_k=7, seed=3))
     ids = ids[:ids.index(bos)] if bos in ids else ids
     got = text_of(capsys, "--model", tmp_path, "--budget", 0.6, "--prompt", prompt, "--max-new-tokens", 12,

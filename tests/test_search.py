@@ -1,25 +1,38 @@
-"""search.py, candidates.py, reform.py: against slow and obvious versions, and through kills."""
+"""The search folder: against slow and obvious versions, and through kills."""
+import dataclasses
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-import search.candidates as candidates
-import plumbing.checkpoint as checkpoint
 import eval as evaluation
 import export
-import search.reform as reform
+import plumbing.checkpoint as checkpoint
 import sample
 import search.__main__ as search
-from search.candidates import Bounds, Candidate, arranged, resized, slim, swapped
-from plumbing.checkpoint import load_llama, save_llama
+import search.evolution as evolution
+import search.reform as reform
 from data.shards import Shards, write_shard
-from model import Gates, LlamaConfig, SubNet
-from search.reform import admm, correction, reform_, unit_scores
-from space import cost, kv_groups, n_params, random_generator
-from tests.helpers import GQA, MHA, SHAPES, close, files_of, one_line_error, random_llama, run, tokens_for
 from data.tokenizer import save_tokenizer, train_bpe
+from model import Gates, LlamaConfig, SubNet
+from plumbing.checkpoint import load_llama, save_llama
+from search.candidates import Bounds, Candidate, arranged, cut_out, resized, swapped
+from search.evolution import crossed, disjoint_windows, mutated
+from search.reform import DAMP, correction, reform_, unit_scores
+from space import kv_groups, n_params, random_generator
+from tests.helpers import (
+    GQA,
+    MHA,
+    SHAPES,
+    close,
+    files_of,
+    one_line_error,
+    random_llama,
+    run,
+    tokens_for,
+)
 
 FEW = ["--generations", "3", "--population", "10", "--fitness-windows", "3", "--calibration-windows", "6",
        "--report-windows", "4", "--device", "cpu"]
@@ -28,16 +41,18 @@ FEW = ["--generations", "3", "--population", "10", "--fitness-windows", "3", "--
 def bounds_for(config: LlamaConfig, budget: float, uniform: bool = False, seed: int = 0) -> Bounds:
     """Bounds with scores drawn at random."""
     g = torch.Generator().manual_seed(seed)
-    scores = (torch.rand(config.n_layers, config.n_heads, generator=g),
-              torch.rand(config.n_layers, config.ffn_dim, generator=g))
-    return Bounds.of(random_llama(config), budget, scores, uniform)
+    of_heads = torch.rand(config.n_layers, config.n_heads, generator=g)
+    of_neurons = torch.rand(config.n_layers, config.ffn_dim, generator=g)
+    return Bounds.from_scores(config, budget, (of_heads, of_neurons), uniform)
 
 
 def some(config: LlamaConfig, budget: float, uniform: bool = False, seed: int = 0) -> Candidate:
     """A candidate far from the start: two mutants of it, crossed, without one layer at least."""
-    bounds, rng = bounds_for(config, budget, uniform, seed), random_generator(seed)
-    a, b = (search.mutated(bounds, bounds.start(), rng, depth=1, ratio=1, mask=1) for _ in range(2))
-    return search.crossed(bounds, a, b, rng)
+    bounds = bounds_for(config, budget, uniform, seed)
+    rng = random_generator(seed)
+    a = mutated(bounds, bounds.start(), rng, depth=1, ratio=1, mask=1)
+    b = mutated(bounds, bounds.start(), rng, depth=1, ratio=1, mask=1)
+    return crossed(bounds, a, b, rng)
 
 
 # -----------------------------------------------------------------------------
@@ -48,28 +63,37 @@ def some(config: LlamaConfig, budget: float, uniform: bool = False, seed: int = 
 def test_masked_sliced_and_written_are_the_same(shape, tmp_path):
     """Invariant 2. Catches a gather that takes other units than the masks say, heads that leave their KV group, layers
     numbered anew in the sort, and a params.json whose lists are not the folder's shapes."""
-    config, tokens = SHAPES[shape], tokens_for(SHAPES[shape])
+    config = SHAPES[shape]
+    tokens = tokens_for(config)
     model = random_llama(config)
     for seed in range(3):
         c = some(config, 0.55, seed=seed)
-        masked = model(tokens, gates=Gates(torch.ones(config.dim), *(m.float() for m in (
-            c.heads, c.neurons, c.layers))))[0]
-        small = slim(model, c)
+        subnet = c.subnet(config)
+        assert c.layers.sum() < config.n_layers or len(set(subnet.ffn_dim)) > 1
+        gates = Gates(torch.ones(config.dim), c.heads.float(), c.neurons.float(), c.layers.float())
+        masked, _ = model(tokens, gates=gates)
+        sliced, _ = arranged(model, c)(tokens, subnet=subnet)
+        assert close(sliced, masked)
+        small = cut_out(model, c)
+        written, _ = small(tokens)
+        assert close(written, masked)
         save_llama(tmp_path, small.config, small.state_dict())
-        assert c.layers.sum() < config.n_layers or len(set(c.subnet(config).ffn_dim)) > 1
-        assert close(arranged(model, c)(tokens, subnet=c.subnet(config))[0], masked)
-        assert close(small(tokens)[0], masked) and torch.equal(load_llama(tmp_path)(tokens)[0], small(tokens)[0])
-        assert sum(p.numel() for name, p in small.named_parameters() if "embed" not in name and "output" not in name
-                   ) == n_params(config, c.subnet(config))
+        assert torch.equal(load_llama(tmp_path)(tokens)[0], written)
+        inner = [p.numel() for name, p in small.named_parameters()
+                 if "embed" not in name and "output" not in name]
+        assert sum(inner) == n_params(config, subnet)
 
 
 def test_everything_kept_is_the_model():
     """Catches a candidate of cost 1 that is not the whole network, or is another function."""
     for config in (GQA, MHA):
-        model, c = random_llama(config), bounds_for(config, 1.0).start()
+        model = random_llama(config)
+        tokens = tokens_for(config)
+        bounds = bounds_for(config, 1.0)
+        c = bounds.start()
         assert c.subnet(config) == SubNet.full(config)
-        assert torch.equal(slim(model, c)(tokens_for(config))[0], model(tokens_for(config))[0])
-        mutant = search.mutated(bounds_for(config, 1.0), c, random_generator(1), depth=1, ratio=1, mask=1)
+        assert torch.equal(cut_out(model, c)(tokens)[0], model(tokens)[0])
+        mutant = mutated(bounds, c, random_generator(1), depth=1, ratio=1, mask=1)
         assert mutant.subnet(config) == SubNet.full(config)
 
 
@@ -78,53 +102,83 @@ def test_everything_kept_is_the_model():
 def test_every_candidate_meets_the_budget(config, uniform):
     """Catches a repair that goes over, that leaves room for one more neuron (uniform: in each layer), that empties a
     layer, a KV group or the network, and one that makes groups or, if uniform, layers unlike."""
-    full, groups = n_params(config, SubNet.full(config)), kv_groups(config)
-    budgets = [0.185 if config is GQA else 0.16, 0.3, 0.5, 0.7, 0.813, 0.9, 0.97, 0.999, 1.0]
-    for budget in budgets:
-        bounds, rng = bounds_for(config, budget, uniform), random_generator(budget)
+    full = n_params(config, SubNet.full(config))
+    groups = kv_groups(config)
+    nearly_least = 0.185 if config is GQA else 0.16
+    for budget in (nearly_least, 0.3, 0.5, 0.7, 0.813, 0.9, 0.97, 0.999, 1.0):
+        bounds = bounds_for(config, budget, uniform)
+        rng = random_generator(budget)
         made = [bounds.start()]
         for k in range(12):
-            made.append(search.mutated(bounds, made[k // 2], rng, depth=0.7, ratio=0.5, mask=0.5))
-            made.append(search.crossed(bounds, made[-1], made[k // 2], rng))
+            made.append(mutated(bounds, made[k // 2], rng, depth=0.7, ratio=0.5, mask=0.5))
+            made.append(crossed(bounds, made[-1], made[k // 2], rng))
         for c in made:
             subnet = c.subnet(config)
             room = bounds.limit - n_params(config, subnet)
-            neuron = 3 * config.dim * (len(subnet.layers) if uniform else 1)
-            # With all neurons in and heads that are a step too large for what is left, no neuron can fill the room.
-            stuck = all(f == config.ffn_dim for f in subnet.ffn_dim)
-            assert 0 <= room and (room < neuron or stuck), (budget, subnet, room / full)
-            assert not stuck or room < max(n_params(config, SubNet.full(config)) / config.n_layers, neuron)
-            assert len(subnet.layers) >= 2 and min(subnet.ffn_dim) >= 8 and min(subnet.n_heads) >= groups
-            assert (c.heads.unflatten(1, (groups, -1)).sum(-1).diff(dim=1) == 0).all()
-            assert not uniform or len(set(subnet.ffn_dim)) == len(set(subnet.n_heads)) == 1
+            step = 3 * config.dim                            # one neuron
+            if uniform:
+                step *= len(subnet.layers)
+            # With all neurons in, and heads that are too large a step for what is left, none can fill the room.
+            if all(f == config.ffn_dim for f in subnet.ffn_dim):
+                step = max(full / config.n_layers, step)
+            assert 0 <= room < step, (budget, subnet, room / full)
+            assert len(subnet.layers) >= 2
+            assert min(subnet.ffn_dim) >= 8
+            assert min(subnet.n_heads) >= groups
+            in_groups = c.heads.unflatten(1, (groups, -1)).sum(-1)
+            assert (in_groups == in_groups[:, :1]).all()
+            if uniform:
+                assert len(set(subnet.ffn_dim)) == 1
+                assert len(set(subnet.n_heads)) == 1
+
+
+def test_a_step_too_far_is_taken_back():
+    """Catches a repair that goes over the budget where a head costs more than all neurons of its layer."""
+    config = dataclasses.replace(GQA, head_dim=32, ffn_dim=12)
+    for k in range(30, 101):
+        for uniform in (False, True):
+            bounds = bounds_for(config, k / 100, uniform)
+            c = mutated(bounds, bounds.start(), random_generator(k), depth=1, ratio=1, mask=1)
+            subnet = c.subnet(config)
+            assert n_params(config, subnet) <= bounds.limit
+            assert min(subnet.ffn_dim) >= bounds.fewest_neurons
 
 
 def test_the_start_is_the_best_units_at_one_ratio():
     """Catches a start that takes the worst units, or ranks heads over all KV groups at once."""
-    config, g = GQA, torch.Generator().manual_seed(3)
-    scores = torch.rand(4, 8, generator=g), torch.rand(4, 80, generator=g)
-    bounds = Bounds.of(random_llama(config), 0.5, scores)
+    def are_the_best(kept, scores) -> bool:
+        return scores[kept].min() > scores[~kept].max()
+
+    g = torch.Generator().manual_seed(3)
+    of_heads = torch.rand(4, 8, generator=g)
+    of_neurons = torch.rand(4, 80, generator=g)
+    bounds = Bounds.from_scores(GQA, 0.5, (of_heads, of_neurons))
     c = bounds.start()
     for layer in range(4):
-        kept, s = c.neurons[layer], scores[1][layer]
-        assert s[kept].min() > s[~kept].max()
+        assert are_the_best(c.neurons[layer], of_neurons[layer])
         for group in (slice(0, 4), slice(4, 8)):
-            kept, s = c.heads[layer][group], scores[0][layer][group]
-            assert kept.sum() == 2 and s[kept].min() > s[~kept].max()
-            assert sorted(bounds.heads[layer][group].tolist()) == [0, 1, 2, 3]  # or kept ones could rank under others
-    assert c.layers.all() and max(c.neurons.sum(1)) - min(c.neurons.sum(1)) <= 1
+            kept = c.heads[layer, group]
+            assert kept.sum() == 2
+            assert are_the_best(kept, of_heads[layer, group])
+            assert sorted(bounds.heads[layer, group].tolist()) == [0, 1, 2, 3]  # places inside the group
+    assert c.layers.all()
+    sizes = c.neurons.sum(1)
+    assert sizes.max() - sizes.min() <= 1
 
 
 def test_resized_and_swapped():
     """Catches a resize that throws out a mutation's units before it has to, and a swap that changes how many are kept
     or, with few kept or nearly all, nothing."""
-    kept, place = torch.tensor([True, False, True, False, True, False]), torch.tensor([0, 5, 1, 4, 3, 2])
-    units = lambda n: resized(kept, place, n).nonzero()[:, 0].tolist()
-    assert [units(n) for n in (1, 2, 3, 4, 5)] == [[4], [2, 4], [0, 2, 4], [0, 1, 2, 4], [0, 1, 2, 3, 4]]
+    kept = torch.tensor([True, False, True, False, True, False])
+    place = torch.tensor([0, 5, 1, 4, 3, 2])
+    wanted = {1: [4], 2: [2, 4], 3: [0, 2, 4], 4: [0, 1, 2, 4], 5: [0, 1, 2, 3, 4]}
+    for n, units in wanted.items():
+        assert resized(kept, place, n).nonzero()[:, 0].tolist() == units
     for n, most in ((40, 4), (60, 4), (95, 1), (1, 1), (100, 0)):
         before = torch.arange(100) < n
         after = swapped(before, random_generator(n))
-        assert after.sum() == n and (before & ~after).sum() == most
+        assert after.sum() == n
+        assert (before & ~after).sum() == most
 
 
 def test_what_left_out_layers_remember_is_no_part_of_the_name():
@@ -145,12 +199,19 @@ def test_what_left_out_layers_remember_is_no_part_of_the_name():
 
 def inputs_of(model, tokens) -> dict:
     """The inputs of every listening point (tokens, units), in fp64, from one ordinary forward."""
-    seen, hooks = {}, []
+    seen = {}
+
+    def listen(module, key):
+        def hook(_module, _inputs, output):
+            seen[key] = output.detach().double().flatten(0, 1)
+        return module.register_forward_hook(hook)
+
+    hooks = []
     for i, block in enumerate(model.layers):
-        for name, module in (("attn", block.attention_norm), ("wo", block.attention.heads), ("mlp", block.ffn_norm),
-                             ("w2", block.feed_forward.neurons)):
-            hooks.append(module.register_forward_hook(
-                lambda _m, _i, y, key=(i, name): seen.update({key: y.detach().double().flatten(0, 1)})))
+        hooks.append(listen(block.attention_norm, (i, "attn")))
+        hooks.append(listen(block.attention.heads, (i, "wo")))
+        hooks.append(listen(block.ffn_norm, (i, "mlp")))
+        hooks.append(listen(block.feed_forward.neurons, (i, "w2")))
     model(tokens)
     for hook in hooks:
         hook.remove()
@@ -161,26 +222,36 @@ def inputs_of(model, tokens) -> dict:
 def test_scores_are_the_formula(config):
     """Catches the diagonal of G for that of its inverse, W before the square, rows for columns, wk of a group counted
     for its query heads, a last batch that is left out."""
-    model, tokens = random_llama(config), tokens_for(config, batch=7)
+    model = random_llama(config)
+    tokens = tokens_for(config, batch=7)
     heads, neurons = unit_scores(model, tokens, batch=3)
     seen = inputs_of(model, tokens)
+    i = 2                                                    # any layer
 
-    def phi(weight, x):
+    def phi(linear, point):
+        x = seen[i, point]
         gram = x.T @ x
         gram += 0.01 * gram.diagonal().mean() * torch.eye(len(gram))
         inverse = torch.linalg.inv(2 * gram)
-        return torch.stack([torch.stack([w ** 2 / inverse[j, j] for j, w in enumerate(row)])
-                            for row in weight.detach().double()])
+        result = linear.weight.detach().double() ** 2
+        for j in range(len(gram)):
+            result[:, j] /= inverse[j, j]
+        return result
 
-    i, hd = 2, config.head_dim
-    a, f = model.layers[i].attention, model.layers[i].feed_forward
-    w1, w3, w2 = phi(f.w1.weight, seen[i, "mlp"]), phi(f.w3.weight, seen[i, "mlp"]), phi(f.w2.weight, seen[i, "w2"])
-    want = torch.stack([w1[n].sum() + w3[n].sum() + w2[:, n].sum() for n in range(config.ffn_dim)])
-    assert close(neurons[i].double(), want, 1e-4)
-    wq, wk, wv = (phi(w.weight, seen[i, "attn"]) for w in (a.wq, a.wk, a.wv))
-    wo = phi(a.wo.weight, seen[i, "wo"])
+    mlp = model.layers[i].feed_forward
+    w1 = phi(mlp.w1, "mlp")
+    w3 = phi(mlp.w3, "mlp")
+    w2 = phi(mlp.w2, "w2")
+    for n in range(config.ffn_dim):
+        want = w1[n].sum() + w3[n].sum() + w2[:, n].sum()
+        assert close(neurons[i, n].double(), want, 1e-4)
+    attention = model.layers[i].attention
+    wq = phi(attention.wq, "attn")
+    wk = phi(attention.wk, "attn")
+    wv = phi(attention.wv, "attn")
+    wo = phi(attention.wo, "wo")
     for h in range(config.n_heads):
-        rows = slice(h * hd, (h + 1) * hd)
+        rows = slice(h * config.head_dim, (h + 1) * config.head_dim)
         want = wq[rows].sum() + wo[:, rows].sum()
         if config is MHA:
             want = want + wk[rows].sum() + wv[rows].sum()
@@ -190,16 +261,21 @@ def test_scores_are_the_formula(config):
 def test_a_singular_gram_is_damped_and_a_broken_one_named(capsys):
     """Catches a score or a reformation that fails on fewer tokens than neurons, or on neurons that never fire; and
     weights that are not finite and pass for a result."""
-    model, tokens = random_llama(GQA), tokens_for(GQA, batch=2, length=5)      # 10 tokens, 80 neurons
+    model = random_llama(GQA)
+    tokens = tokens_for(GQA, batch=2, length=5)              # 10 tokens, 80 neurons
     with torch.no_grad():
         model.layers[1].feed_forward.w3.weight[:7] = 0
     heads, neurons = unit_scores(model, tokens, 1)
-    assert heads.isfinite().all() and neurons.isfinite().all() and neurons[1, 7:].mean() > neurons[1, :7].mean()
+    assert heads.isfinite().all()
+    assert neurons.isfinite().all()
+    assert neurons[1, 7:].mean() > neurons[1, :7].mean()
     c = some(GQA, 0.6)
-    small = slim(model, c)
-    assert all(after <= before for before, after in reform_(small, model, c.subnet(GQA).layers, tokens, 1))
-    assert all(p.isfinite().all() for p in small.parameters())
-    indefinite = torch.ones(3, 3) - 0.5 * torch.eye(3)                          # as rounding could leave it
+    small = cut_out(model, c)
+    for before, after in reform_(small, model, c.subnet(GQA).layers, tokens, 1):
+        assert after <= before
+    for p in small.parameters():
+        assert p.isfinite().all()
+    indefinite = torch.ones(3, 3) - 0.5 * torch.eye(3)       # as rounding could leave it
     assert reform.inverse_diagonal(indefinite).isfinite().all()
     with torch.no_grad():
         model.layers[2].attention.wo.weight[3, 3] = float("nan")
@@ -209,16 +285,30 @@ def test_a_singular_gram_is_damped_and_a_broken_one_named(capsys):
 
 def test_grams_are_fp32_where_forwards_are_not(monkeypatch):
     """Catches a Gram made under autocast: with 8 bits, sums of thousands of tokens lose what tells units apart."""
-    seen, half = [], lambda device: torch.autocast("cpu", torch.bfloat16)
+    seen = []
+
+    def half(device):
+        return torch.autocast("cpu", torch.bfloat16)
+
+    def watched(function):
+        def call(*args):
+            seen.extend(args)
+            return function(*args)
+        return call
+
     monkeypatch.setattr(reform, "autocast", half)
-    for name in ("inverse_diagonal", "correction"):
-        monkeypatch.setattr(reform, name, lambda *args, call=getattr(reform, name): (seen.extend(args), call(*args))[1])
-    model, tokens, c = random_llama(GQA), tokens_for(GQA), some(GQA, 0.6)
+    monkeypatch.setattr(reform, "inverse_diagonal", watched(reform.inverse_diagonal))
+    monkeypatch.setattr(reform, "correction", watched(reform.correction))
+    model = random_llama(GQA)
+    tokens = tokens_for(GQA)
+    c = some(GQA, 0.6)
     unit_scores(model, tokens, 2)
-    reform_(slim(model, c), model, c.subnet(GQA).layers, tokens, 2)
+    reform_(cut_out(model, c), model, c.subnet(GQA).layers, tokens, 2)
     tensors = [t for t in seen if torch.is_tensor(t)]
-    assert len(tensors) >= 20 and all(t.dtype == torch.float32 for t in tensors)
-    assert all(not torch.equal(t, t.bfloat16().float()) for t in tensors)
+    assert len(tensors) >= 20
+    for t in tensors:
+        assert t.dtype == torch.float32
+        assert not torch.equal(t, t.bfloat16().float())
 
 
 # -----------------------------------------------------------------------------
@@ -229,35 +319,71 @@ def test_the_closed_form_is_the_minimum():
     """Catches a wrong damping, a transposed residual, a scale that is not taken out again: against least squares on the
     tokens themselves, with the ridge as rows of its own."""
     g = torch.Generator().manual_seed(0)
-    x = torch.randn(200, 12, generator=g, dtype=torch.float64) @ torch.randn(12, 12, generator=g, dtype=torch.float64)
-    w, y = (torch.randn(*shape, generator=g, dtype=torch.float64) for shape in ((5, 12), (200, 5)))
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+    x = normal(200, 12) @ normal(12, 12)
+    w = normal(5, 12)
+    y = normal(200, 5)
+    gap = y - x @ w.T
     gram = x.T @ x
-    rows = torch.cat([x, (0.01 * gram.diagonal()).sqrt().diag()])
-    want = torch.linalg.lstsq(rows, torch.cat([y - x @ w.T, torch.zeros(12, 5, dtype=torch.float64)])).solution.T
-    assert close(correction(gram, (y - x @ w.T).T @ x), want, 1e-9)
-    assert not correction(gram, torch.zeros(5, 12, dtype=torch.float64)).any()
+    ridge = (0.01 * gram.diagonal()).sqrt().diag()
+    nothing = torch.zeros(12, 5, dtype=torch.float64)
+    want = torch.linalg.lstsq(torch.cat([x, ridge]), torch.cat([gap, nothing])).solution.T
+    assert close(correction(gram, gap.T @ x), want, 1e-9)
+    assert not correction(gram, nothing.T).any()
+
+
+def admm(weight, gram, kept, iterations: int, rho: float = 1.0) -> torch.Tensor:
+    """The paper's way to the reformed weights (out, n), on the Gram (n, n) of its inputs.
+
+    min over W of ||X W^T - X weight^T||^2, where W is zero on inputs that are not kept (n,): the
+    free minimum and the zeros take turns."""
+    identity = torch.eye(len(gram), dtype=gram.dtype)
+    scale = gram.diagonal().rsqrt()                          # a rho of 1 means something only beside ones
+    unit = gram * scale * scale[:, None] + DAMP * identity
+    inverse = torch.linalg.inv(unit + rho * identity)
+    w = weight / scale
+    z = w * kept
+    u = torch.zeros_like(w)
+    for _ in range(iterations):
+        free = (w @ unit + rho * (z - u)) @ inverse
+        z = (free + u) * kept
+        u = u + free - z
+    return z * scale
 
 
 def test_the_papers_admm_comes_to_the_closed_form():
     """Catches a mask with its polarity the wrong way round, a target of zeros (the released code has both), and a
     closed form that is not the problem's: after enough iterations both are the same to 1e-6."""
     g = torch.Generator().manual_seed(1)
-    x = torch.randn(400, 24, generator=g, dtype=torch.float64) * (0.2 + torch.rand(24, generator=g)) + 0.3
-    w, kept = torch.randn(7, 24, generator=g, dtype=torch.float64), torch.rand(24, generator=g) < 0.6
+    x = torch.randn(400, 24, generator=g, dtype=torch.float64)
+    x = x * (0.2 + torch.rand(24, generator=g)) + 0.3
+    w = torch.randn(7, 24, generator=g, dtype=torch.float64)
+    kept = torch.rand(24, generator=g) < 0.6
     gram = x.T @ x
-    w_kept = torch.zeros_like(w)
-    w_kept[:, kept] = w[:, kept] + correction(gram[kept][:, kept], w[:, ~kept] @ gram[~kept][:, kept])
-    far, near, there = (close(admm(w, gram * 1e-2, kept, iterations=n), w_kept, 1e-6) for n in (1, 30, 3000))
-    assert there and not far
-    error = lambda v: (x @ (v - w).T).square().sum()
-    assert error(w_kept) < error(w * kept)
+    missing = w[:, ~kept] @ gram[~kept][:, kept]
+    want = torch.zeros_like(w)
+    want[:, kept] = w[:, kept] + correction(gram[kept][:, kept], missing)
+    assert not close(admm(w, gram * 1e-2, kept, iterations=1), want, 1e-6)
+    assert close(admm(w, gram * 1e-2, kept, iterations=3000), want, 1e-6)
+
+    def error(v) -> float:
+        return (x @ (v - w).T).square().sum().item()
+
+    assert error(want) < error(w * kept)
     assert error(admm(w, gram * 1e-2, kept, iterations=30)) < error(w * kept)
 
 
 def stream_before_norm(model, tokens) -> torch.Tensor:
     """The residual stream that the final norm reads."""
     seen = []
-    hook = model.norm.register_forward_hook(lambda _m, inputs, _y: seen.append(inputs[0].detach().double()))
+
+    def listen(_module, inputs, _output):
+        seen.append(inputs[0].detach().double())
+
+    hook = model.norm.register_forward_hook(listen)
     model(tokens)
     hook.remove()
     return seen[0]
@@ -265,45 +391,66 @@ def stream_before_norm(model, tokens) -> torch.Tensor:
 
 @pytest.mark.parametrize("shape", ["gqa", "mha", "tied"])
 def test_reformation_never_raises_the_error(shape):
-    """Catches a weight reformed on inputs from before its predecessors were, an error that is not that of the streams,
-    and a step that makes things worse: at each weight the squared error must fall, and the last one is that of the
-    whole models side by side."""
+    """Catches a weight reformed on inputs from before its predecessors were, an error that is not that of the
+    streams, and a step that makes things worse: at each weight the squared error must fall, and the last one is
+    that of the whole models side by side."""
     config = SHAPES[shape]
-    model, tokens = random_llama(config), tokens_for(config, batch=40, length=20)
+    model = random_llama(config)
+    tokens = tokens_for(config, batch=40, length=20)
     for seed in range(4):
         c = some(config, 0.6, seed=seed)
-        small, layers = slim(model, c), c.subnet(config).layers
-        before = {name: p.clone() for name, p in small.named_parameters()}
+        layers = c.subnet(config).layers
+        small = cut_out(model, c)
+        raw = {name: p.clone() for name, p in small.named_parameters()}
         errors = reform_(small, model, layers, tokens, batch=7)
-        assert len(errors) == 2 * len(layers) and all(a <= b * (1 + 1e-6) + 1e-10 for b, a in errors)
-        changed = {name for name, p in small.named_parameters() if not torch.equal(p, before[name])}
-        may_change = {f"layers.{i}.{w}.weight" for i in range(len(layers)) for w in ("attention.wo", "feed_forward.w2")}
-        assert changed <= may_change and len(changed) >= len(may_change) - 1  # with all heads layer 0's wo stays
+        assert len(errors) == 2 * len(layers)
+        for before, after in errors:
+            assert after <= before * (1 + 1e-6) + 1e-10
+
+        # nothing but wo and w2 changes
+        changed = {name for name, p in small.named_parameters() if not torch.equal(p, raw[name])}
+        may_change = set()
+        for i in range(len(layers)):
+            may_change |= {f"layers.{i}.attention.wo.weight", f"layers.{i}.feed_forward.w2.weight"}
+        assert changed <= may_change
+        assert len(changed) >= len(may_change) - 1           # with all heads layer 0's wo stays
+
+        # the last error is that of whole models
         if layers[-1] == config.n_layers - 1:
-            want, have = stream_before_norm(model, tokens), stream_before_norm(small, tokens)
-            assert abs(((want - have).square().sum() / want.square().sum()).item() / errors[-1][1] - 1) < 1e-4
-            raw = stream_before_norm(slim(model, c), tokens)
-            assert (want - have).square().sum() < (want - raw).square().sum()
+            want = stream_before_norm(model, tokens)
+            gap = (want - stream_before_norm(small, tokens)).square().sum()
+            raw_gap = (want - stream_before_norm(cut_out(model, c), tokens)).square().sum()
+            relative = (gap / want.square().sum()).item()
+            assert abs(relative / errors[-1][1] - 1) < 1e-4
+            assert gap < raw_gap
 
 
 def test_the_first_reformed_weight_is_least_squares():
     """Catches another target than the dense stream at that point: layer 0's wo, by explicit least squares."""
-    model, tokens = random_llama(GQA), tokens_for(GQA, batch=30)
+    def wo_of(llama):
+        return llama.layers[0].attention.wo.weight.detach().double().clone()
+
+    model = random_llama(GQA)
+    tokens = tokens_for(GQA, batch=30)
     c = bounds_for(GQA, 0.5).start()
-    small, x = slim(model, c), inputs_of(model, tokens)
+    small = cut_out(model, c)
+    x = inputs_of(model, tokens)[0, "wo"]
+    y = x @ wo_of(model).T
     columns = (c.heads[0].nonzero() * 8 + torch.arange(8)).flatten()
-    inputs, y = x[0, "wo"][:, columns], x[0, "wo"] @ model.layers[0].attention.wo.weight.detach().double().T
-    old = small.layers[0].attention.wo.weight.detach().double().clone()
-    gram = inputs.T @ inputs
-    want = old + (y - inputs @ old.T).T @ inputs @ torch.linalg.inv(gram + 0.01 * gram.diagonal().diag())
+    kept = x[:, columns]
+    old = wo_of(small)
+    gram = kept.T @ kept
+    ridge = 0.01 * gram.diagonal().diag()
+    want = old + (y - kept @ old.T).T @ kept @ torch.linalg.inv(gram + ridge)
     reform_(small, model, range(4), tokens, batch=4)
-    assert not close(old, want, 1e-2) and close(small.layers[0].attention.wo.weight.detach().double(), want, 1e-4)
+    assert not close(old, want, 1e-2)
+    assert close(wo_of(small), want, 1e-4)
 
 
 def test_reforming_the_whole_model_changes_nothing():
     """S = all is the identity. Catches a ridge that pulls towards zero instead of towards the weights."""
     model = random_llama(GQA)
-    small = slim(model, bounds_for(GQA, 1.0).start())
+    small = cut_out(model, bounds_for(GQA, 1.0).start())
     reform_(small, model, range(4), tokens_for(GQA, batch=20), batch=3)
     for name, p in small.named_parameters():
         assert torch.equal(p, model.get_parameter(name)), name
@@ -320,35 +467,52 @@ def evolved(monkeypatch, loss_of, **kwargs):
     def fake(model, windows, subnet):
         tried.append(subnet)
         return loss_of(subnet, len(tried)), 0.0
-    monkeypatch.setattr(search, "evaluate", fake)
-    monkeypatch.setattr(search, "arranged", lambda model, c: model)
+
+    monkeypatch.setattr(evolution, "evaluate", fake)
+    monkeypatch.setattr(evolution, "arranged", lambda model, c: model)
     kwargs = dict(generations=6, population=20, seed=0) | kwargs
-    return search.evolve(random_llama(GQA), bounds_for(GQA, 0.6), None, **kwargs), tried
+    state = evolution.evolve(random_llama(GQA), bounds_for(GQA, 0.6), None, **kwargs)
+    return state, tried
 
 
 def test_evolution_finds_what_is_better(monkeypatch):
     """Catches a search that keeps the worst, forgets the best, or never moves: with a loss that wants neurons in layer
     3 and few layers it must come close, and its best never gets worse."""
-    best, loss = [], lambda s, n: len(s.layers) - dict(zip(s.layers, s.ffn_dim)).get(3, 0) / 80
+    def loss(s, n=0):
+        sizes = dict(zip(s.layers, s.ffn_dim))
+        return len(s.layers) - sizes.get(3, 0) / 80
+
+    best = []
     state, tried = evolved(monkeypatch, loss, save=lambda state: best.append(state["parents"][0][0]))
-    assert best == sorted(best, reverse=True) and best[-1] < loss(tried[0], 1) - 1
-    assert best[-1] == min(loss(s, 0) for s in tried)
+    assert best == sorted(best, reverse=True)
+    assert best[-1] < loss(tried[0]) - 1
+    assert best[-1] == min(loss(s) for s in tried)
 
 
 def test_nan_loses_and_nothing_is_tried_twice(monkeypatch):
     """Catches a NaN that sorts first and breeds, and a cache that is never asked."""
-    state, tried = evolved(monkeypatch, lambda s, n: float("nan") if n % 3 else 1 + 1 / n)
-    assert [loss for loss, _ in state["parents"]] == sorted(loss for loss, _ in state["parents"])
-    assert all(loss < 2 for loss, _ in state["parents"])
-    assert len(tried) == len(state["losses"]) and len({c.key() for _, c in state["parents"]}) == 2
+    def loss(s, n):
+        return float("nan") if n % 3 else 1 + 1 / n
+
+    state, tried = evolved(monkeypatch, loss)
+    losses = [loss for loss, _ in state["parents"]]
+    assert losses == sorted(losses)
+    assert max(losses) < 2
+    assert len(tried) == len(state["losses"])
+    assert len({c.key() for _, c in state["parents"]}) == 2
 
 
 def test_the_seed_decides(monkeypatch):
     """Invariant 5. Catches a draw from the global generator, and a seed that does nothing."""
-    loss = lambda s, n: sum(f * (i + 1) for i, f in zip(s.layers, s.ffn_dim)) / 1000
-    first, tried = evolved(monkeypatch, loss)
+    def loss(s, n):
+        return sum(f * (i + 1) for i, f in zip(s.layers, s.ffn_dim)) / 1000
+
+    _, tried = evolved(monkeypatch, loss)
     torch.rand(3)
-    assert evolved(monkeypatch, loss)[1] == tried and evolved(monkeypatch, loss, seed=1)[1] != tried
+    _, again = evolved(monkeypatch, loss)
+    _, other = evolved(monkeypatch, loss, seed=1)
+    assert again == tried
+    assert other != tried
 
 
 # -----------------------------------------------------------------------------
@@ -372,44 +536,57 @@ def desk(tmp_path_factory):
 
 
 def flags(desk, out, budget=0.6) -> list[str]:
-    """search.py's command line on the desk."""
+    """The command line of python -m search, on the desk."""
     return ["--llama", str(desk / "base"), "--data", str(desk / "data"), "--budget", str(budget), "--out", str(out),
             *FEW]
 
 
 def test_windows_are_disjoint(desk):
     """Catches a search judged on what it was fitted to: fitness, calibration and report share no window."""
+    config = load_llama(desk / "base").config
     shards = Shards(desk / "data", "train", 16, 560)
     for seed in range(3):
-        fitness, calibration, report = search.disjoint_windows(desk / "data", 16, 560, seed, 20, len(shards) - 20, 5)
-        rows = [tuple(row.tolist()) for part in (fitness[0], calibration, report[0]) for row in part]
-        assert len(set(rows)) == len(rows) == len(shards) + 5
-        assert torch.equal(fitness[0][:, 1:], fitness[1][:, :-1])
+        args = SimpleNamespace(data=desk / "data", seq_len=16, fitness_windows=20,
+                               calibration_windows=len(shards) - 20, report_windows=5)
+        (x, y), calibration, (report, _) = disjoint_windows(args, config, seed)
+        rows = [tuple(row) for row in torch.cat([x, calibration, report]).tolist()]
+        assert len(rows) == len(set(rows)) == len(shards) + 5
+        assert torch.equal(x[:, 1:], y[:, :-1])
 
 
 def test_a_folder_that_the_other_programs_read(desk, tmp_path, capsys):
     """Catches a heterogeneous folder that eval.py, sample.py or export.py stumble over, a loss in the table that is not
     that of the folder, a cost over the budget, and --no-reform that reforms."""
+    config = load_llama(desk / "base").config
+    full = n_params(config, SubNet.full(config))
     losses = {}
-    for name, more in (("reformed", []), ("raw", ["--no-reform"])):
-        search.main([*flags(desk, tmp_path / name), *more])
-        said = capsys.readouterr().err
-        table = {line.split()[0]: line.split()[1:] for line in said.splitlines() if len(line.split()) == 3}
-        evaluation.main(["--model", str(tmp_path / name), "--data", str(desk / "data"), "--windows", "4", "--json"])
+    for last, more in (("reformed", []), ("searched", ["--no-reform"])):
+        out = tmp_path / last
+        search.main([*flags(desk, out), *more])
+        table = {}
+        for line in capsys.readouterr().err.splitlines():
+            words = line.split()
+            if len(words) == 3:
+                table[words[0]] = words[1:]
+        assert list(table)[-1] == last
+        evaluation.main(["--model", str(out), "--data", str(desk / "data"), "--windows", "4", "--json"])
         row = json.loads(capsys.readouterr().out)["rows"][0]
-        assert f"{row['loss']:.4f}" == table["reformed" if name == "reformed" else "searched"][1]
-        full = n_params(load_llama(desk / "base").config, SubNet.full(load_llama(desk / "base").config))
         got = row["params"] / full
-        assert 0.6 - 3 * 32 / full < got <= 0.6 and table["searched"][0] == f"{got:.4f}"
-        assert len(row["layers"]) == load_llama(tmp_path / name).config.n_layers and isinstance(row["ffn_dim"], list)
-        losses[name] = row["loss"]
-    assert losses["reformed"] != losses["raw"] and "reformed" not in table
-    sample.main(["--model", str(tmp_path / "raw"), "--max-new-tokens", "3"])
-    export.main(["--model", str(tmp_path / "raw"), "--budget", "1", "--out", str(tmp_path / "copy")])
-    tokens = tokens_for(load_llama(desk / "base").config)
-    assert torch.equal(load_llama(tmp_path / "copy")(tokens)[0], load_llama(tmp_path / "raw")(tokens)[0])
+        assert 0.6 - 3 * 32 / full < got <= 0.6
+        assert table[last] == [f"{got:.4f}", f"{row['loss']:.4f}"]
+        assert len(row["layers"]) == load_llama(out).config.n_layers
+        assert isinstance(row["ffn_dim"], list)
+        losses[last] = row["loss"]
+    assert losses["reformed"] != losses["searched"]
+
+    raw = str(tmp_path / "searched")
+    copy = str(tmp_path / "copy")
+    sample.main(["--model", raw, "--max-new-tokens", "3"])
+    export.main(["--model", raw, "--budget", "1", "--out", copy])
+    tokens = tokens_for(config)
+    assert torch.equal(load_llama(copy)(tokens)[0], load_llama(raw)(tokens)[0])
     with one_line_error(capsys, "another number of heads", "--format llama"):
-        export.main(["--model", str(tmp_path / "raw"), "--format", "hf"])
+        export.main(["--model", raw, "--format", "hf"])
 
 
 def test_uniform_goes_to_hugging_face(desk, tmp_path):
@@ -427,15 +604,30 @@ def test_bf16_stays_bf16(desk, tmp_path):
     save_llama(tmp_path / "base", model.config, model.state_dict(), desk / "base/tokenizer.model")
     search.main([*flags(desk, tmp_path / "out"), "--llama", str(tmp_path / "base")])
     small = load_llama(tmp_path / "out", dtype=None)
-    assert all(p.dtype == torch.bfloat16 and p.isfinite().all() for p in small.parameters())
+    for p in small.parameters():
+        assert p.dtype == torch.bfloat16
+        assert p.isfinite().all()
 
 
 KILLS = """
-import os, signal, sys, search
-real, die = search.save_tensors, lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+import os
+import signal
+import sys
+
+import search.__main__ as search
+
+real = search.save_tensors
+
+
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 for n, where in (1, "inside"), (2, "after"):
-    pid, calls = os.fork(), []
+    pid = os.fork()
     if pid == 0:
+        calls = []
+
         def save(*args):
             calls.append(1)
             if len(calls) == n and where == "inside":
@@ -490,7 +682,7 @@ def test_users_mistakes_end_in_one_line(desk, tmp_path, capsys):
         search.main([*flags(desk, out), "--data", str(tmp_path / "data")])
     model = load_llama(desk / "base")
     c = some(model.config, 0.6)
-    small = slim(model, c)
+    small = cut_out(model, c)
     save_llama(tmp_path / "mixed", small.config, small.state_dict())
     with one_line_error(capsys, "another shape in every layer"):
         search.main([*flags(desk, out), "--llama", str(tmp_path / "mixed")])

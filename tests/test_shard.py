@@ -77,7 +77,7 @@ def test_resumed_another_way(alone, tmp_path, first, then):
 GRADIENTS = """
 import sys, torch, train
 from pathlib import Path
-from shard import shard, whole
+from plumbing.sharding import shard, whole
 from tests.test_train import parts
 root, out, kind, flags = Path(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4:]
 device = train.setup(train.parse_args(flags).device)

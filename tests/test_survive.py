@@ -21,6 +21,7 @@ LONG = TINY + ["--base-steps", "8", "--steps", "20", "--save-every", "2", "--eva
 
 KILLS = """
 import os, random, signal, sys, threading, train
+import plumbing.progress as progress
 out, kills, flags = sys.argv[1], int(sys.argv[2]), sys.argv[3:]
 rng, killed, where = random.Random(0), 0, []
 die = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
@@ -29,7 +30,7 @@ def trap(kind, delay, n):
     # die after a while, during the n-th step or evaluation, or at the n-th fsync or rename of a save
     if kind == "time":
         return threading.Timer(delay, die).start()
-    owner, name = {"step": (train, "train_step"), "eval": (train, "evaluate"), "fsync": (os, "fsync"),
+    owner, name = {"step": (train, "train_step"), "eval": (progress, "evaluate"), "fsync": (os, "fsync"),
                    "rename": (os, "replace")}[kind]
     call, calls = getattr(owner, name), []
     def counted(*args, **kwargs):

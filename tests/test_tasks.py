@@ -1,5 +1,5 @@
-"""tasks.py, likelihood.py, data/tasks.py: the slow way, one choice and one token at a time, is the oracle; what the
-harness says is in test_lm_eval.py."""
+"""tasks/: questions, likelihoods, metrics, download. The slow way, one choice and one token at a time, is the oracle;
+what lm-evaluation-harness says is in test_lm_eval.py."""
 import dataclasses
 import functools
 import hashlib
@@ -17,15 +17,16 @@ import pytest
 import torch
 
 import eval as evaluation
-import tasks.questions as tasks
-from plumbing.checkpoint import TOKENIZER, load_llama
-from data import tasks as downloads
-from tasks.likelihood import batches_of, score
-from router import load_router
-from tasks.questions import TASKS, Question, load_task, metrics, requests_of
+from data.tokenizer import BOS, TOKENIZER, load_tokenizer
+from plumbing.checkpoint import load_llama
+from plumbing.family import open_family
+from tasks import download, report
+from tasks.likelihood import batches_of, requests_of, score
+from tasks.metrics import perplexity_stderr, task_metrics
+from tasks.questions import TASKS, Question, load_task
+from tasks.report import computed_lines, computed_tokens, encode_tasks, load_questions, measure_tasks, task_table
 from tests.helpers import GQA, ROOT, make_supernet, one_line_error, run
 from tests.tiny_tasks import rows_of_tasks, write_hf, write_jsonl, write_raw
-from data.tokenizer import BOS, load_tokenizer
 
 WINDOW = 960
 
@@ -36,7 +37,8 @@ def desk(tmp_path_factory):
     path = tmp_path_factory.mktemp("tasks")
     make_supernet(path / "flex", dataclasses.replace(GQA, context=WINDOW))
     rows = rows_of_tasks()
-    write_raw(path / "raw", rows), write_hf(path / "hf", rows)
+    write_raw(path / "raw", rows)
+    write_hf(path / "hf", rows)
     return path
 
 
@@ -48,119 +50,163 @@ def requests(desk, name: str, window: int = WINDOW, limit=None):
 
 def slow_answer(model, tokenizer, context: str, continuation: str, window: int, **slice_) -> tuple[float, bool]:
     """One forward a target over all that stands before it, as few tokens as the window lets through."""
-    bare = context.rstrip()
-    first = [tokenizer.encode_single_token(BOS), *tokenizer.encode(bare, disallowed_special=())]
-    whole = [tokenizer.encode_single_token(BOS), *tokenizer.encode(context + continuation, disallowed_special=())]
+    bos = tokenizer.encode_single_token(BOS)
+    first = [bos, *tokenizer.encode(context.rstrip(), disallowed_special=())]
+    whole = [bos, *tokenizer.encode(context + continuation, disallowed_special=())]
     tokens = first + whole[len(first):]
-    start, total, greedy = max(0, len(tokens) - window - 1), 0.0, True
+    start = max(0, len(tokens) - window - 1)
+    total = 0.0
+    greedy = True
     for at in range(len(first), len(tokens)):
-        logits = model(torch.tensor([tokens[start:at]]), **slice_)[0][0, -1].double()
-        total, greedy = total + logits.log_softmax(-1)[tokens[at]].item(), greedy and logits.argmax() == tokens[at]
-    return total, bool(greedy)
+        logits, _ = model(torch.tensor([tokens[start:at]]), **slice_)
+        logits = logits[0, -1].double()
+        total += logits.log_softmax(-1)[tokens[at]].item()
+        greedy = greedy and logits.argmax().item() == tokens[at]
+    return total, greedy
 
 
 @pytest.mark.parametrize("name,window", [(n, WINDOW) for n in TASKS] + [("hellaswag", 100), ("mmlu", 40)])
 def test_log_likelihoods_are_the_slow_ones(desk, name, window):
     """Catches a prefix longer than what is shared, a cache copied to the wrong rows, padding that is read, targets one
     place off, a window that cuts the wrong end: at a slice with modulation, in fp32, to 1e-4."""
-    model, tokenizer = load_llama(desk / "flex"), load_tokenizer(desk / "flex" / TOKENIZER)
-    subnet, factors = load_router(desk / "flex", model.config).deploy(0.5)
+    tokenizer = load_tokenizer(desk / "flex" / TOKENIZER)
+    model, subnet, factors = open_family(desk / "flex").member(0.5)
     questions, encoded = requests(desk, name, window)
-    some = range(1, len(questions), 16 if name in ("hellaswag", "mmlu") else 5)
+    every = 16 if name in ("hellaswag", "mmlu") else 5
+    some = range(1, len(questions), every)
     scores, _ = score(model, [encoded[i] for i in some], subnet, factors, batch=3)
     with torch.no_grad():
         for i, answers in zip(some, scores):
             for pair, (ll, greedy) in zip(questions[i].pairs, answers, strict=True):
                 slow, slow_greedy = slow_answer(model, tokenizer, *pair, window, subnet=subnet, factors=factors)
-                assert abs(ll - slow) < 1e-4 * max(1, abs(slow)) and greedy == slow_greedy, questions[i].where
+                assert abs(ll - slow) < 1e-4 * max(1, abs(slow)), questions[i].where
+                assert greedy == slow_greedy, questions[i].where
+
+
+def without_places(questions: list[Question]) -> list[Question]:
+    """The questions without the lines that they came from."""
+    return [question._replace(where="") for question in questions]
 
 
 @pytest.mark.parametrize("name", TASKS)
 def test_both_forms_of_a_file_are_one_task(desk, name):
     """Catches a reader of one form that strips, reorders, or counts answers from another number."""
-    raw, hf = (load_task(name, desk / form) for form in ("raw", "hf"))
-    assert len(raw) >= 30 and [q._replace(where="") for q in raw] == [q._replace(where="") for q in hf]
+    raw = load_task(name, desk / "raw")
+    assert len(raw) >= 30
+    assert without_places(raw) == without_places(load_task(name, desk / "hf"))
     assert len(load_task(name, desk / "raw", 4)) == (12 if name == "mmlu" else 4), "--limit is per subject"
     assert load_task(name, desk / "raw", 4)[:4] == raw[:4], "few-shot draws do not depend on --limit"
 
 
 def test_awkward_rows_are_read_as_they_are(desk):
     """Catches csv split at line ends, labels taken for numbers, blanks lost where the harness keeps them."""
-    arc, wino = load_task("arc_easy", desk / "raw"), load_task("winogrande", desk / "raw")
-    assert {len(q.pairs) for q in arc} == {3, 4, 5} and any(q.pairs[1] == q.pairs[2] for q in arc)
+    arc = load_task("arc_easy", desk / "raw")
+    assert {len(q.pairs) for q in arc} == {3, 4, 5}
+    assert any(q.pairs[1] == q.pairs[2] for q in arc)
     assert any("\n\nAnswer:" in q.pairs[0][0] for q in arc)
     mmlu = load_task("mmlu", desk / "raw")
     assert all(q.pairs[0][0].count("\nC. one\ntwo, three\nD. ") == 6 for q in mmlu), "5 shots and the question"
     assert all(q.pairs[0][0].count("\nAnswer:") == 6 and q.pairs[0][0].endswith("\nAnswer:") for q in mmlu)
     assert mmlu[20].pairs[0][0].startswith(
         "The following are multiple choice questions (with answers) about high school us history.\n\n")
-    assert all(a[1] == b[1] and a[0] != b[0] for a, b in (q.pairs for q in wino if q.where.endswith(":1")))
+    (context, after), (other_context, other_after) = load_task("winogrande", desk / "raw")[0].pairs
+    assert after == other_after and context != other_context
     assert load_task("hellaswag", desk / "raw")[5].lengths[2] == 0
 
 
 def test_hellaswag_shots_are_one_draw(tmp_path):
     """Catches a generator seeded anew for each row, ten drawn instead of eleven, a row among its own shots, an ending
     that is not the right one, text that is not cleaned."""
-    scene = lambda i: dict(activity_label=f"[header] Act {i}", ctx_a=f"Someone [title] waits {i}", ctx_b="he",
-                           label=i % 4, endings=[f"leaves  {i} {k} [step]" for k in range(4)])
-    said = lambda i, ending: f" Act {i}: Someone. waits {i} He" + (f" leaves {i} {i % 4} " if ending else "")
-    train, val = [scene(i) for i in range(14)], [scene(i if i % 2 else 100 + i) for i in range(12)]
-    write_jsonl(tmp_path / "hellaswag/train.jsonl", train), write_jsonl(tmp_path / "hellaswag/validation.jsonl", val)
-    draw, dropped = random.Random(1234), 0
+    train = [scene(i) for i in range(14)]
+    val = [scene(i if i % 2 else 100 + i) for i in range(12)]
+    write_jsonl(tmp_path / "hellaswag/train.jsonl", train)
+    write_jsonl(tmp_path / "hellaswag/validation.jsonl", val)
+    generator = random.Random(1234)
+    dropped = 0
     for row, question in zip(val, load_task("hellaswag", tmp_path), strict=True):
         i = int(row["ctx_a"].split()[-1])
-        drawn = draw.sample(range(14), 11)
+        drawn = generator.sample(range(14), 11)
         dropped += i in drawn
         shots = [k for k in drawn if k != i][:10]
-        assert question.pairs[0][0] == "\n\n".join([*(said(k, True) for k in shots), said(i, False)])
+        told = [query(k) + f" leaves {k} {k % 4} " for k in shots]
+        assert question.pairs[0][0] == "\n\n".join([*told, query(i)])
         assert question.pairs[2][1] == f" leaves {i} 2 " and question.gold == i % 4
     assert dropped > 2
 
 
+def scene(i: int) -> dict:
+    """A row of HellaSwag, with WikiHow's marks."""
+    endings = [f"leaves  {i} {k} [step]" for k in range(4)]
+    return dict(activity_label=f"[header] Act {i}", ctx_a=f"Someone [title] waits {i}", ctx_b="he", label=i % 4,
+                endings=endings)
+
+
+def query(i: int) -> str:
+    """What is asked of it."""
+    return f" Act {i}: Someone. waits {i} He"
+
+
 def test_metrics_are_their_formulas():
     """Catches a tie that goes to the last, lengths with the blank, a population's deviation, micro for macro."""
-    ask = lambda n, gold, group="", lengths=None: Question([("", "")] * n, lengths or [1] * n, gold, "", group)
     lls = [[-1.0, -1.0, -3.0], [-2.0, -1.0], [-6.0, -4.0, -9.0, -8.0]]
     scores = [[(ll, False) for ll in row] for row in lls]
-    found = metrics("piqa", [ask(3, 0), ask(2, 0), ask(4, 0, lengths=[6, 2, 3, 100])], scores)
+    asked = [blank_question(3, 0), blank_question(2, 0), blank_question(4, 0, lengths=[6, 2, 3, 100])]
+    found = task_metrics("piqa", asked, scores)
     assert found["acc"] == pytest.approx(1 / 3) and found["acc_norm"] == pytest.approx(1 / 3) and found["n"] == 3
     assert found["acc_stderr"] == pytest.approx(statistics.stdev([1, 0, 0]) / 3 ** 0.5)
-    assert metrics("piqa", [ask(4, 3, lengths=[6, 2, 3, 100])], scores[2:])["acc_norm"] == 1
+    asked = [blank_question(4, 3, lengths=[6, 2, 3, 100])]
+    assert task_metrics("piqa", asked, scores[2:])["acc_norm"] == 1
+    # MMLU: in subject a one of three is right, in b both.
     hits = dict(a=[1, 0, 0], b=[1, 1])
-    asked = [ask(2, 1 - h, g) for g, hs in hits.items() for h in hs]
-    found = metrics("mmlu", asked, [[(-2.0, False), (-3.0, False)] if q.gold == 0 else [(-1.0, False), (-2.0, False)]
-                                    for q in asked])
+    asked = [blank_question(2, hit, subject) for subject, some in hits.items() for hit in some]
+    found = task_metrics("mmlu", asked, [[(-2.0, False), (-1.0, False)]] * 5)
     assert found["acc"] == 0.6 and found["acc_macro"] == pytest.approx((1 / 3 + 1) / 2)
     assert found["subjects"] == pytest.approx(dict(a=1 / 3, b=1))
-    within = sum((h - statistics.mean(hs)) ** 2 for hs in hits.values() for h in hs) / (5 - 2)
+    squares = [(hit - statistics.mean(some)) ** 2 for some in hits.values() for hit in some]
+    within = sum(squares) / (5 - 2)
     assert found["acc_stderr"] == pytest.approx((within / 5) ** 0.5)
+
+
+def blank_question(n: int, gold: int, group: str = "", lengths=None) -> Question:
+    """A question of n choices without text."""
+    return Question([("", "")] * n, lengths or [1] * n, gold, "", group)
 
 
 def test_perplexity_is_resampled_as_the_harness_does():
     """Catches another generator, seed or order of draws than Python's own random.choices."""
-    logs, found = [-0.5, -3.0, -1.25, -7.0, -2.0], []
+    logs = [-0.5, -3.0, -1.25, -7.0, -2.0]
+    found = []
     for seed in range(2):
-        draw = random.Random(seed)
-        found += [float(np.exp(-statistics.mean(draw.choices(logs, k=5)))) for _ in range(1000)]
-    assert tasks.perplexity_stderr(np.array(logs), 2000) == pytest.approx(statistics.stdev(found))
+        generator = random.Random(seed)
+        for _ in range(1000):
+            found.append(float(np.exp(-statistics.mean(generator.choices(logs, k=5)))))
+    assert perplexity_stderr(np.array(logs), 2000) == pytest.approx(statistics.stdev(found))
     scores = [[(ll, ll > -1)] for ll in logs]
-    result = metrics("lambada_openai", [Question([("", "")], [1], 0, "")] * 5, scores)
-    assert result["acc"] == 0.2 and result["perplexity"] == pytest.approx(float(np.exp(-statistics.mean(logs))))
+    result = task_metrics("lambada_openai", [blank_question(1, 0)] * 5, scores)
+    assert result["acc"] == 0.2
+    assert result["perplexity"] == pytest.approx(float(np.exp(-statistics.mean(logs))))
 
 
 def test_tokens_computed_are_counted_and_few(desk, monkeypatch):
     """Catches a prefix computed again for every choice, letters that each take a forward, and a count that is not what
     went through the model: on HellaSwag at least twice fewer than a forward for every choice."""
-    model, seen = load_llama(desk / "flex"), []
+    model = load_llama(desk / "flex")
+    seen = []
     forward = type(model).forward
-    monkeypatch.setattr(type(model), "forward", lambda self, tokens, *a, **k: seen.append(tokens.numel()) or forward(
-        self, tokens, *a, **k))
+
+    def counted(self, tokens, *args, **options):
+        seen.append(tokens.numel())
+        return forward(self, tokens, *args, **options)
+
+    monkeypatch.setattr(type(model), "forward", counted)
     for name, at_least in dict(hellaswag=2.8, mmlu=3.9, arc_easy=1.8, piqa=1.1).items():
         seen.clear()
-        encoded = requests(desk, name)[1]
-        _, computed = score(model, encoded)
-        assert sum(seen) == computed
-        assert sum(len(r.rows[row]) for r in encoded for row, _ in r.choices) >= at_least * computed, name
+        tasks = {name: requests(desk, name)}
+        row = measure_tasks(model, tasks, None, None, None, "1.00")
+        (name, (computed, alone)), = computed_tokens([row], tasks).items()
+        assert computed == sum(seen)
+        assert alone >= at_least * computed, name
+        assert computed_lines({name: (computed, alone)})[0].startswith(f"{name}: {computed:,} tokens computed")
     assert all(len(r.rows) == 1 and len(r.choices) == 4 for r in requests(desk, "mmlu")[1])
 
 
@@ -190,7 +236,7 @@ def test_batch_sizes_change_nothing(desk, name):
     questions, encoded = requests(desk, name, 250)  # short enough for some rows to be cut, and to be quick
     found = {batch: score(model, encoded, batch=batch)[0] for batch in (1, 7, 32, None)}
     flat = {batch: [ll for answers in scores for ll, _ in answers] for batch, scores in found.items()}
-    numbers = {batch: metrics(name, questions, scores) for batch, scores in found.items()}
+    numbers = {batch: task_metrics(name, questions, scores) for batch, scores in found.items()}
     for batch in (7, 32, None):
         assert flat[batch] == pytest.approx(flat[1], abs=1e-4)
         assert all(numbers[batch][k] == pytest.approx(v, rel=1e-4) for k, v in numbers[1].items())
@@ -211,7 +257,12 @@ def test_two_ranks_are_one(desk, capsys):
 def test_budgets_share_the_tokens(desk, capsys, monkeypatch):
     """Catches text tokenised again for every budget; the average is of the metrics in the table; no loss unasked."""
     calls = []
-    monkeypatch.setattr(evaluation, "requests_of", lambda *a: calls.append(a) or requests_of(*a))
+
+    def counted(*args):
+        calls.append(args)
+        return requests_of(*args)
+
+    monkeypatch.setattr(report, "requests_of", counted)
     result = ask(capsys, "--model", desk / "flex", "--budgets", 1, 0.8, 0.5, "--tasks", "piqa", "hellaswag", "piqa",
                  "--task-dir", desk / "hf", "--limit", 3)
     assert len(calls) == 2 and result["window"] == WINDOW and "loss" not in result["rows"][0]
@@ -219,6 +270,27 @@ def test_budgets_share_the_tokens(desk, capsys, monkeypatch):
         assert list(row["tasks"]) == ["piqa", "hellaswag"]
         shown = row["tasks"]["piqa"]["acc"], row["tasks"]["hellaswag"]["acc_norm"]
         assert row["average"] == pytest.approx(sum(shown) / 2)
+
+
+def test_the_table_shows_the_papers_metrics(desk, capsys):
+    """Catches another metric in the table than in the paper's, a column under another name, a star on a budget that
+    was not trained, missing subjects and cut contexts that nobody hears of."""
+    questions = load_questions(["mmlu", "hellaswag"], desk / "raw", 4)
+    capsys.readouterr()
+    tasks = encode_tasks(questions, load_tokenizer(desk / "flex" / TOKENIZER), 200)
+    said = capsys.readouterr().err
+    assert "mmlu: 3 subjects of 57 are there" in said
+    assert "hellaswag: 4 of 4 contexts lost their beginning to the window of 200 tokens" in said
+    row = measure_tasks(load_llama(desk / "flex"), tasks, None, None, None, "1.00")
+    sizes = dict(got=1.0, params=1234)
+    head, first, second = task_table([dict(budget=1.0, **sizes, **row), dict(budget=0.7, **sizes, **row)],
+                                     [1.0]).splitlines()
+    assert head.split() == ["budget", "got", "parameters", "mmlu", "hellaswag", "average"]
+    acc = row["tasks"]["mmlu"]["acc"]
+    acc_norm = row["tasks"]["hellaswag"]["acc_norm"]
+    assert first.split()[:3] == ["1.00*", "1.000", "1,234"] and second.split()[0] == "0.70"
+    assert first.split()[3].startswith(f"{acc:.4f}±") and first.split()[4].startswith(f"{acc_norm:.4f}±")
+    assert first.split()[5] == f"{(acc + acc_norm) / 2:.4f}"
 
 
 # -----------------------------------------------------------------------------
@@ -258,7 +330,7 @@ def test_bad_rows_name_file_and_line(desk, tmp_path, capsys, case):
     lines = path.read_bytes().split(b"\n")
     lines[line - 1] = text if isinstance(text, bytes) else text.encode()
     path.write_bytes(b"\n".join(lines))
-    with one_line_error(capsys, f"{path}:{line}:", word, "data/tasks.py"):
+    with one_line_error(capsys, f"{path}:{line}:", word, "python -m tasks.download"):
         load_task(name.split("/")[0], tmp_path / "raw", 1)
 
 
@@ -275,8 +347,17 @@ def test_lines_of_a_csv_are_counted_across_quotes(tmp_path, capsys):
 @pytest.mark.parametrize("name", TASKS)
 def test_missing_files(desk, tmp_path, capsys, name):
     """Catches a traceback where a line should say which file, where it is looked for, and where people get it."""
-    with one_line_error(capsys, str(tmp_path / name), "python data/tasks.py " + name, TASKS[name].source):
-        evaluation.main(["--model", str(desk / "flex"), "--tasks", name, "--task-dir", str(tmp_path)])
+    mend = f"python -m tasks.download {name} --out {tmp_path}"
+    with one_line_error(capsys, str(tmp_path / name), mend, TASKS[name].source):
+        load_questions([name], tmp_path)
+
+
+def test_names_of_tasks(desk, capsys):
+    """Catches a traceback for an unknown task, a task that is scored twice, "all" that is not all."""
+    with one_line_error(capsys, "sudoku", *TASKS, "all"):
+        load_questions(["piqa", "sudoku"], desk / "raw")
+    assert list(load_questions(["piqa", "mmlu", "piqa"], desk / "raw", 1)) == ["piqa", "mmlu"]
+    assert list(load_questions(["piqa", "all"], desk / "raw", 1)) == list(TASKS)
 
 
 def test_incomplete_tasks(desk, tmp_path, capsys):
@@ -295,8 +376,8 @@ def test_incomplete_tasks(desk, tmp_path, capsys):
     with one_line_error(capsys, "winogrande", "no rows"):
         load_task("winogrande", tmp_path)
     with one_line_error(capsys, "lambada_test.jsonl:", "window", "--seq-len"):
-        evaluation.main(["--model", str(desk / "flex"), "--tasks", "lambada_openai", "--task-dir", str(tmp_path),
-                         "--seq-len", "1"])
+        questions = load_questions(["lambada_openai"], tmp_path)
+        encode_tasks(questions, load_tokenizer(desk / "flex" / TOKENIZER), 1)
 
 
 # -----------------------------------------------------------------------------
@@ -356,28 +437,29 @@ def test_downloads_go_on_where_they_stopped(server, tmp_path, monkeypatch, capsy
     all is there."""
     data = bytes(range(256)) * 2000
     Server.files, Server.cut = {"/lambada_test.jsonl": data}, 300_000
-    source = downloads.Source(f"{server}/lambada_test.jsonl", len(data), hashlib.sha256(data).hexdigest())
-    monkeypatch.setitem(downloads.SOURCES, "lambada_openai", [source])
+    source = download.Source(f"{server}/lambada_test.jsonl", len(data), hashlib.sha256(data).hexdigest())
+    monkeypatch.setitem(download.SOURCES, "lambada_openai", [source])
     flags = ["lambada_openai", "--out", str(tmp_path)]
     with one_line_error(capsys, "lambada_test.jsonl", "run it again"):
-        downloads.main(flags)
+        download.main(flags)
     assert [p.name for p in (tmp_path / "lambada_openai").iterdir()] == [".lambada_test.jsonl.part"]
-    downloads.main(flags), downloads.main(flags)
+    download.main(flags)
+    download.main(flags)
     assert Server.ranges == [None, "bytes=300000-"]
     assert {p.name: p.read_bytes() for p in (tmp_path / "lambada_openai").iterdir()} == {"lambada_test.jsonl": data}
     Server.files = {"/lambada_test.jsonl": data[::-1]}
     with one_line_error(capsys, "SHA-256", source.sha256):
-        downloads.main([*flags[:2], str(tmp_path / "other")])
+        download.main([*flags[:2], str(tmp_path / "other")])
     assert not list((tmp_path / "other" / "lambada_openai").iterdir())
     Server.files = {}
     with one_line_error(capsys, "404"):
-        downloads.main([*flags[:2], str(tmp_path / "other")])
+        download.main([*flags[:2], str(tmp_path / "other")])
     with one_line_error(capsys, "sudoku", "piqa"):
-        downloads.main(["sudoku"])
+        download.main(["sudoku"])
 
 
 def test_archives_become_what_is_read(server, desk, tmp_path, monkeypatch, capsys):
-    """Catches members under other names than tasks.py looks for, an archive left behind, paths that lead outside."""
+    """Catches members under other names than questions.py looks for, an archive left behind, paths that lead outside."""
     raw = {str(p.relative_to(desk / "raw")): p.read_bytes() for p in (desk / "raw").rglob("*") if p.is_file()}
     packed = {"piqa": ("zip", {"physicaliqa-train-dev/dev.jsonl": raw["piqa/valid.jsonl"], "../evil": b"",
                                "physicaliqa-train-dev/dev-labels.lst": raw["piqa/valid-labels.lst"]}),
@@ -386,17 +468,17 @@ def test_archives_become_what_is_read(server, desk, tmp_path, monkeypatch, capsy
                                    for name, data in raw.items() if "arc_easy" in name}),
               "mmlu": ("tar", {name.replace("mmlu", "data", 1): data for name, data in raw.items() if "mmlu" in name})}
     for task, (kind, files) in packed.items():
-        source, = downloads.SOURCES[task]
+        source, = download.SOURCES[task]
         assert source.url.startswith("https://")
         name = source.url.rsplit("/")[-1]
         Server.files[f"/{name}"] = archive(kind, files)
-        monkeypatch.setitem(downloads.SOURCES, task, [source._replace(url=f"{server}/{name}", size=None, sha256=None)])
-    downloads.main([*packed, "--out", str(tmp_path)]), downloads.main([*packed, "--out", str(tmp_path)])
+        monkeypatch.setitem(download.SOURCES, task, [source._replace(url=f"{server}/{name}", size=None, sha256=None)])
+    for _ in range(2):
+        download.main([*packed, "--out", str(tmp_path)])
     assert len(Server.ranges) == 4
     for task in packed:
-        strip = lambda questions: [q._replace(where="") for q in questions]
-        assert strip(load_task(task, tmp_path)) == strip(load_task(task, desk / "raw"))
+        assert without_places(load_task(task, tmp_path)) == without_places(load_task(task, desk / "raw"))
     assert not [p for p in tmp_path.rglob("*") if p.name == "evil" or p.name.endswith((".part", ".tmp", ".zip"))]
     Server.files["/winogrande_1.1.zip"] = b"<html>"
     with one_line_error(capsys, "winogrande_1.1.zip", "archive"):
-        downloads.main(["winogrande", "--out", str(tmp_path / "other")])
+        download.main(["winogrande", "--out", str(tmp_path / "other")])

@@ -1,4 +1,4 @@
-"""tokenizer.py against a slow trainer, against tiktoken, and against broken files."""
+"""data/tokenizer.py against a slow trainer, against tiktoken, and against broken files."""
 import base64
 import subprocess
 import sys
@@ -10,6 +10,7 @@ import pytest
 import regex
 
 import data.tokenizer as bpe
+from plumbing.errors import fail
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = Path(bpe.__file__).read_text(encoding="utf-8") + "naïve café, 東京東京 🙂🙂 aaaa aaa aaaaa 1234\r\n"
@@ -73,7 +74,7 @@ def merge_by_rank(parts: list[bytes], ranks: dict[bytes, int]) -> list[bytes]:
 
 def test_training_does_not_depend_on_the_hash_seed():
     """Catches: ties broken by the order of a set or dict of strings."""
-    code = ("import hashlib, tokenizer as b; t = open(b.__file__, encoding='utf-8').read();"
+    code = ("import hashlib, data.tokenizer as b; t = open(b.__file__, encoding='utf-8').read();"
             "print(hashlib.sha1(repr(b.train_bpe([t], 600)).encode()).hexdigest())")
     runs = [subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
                            env={"PYTHONHASHSEED": seed}).stdout for seed in ("1", "2")]
@@ -144,22 +145,30 @@ def test_too_little_text(capsys):
     assert stop.value.code == 2 and "--vocab-size" in one_line(capsys)
 
 
+def test_two_folders_of_one_tokenizer(tmp_path, capsys):
+    """Catches a model that reads the tokens of another tokenizer; a folder of token ids alone is taken as it is."""
+    folders = {}
+    for name, text in dict(model=TEXT, data=TEXT, other=TEXT + "zyx zyx zyx" * 9, ids=None).items():
+        folders[name] = tmp_path / name
+        folders[name].mkdir()
+        if text:
+            bpe.save_tokenizer(folders[name] / bpe.TOKENIZER, bpe.train_bpe([text], 600))
+    assert bpe.same_tokenizer(folders["model"], folders["data"])
+    assert not bpe.same_tokenizer(folders["model"], folders["other"])
+    assert bpe.same_tokenizer(folders["model"], folders["ids"]) and bpe.same_tokenizer(folders["ids"], folders["data"])
+    bpe.check_same_tokenizer(folders["model"], folders["data"])
+    with pytest.raises(SystemExit) as stop:
+        bpe.check_same_tokenizer(folders["model"], folders["other"])
+    assert stop.value.code == 2
+    line = one_line(capsys)
+    assert str(folders["other"]) in line
+    assert f"python data/prepare.py --input TEXT --tokenizer {folders['model']}/tokenizer.model --out data/NAME" in line
+
+
 def test_fail_speaks_from_one_rank(capsys, monkeypatch):
     """Catches: eight copies of one message under torchrun, or a message of two lines."""
     for rank, lines in (("0", 1), ("3", 0)):
         monkeypatch.setenv("LOCAL_RANK", rank)
         with pytest.raises(SystemExit) as stop:
-            bpe.fail("two\nlines")
+            fail("two\nlines")
         assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == lines
-
-
-def test_atomic_write(tmp_path):
-    """Catches: half a file under the final name, the old file lost, temporary files left."""
-    path = tmp_path / "new" / "file"
-    with bpe.atomic_write(path) as file:
-        file.write(b"old")
-    with pytest.raises(KeyboardInterrupt):
-        with bpe.atomic_write(path) as file:
-            file.write(b"half")
-            raise KeyboardInterrupt
-    assert path.read_bytes() == b"old" and list(path.parent.iterdir()) == [path]

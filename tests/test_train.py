@@ -12,8 +12,8 @@ from plumbing.checkpoint import load_llama, load_tensors
 from data.prepare import prepare
 from data.shards import Shards
 from model import Llama, LlamaConfig
-from optimizer import schedule
-from router import Router, load_router
+from plumbing.family import open_family
+from router import Router
 from space import Space, cost
 from tests.helpers import ROOT, run
 
@@ -29,7 +29,7 @@ def demo(tmp_path_factory):
     root = tmp_path_factory.mktemp("demo")
     text = root / "text"
     text.mkdir()
-    for path in sorted(ROOT.glob("*.py")):
+    for path in sorted([*ROOT.glob("*.py"), *ROOT.glob("plumbing/*.py")]):
         shutil.copy(path, text)
     prepare([str(text)], str(root / "data"), vocab_size=600)
     flags = ["--data", str(root / "data")] + TINY
@@ -77,7 +77,7 @@ def test_elastic_step_is_the_sum_of_its_budgets(demo):
         model, router, shards, args = parts(*demo, budgets=(0.5, 1.0, 0.8), soft_prob=soft_prob)
         other_model, other_router = copy.deepcopy(model), copy.deepcopy(router)
         train.train_step(model, model, router, shards, 0, args, torch.device("cpu"))
-        tau, kappa, _ = schedule(0, args)
+        tau, kappa, _ = train.schedule(0, args)
         total = 0
         for i, b in enumerate((0.5, 0.8, 1.0)):
             x, y = shards.batch(0, 24, 8 * i, 8 * i + 8)
@@ -178,17 +178,16 @@ def test_second_run_trains_nothing_again(demo, capsys):
 def test_full_network_is_a_plain_llama(demo):
     """Invariant 3: out/flex read as a plain Llama is the b = 1 model, and every export of it obeys its budget."""
     root, _ = demo
-    model = load_llama(root / "out/flex")
-    router = load_router(root / "out/flex", model.config)
-    subnet, factors = router.deploy(1.0)
-    assert subnet == model.full and factors is None
+    family = open_family(root / "out/flex")
+    model, router = family.model, family.router
+    assert family.member(1.0) == (model, model.full, None)
     for b in (0.2, 0.35, 0.4, 0.55, 0.8, 0.97):
         assert b - 0.05 < cost(model.config, router.route(b)) <= b
 
 
 @pytest.mark.parametrize("extra", [
     ["--router", "penalty"], ["--router", "uniform"], ["--router", "random"], ["--kd", "0.5"], ["--freeze-backbone"],
-    ["--extra-budgets", "1", "--soft-prob", "1"], ["--modulation", "none"], ["--modulation", "channel"],
+    ["--extra-budgets", "1", "--soft-prob", "1"], ["--modulation", "none"],
     ["--units-by", "random"], ["--units-by", "reversed"]])
 def test_every_mode_runs_to_its_table(demo, tmp_path, extra, capsys):
     """Catches a mode that crashes at its first save or table; frozen weights that move."""
@@ -330,7 +329,7 @@ def test_a_real_llama_leaves_the_demo_its_corpus(demo, tmp_path, monkeypatch):
     root, flags = demo
     made = []
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train, "prepare", lambda inputs, folder, tokenizer: made.append(folder) or shutil.copytree(
+    monkeypatch.setattr("data.prepare.prepare", lambda inputs, folder, tokenizer: made.append(folder) or shutil.copytree(
         root / "data", folder))
     for _ in range(2):
         args = train.parse_args(TINY + ["--llama", str(root / "out/base")])
