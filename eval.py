@@ -137,8 +137,8 @@ def load_base(args: argparse.Namespace, vocab_size: int, device) -> Llama | None
     if not args.base:
         return None
     base = load_llama(args.base, device)
-    mute = [not (Path(folder) / TOKENIZER).is_file() for folder in (args.model, args.base)]
-    same = mute[0] == mute[1] and same_tokenizer(args.model, args.base)
+    has_one = [(Path(folder) / TOKENIZER).is_file() for folder in (args.model, args.base)]
+    same = has_one[0] == has_one[1] and same_tokenizer(args.model, args.base)
     if base.config.vocab_size != vocab_size or not same:
         fail(f"--base {args.base} has another tokenizer than {args.model}; expected a dense Llama "
              "with the same one")

@@ -11,8 +11,8 @@ supernet.
 There are four things to do after training:
 
     route    ask the router for the SubNet                             plumbing/family.py
-    cut      take its prefix out of every tensor                       model.py: slices
-    fold     multiply the modulation's factors into wo and w2          below
+    cut      take its corner out of every tensor                       model.py: slices
+    fold     multiply the modulation's factors into wo and w2          below: fold
     write    a folder that appears all at once                         plumbing/
 
 The result computes what the supernet computes at that budget, and is a Llama folder like the one
@@ -42,20 +42,11 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 FILES = {"llama": LLAMA_FILES, "hf": hf.FILES}  # what an earlier export of a format holds
 
 # -----------------------------------------------------------------------------
-# route, cut, fold, write
+# cut, fold, write; plumbing/family.py routes
 
 
-def route(family: Family, budget: float, unit: str = "params") -> Member:
-    """What runs at a budget, as one slice; fail() where every token takes its own width."""
-    member = family.member(budget, unit)
-    if member.subnet is None:
-        fail(f"{family.folder} has dynamic routers: every token takes its own width, and no slice is "
-             "what they choose; expected static ones (python -m flextron --router static), or "
-             "--budget 1.0")
-    return member
-
-
-def fold(model: Llama, subnet: SubNet, factors=None, dtype=torch.float32) -> dict[str, torch.Tensor]:
+def fold(model: Llama, subnet: SubNet, factors=None,
+         dtype=torch.float32) -> dict[str, torch.Tensor]:
     """State dict of the slice as a Llama of its own.
 
     factors: (n_layers, 2) of the modulation, for attention and MLP of every layer. A factor on the
@@ -108,7 +99,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     ask.add_argument("--latency", type=float, nargs="+",
                      help="instead: fractions of the full model's time, by latency.json; without "
                      "one, the CPU's (for a GPU, python -m bench.latency --device cuda first)")
-    ask.add_argument("--params", help="instead: at most so many parameters in all, such as 4.0B")
+    ask.add_argument("--params", help="instead: at most so many parameters, embeddings included: 4.0B")
     ask.add_argument("--memory", help="instead: at most so much for weights and KV cache: 6GB")
     p.add_argument("--context", type=int, help="tokens in the KV cache (default: the window)")
     p.add_argument("--model", default="out/flex", help="a supernet, or a plain Llama to convert")
@@ -130,13 +121,14 @@ def main(argv=None) -> None:
     dtype = DTYPES.get(args.dtype, family.model.norm.weight.dtype)
     context = args.context or full.context
     budgets, unit = budgets_asked(family, args, dtype, context)
-    members = [route(family, budget, unit) for budget in budgets]  # or refused
+    # All are routed before anything is written: a budget that cannot be had stops here.
+    members = [family.slice_member(budget, unit) for budget in budgets]
     if args.dry_run:
         print(sizes_table(full, budgets, [member.subnet for member in members], dtype, context))
         return
     if args.out and len(budgets) > 1:
-        fail(f"--out {args.out} is one folder for {len(budgets)} budgets; leave --out out: each gets "
-             "one of its own")
+        fail(f"--out {args.out} is one folder for {len(budgets)} budgets; leave --out out: each "
+             "gets one of its own")
     for budget, member in zip(budgets, members):
         out = Path(args.out or default_folder(args.model, budget, unit, args.format))
         with nothing_half_written(f"the export at budget {budget:g}"):

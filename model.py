@@ -15,11 +15,12 @@ An elastic Llama also runs at smaller sizes. A smaller size is a slice, a corner
                |                         |   the rest
                +-------------------------+
 
-Six things differ from a plain Llama. Each place is marked `# <-- n` below.
+Six things differ from a plain Llama. Their places are marked `# <-- n` below.
 
   1. elastic width    the residual stream is its first `dim` channels, everywhere
   2. elastic MLP      a layer runs its first `ffn_dim` neurons
-  3. elastic heads    a layer runs the first query heads of every KV group (all KV heads stay)
+  3. elastic heads    a layer runs the first query heads of every KV group. All KV heads stay,
+                      but in MHA, where a KV head goes with its query head
   4. elastic depth    only the layers that are kept run
   5. gates            multipliers in [0, 1] on all units; a router gets its gradient through them
   6. modulation       a factor on the outputs of attention and MLP that depends on the slice
@@ -145,8 +146,9 @@ class Gates(NamedTuple):
     Hard gates are one for the first units and zero for the rest. The full network then computes
     what the slice of the first units computes. Soft gates lie between, so the loss has a gradient.
 
-    A pass through a slice uses the gates of the units that it has. A block takes the gates of its
-    layer, and None for no gate. Heads and neurons may have a gate per token, (B, T, units).
+    Programs run the full network under gates. A slice under gates uses those of the units that it
+    has, and tests hold the two together. A block takes the gates of its layer, and None for no
+    gate. flextron/ has a gate per token for heads and neurons, (B, T, units).
     """
     dim: Tensor      # (dim,)               for the whole network: the residual stream is one
     n_heads: Tensor  # (n_layers, n_heads)  in the order of wq's heads, group after group
@@ -226,7 +228,7 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight, in fp32, over the channels that exist."""
+    """x / rms(x), in fp32 and back in x's dtype, times weight; over the channels that exist."""
 
     def __init__(self, dim: int, eps: float):
         super().__init__()
@@ -331,9 +333,9 @@ class Attention(nn.Module):
             k, v = cache.append(layer, k, v)  # B, n_kv_heads, S, head_dim
         S = k.size(2)
 
-        # causal mask: none for a single query, which sees all keys. is_causal puts the corner at
-        # the top left, so it is right only if queries start where keys do. Else the last query
-        # must see all keys, as here, where two tokens come after three that are cached:
+        # causal mask: none for a single query, which sees all keys. is_causal aligns query 0 with
+        # key 0, so it is right only if queries start where keys do. Else the last query must see
+        # all keys, as here, where two tokens come after three that are cached:
         #     x x x x .
         #     x x x x x
         mask = None
@@ -555,8 +557,8 @@ class Llama(nn.Module):
             cache.length += T
 
         # the last reader of the stream: a norm with the channel gates, and the output matrix
-        x = self.norm(x, None if gates is None else gates.dim)
-        output = self.output.weight[:, :subnet.dim]
+        x = self.norm(x, None if gates is None else gates.dim)  # <-- 5. gates
+        output = self.output.weight[:, :subnet.dim]             # <-- 1. elastic width
         logits = F.linear(x, output).float()  # B, T, vocab_size
 
         # next-token loss

@@ -50,7 +50,8 @@ from space import AXES, Space, random_generator
 
 
 class Modulation(nn.Module):
-    """A factor on the output of every sub-block: s = 1 + f(e(c)) - f(e(c_full)).
+    """A factor on the output of attention and of the MLP in every block: the paper's policy-aware
+    modulation, where the policy is the slice. s = 1 + f(e(c)) - f(e(c_full)).
 
         c   three fractions of the full sizes: width, depth, and heads (attention) or neurons (MLP)
         e   a sinusoidal embedding of each fraction, of size 16 (the paper's). Its frequencies are
@@ -72,7 +73,8 @@ class Modulation(nn.Module):
         frequencies = torch.logspace(0, 1, self.SIZE // 2)
         self.register_buffer("frequencies", frequencies, persistent=False)
 
-        # Two MLPs side by side: attention's and the MLP's.
+        # Two small networks side by side: the first gives attention's factors, the second the
+        # MLP's.
         generator = torch.Generator().manual_seed(seed)
         hidden = torch.randn(2, self.HIDDEN, 3 * self.SIZE, generator=generator)
         bias = torch.zeros(2, self.HIDDEN)
@@ -84,11 +86,11 @@ class Modulation(nn.Module):
     def f(self, subnet: SubNet) -> torch.Tensor:
         """f(e(c)) of the n kept layers, (n, 2): attention, MLP."""
         # c: the three fractions of every sub-block.
-        full = self.config
-        full_heads = full.per_layer("n_heads")
-        full_neurons = full.per_layer("ffn_dim")
-        width = subnet.dim / full.dim
-        depth = len(subnet.layers) / full.n_layers
+        config = self.config
+        full_heads = config.per_layer("n_heads")
+        full_neurons = config.per_layer("ffn_dim")
+        width = subnet.dim / config.dim
+        depth = len(subnet.layers) / config.n_layers
         attention = []
         mlp = []
         for i, layer in enumerate(subnet.layers):
@@ -192,7 +194,7 @@ class Router(nn.Module):
                penalty: float = 1.0) -> Choice:
         """A random slice for one training step: a function of (seed, step, budget) and the weights.
 
-        penalty: the weight of the budget's term in the loss. fail(): a budget that nothing fits."""
+        penalty: the weight of Choice.penalty. fail(): a budget that nothing fits."""
         # At b = 1 there is nothing to choose. The baselines have nothing to learn.
         if budget == 1:
             return Choice(self.space.full)
@@ -204,10 +206,11 @@ class Router(nn.Module):
         #   marginals  the distribution y. A soft pass runs the full width under gates made of y
         #              (Space.gates). Its gradient tells the router what each choice is worth.
         #
-        # Only soft passes teach the router. Hard passes could do it by straight-through gates, of
-        # value 1 and with the gradient of y. They were tried and dropped. A gate of 1 is a scale.
-        # The weights beside it are trained until no other scale would be better, so the
-        # gradient of the gate is noise. And a unit outside of the slice has no gradient at all.
+        # The loss teaches the router in soft passes only. (A penalty, if there is one, teaches it
+        # in every pass.) Hard passes could do it by straight-through gates, of value 1 and with the
+        # gradient of y. They were tried and dropped. A gate of 1 is a scale. The weights beside it
+        # are trained until no other scale would be better, so the gradient of the gate is noise.
+        # And a unit outside of the slice has no gradient at all.
         rows = self.space.feasible(budget)
         z = kappa * self.logits(budget)               # K
         generator = random_generator(self.seed, step, budget)
@@ -282,8 +285,10 @@ class Router(nn.Module):
         if self.mode == "random":
             return space.random(budget, self.seed, costs)
 
-        # The paper's router takes the best choice of every axis, whatever they cost together.
+        # A budget that nothing fits ends here, whichever router is asked.
         rows = space.feasible(budget, costs)
+
+        # The paper's router ignores what fits: it takes the best choice of every axis, alone.
         if self.mode == "penalty":
             assert costs is None, "a penalty router's choice is bounded by nothing"
             return space.best_per_axis(self.logits(budget))

@@ -60,14 +60,14 @@ def stream(tokens: Iterator[int], tokenizer, ends: tuple[int, ...]) -> int:
     """Prints tokens as text until one of `ends` comes; returns how many came.
 
     A token may end inside a UTF-8 character: it is printed when its last byte has come."""
-    decode = codecs.getincrementaldecoder("utf-8")("replace")
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
     n = 0
     for token in tokens:
         n += 1
         if token in ends:
             break
-        print(decode.decode(tokenizer.decode_single_token_bytes(token)), end="", flush=True)
-    print(decode.decode(b"", final=True))
+        print(decoder.decode(tokenizer.decode_single_token_bytes(token)), end="", flush=True)
+    print(decoder.decode(b"", final=True))
     return n
 
 

@@ -1,7 +1,7 @@
 """
 What there is to choose from, and what it costs.
 
-A sub-network of LLaMaFlex has one shape in all of its layers. Four sizes name it, one per axis:
+A slice of LLaMaFlex has one shape in all of its layers. Four sizes name it, one per axis:
 width, query heads, MLP neurons, depth. A Space is the table of all combinations with their exact
 costs: 500 members for the demo, 6732 for a Llama of 8B.
 
@@ -24,9 +24,11 @@ import math
 import torch
 
 from model import Gates, LlamaConfig, SubNet
-from plumbing.errors import fail
+from plumbing.errors import fail  # a user's mistake: one line on stderr, exit status 2
 
-AXES = ("dim", "n_heads", "ffn_dim", "n_layers")  # the order of every table and vector below
+# The order of every table and vector below. Here n_layers is a number; which layers a slice keeps
+# is SubNet.layers, the first of layer_order.
+AXES = ("dim", "n_heads", "ffn_dim", "n_layers")
 
 
 def random_generator(*parts) -> torch.Generator:
@@ -66,18 +68,6 @@ def cost(config: LlamaConfig, subnet: SubNet) -> float:
     return n_params(config, subnet) / n_params(config, whole)
 
 
-def train_flops(config: LlamaConfig, seq_len: int, share: float = 1.0) -> float:
-    """FLOPs of a training pass per token when a share of the blocks runs.
-
-    6 for each parameter (2 forward, 4 backward); none for the look-up in tok_embeddings. Causal
-    attention adds 6 * layers * heads * head_dim * seq_len."""
-    blocks = n_params(config, SubNet.full(config))
-    n_heads = sum(config.per_layer("n_heads"))
-    attention = n_heads * config.head_dim * seq_len
-    output = config.vocab_size * config.dim
-    return 6 * (share * (blocks + attention) + output)
-
-
 # -----------------------------------------------------------------------------
 # the sizes on offer
 
@@ -102,7 +92,7 @@ def steps_down(full: int, smallest: float, unit: int) -> range:
 
 def default_choices(config: LlamaConfig) -> dict[str, range]:
     """Width from all to half, MLP from all to a quarter, heads per KV group from all to one, depth
-    from all to half. Width and MLP move in multiples of 256; those of a toy, of its head_dim."""
+    from all to half. Width and MLP move in multiples of 256; in a small Llama, of head_dim."""
     unit = config.head_dim
     if config.dim >= 1024:
         unit = 256
@@ -206,11 +196,11 @@ class Space:
         """Sets the order in which layers are kept, and the masks: (choices, units) per axis, 1
         where a choice keeps a unit.
 
-        A choice of size k keeps the units of rank 0 to k - 1. Query heads are ranked inside their
-        KV group, so that every group loses the same number of them:
+        A choice of size k keeps the units whose threshold is below k. A query head's threshold is
+        its place in the KV group, times the groups, so every group loses equally many:
 
-            wq's heads        | q0 q1 q2 q3 | q0 q1 q2 q3 |      8 heads in 2 groups
-            rank              |  0  2  4  6 |  0  2  4  6 |
+            wq's heads        | q0 q1 q2 q3 | q4 q5 q6 q7 |      8 heads in 2 groups
+            threshold         |  0  2  4  6 |  0  2  4  6 |
             mask, 4 heads     |  1  1  0  0 |  1  1  0  0 |
         """
         c = self.config
@@ -218,14 +208,15 @@ class Space:
         groups = kv_groups(c)
         heads_per_group = c.n_heads // groups
         place_in_group = torch.arange(c.n_heads) % heads_per_group
-        rank = dict(dim=torch.arange(c.dim),
-                    n_heads=place_in_group * groups,
-                    ffn_dim=torch.arange(c.ffn_dim),
-                    n_layers=torch.tensor(self.layer_order).argsort())  # the inverse permutation
+        threshold = dict(
+            dim=torch.arange(c.dim),
+            n_heads=place_in_group * groups,
+            ffn_dim=torch.arange(c.ffn_dim),
+            n_layers=torch.tensor(self.layer_order).argsort())  # the inverse permutation
         self.masks = []
         for axis in AXES:
             sizes = torch.tensor(self.choices[axis])
-            kept = rank[axis] < sizes[:, None]  # choices, units
+            kept = threshold[axis] < sizes[:, None]  # choices, units
             self.masks.append(kept.float())
 
     def subnet(self, sizes) -> SubNet:
@@ -258,12 +249,12 @@ class Space:
         if costs is None:
             costs = self.costs
 
-        # Where nothing fits, even the smallest member would break the budget: an error.
+        # Not even the smallest member fits: an error.
         fits = costs <= budget
         if not fits.any():
             smallest = costs.min().item()
             enough = smallest + 5e-5  # still enough when rounded to four digits
-            fail(f"budget {budget:g} is below the smallest sub-network, {smallest:.4f} of the full "
+            fail(f"budget {budget:g} is below the smallest slice, {smallest:.4f} of the full "
                  f"model; ask for --budget {enough:.4f} or more, or train with smaller choices")
 
         # The rule: what fits and leaves less than delta of the budget unused.

@@ -1,18 +1,30 @@
 """
-Trains one Llama so that every prefix of it is a good Llama, and a router that picks the prefix for
-a budget.
+Trains one Llama so that a slice of it is a good Llama at every budget, and the router that picks
+the slice.
 
 LLaMaFlex (ICLR 2025) Sec. 3: every step runs every budget, each on its own tokens. The loss of a
-step is the mean over budgets (Eq. 8 has the sum: the same to AdamW, but not to --clip).
+step is the mean over budgets. (Eq. 8 has the sum. AdamW does not care about the factor, --clip
+does.)
 
-    python train.py                              the demo: text of this machine, two CPU cores, minutes
-    torchrun --nproc_per_node=2 train.py         the same on two processes
+    python train.py                           the demo: text of this machine, two CPU cores, minutes
+    torchrun --nproc_per_node=2 train.py      the same on two processes
     torchrun --nproc_per_node=8 train.py --llama Llama-3.1-8B --data data/mytext --out out/flex-8b
 
 The demo first trains a small dense Llama into out/base, with the same loop: a dense run is an
 elastic run whose only budget is 1. Then the units are ranked and sorted (importance.py), the family
 is trained, and a table of budgets is printed. What is not the method (flags, log, checkpoints,
 signals) is in plumbing/.
+
+The settings of the method (all flags: plumbing/settings.py), for the demo and, in brackets, for
+models over 100M parameters, as the paper has them:
+
+    budgets    1 .8 .6 .4             in every step
+    steps      450 (28,800)           of 1,024 (524,288) tokens per budget
+    lr         1e-3 (4e-5)            the Llama's
+    router_lr  1.4e-3 (4e-2)          the router's and the modulation's
+    tau        1 -> .056              how soft the router's choice is
+    kappa      1 -> 10                its logits against the noise
+    soft       1 -> 0                 share of soft passes, from .12 to .45 of the steps
 """
 import argparse
 import math
@@ -89,19 +101,20 @@ def schedule(step: int, args: argparse.Namespace) -> tuple[float, float, float]:
     soft    0 until router_start, then from soft_prob down to 0 at soft_end
 
     Soft passes teach the router, and cost the full width. Before router_start the router does not
-    learn: what is best before training is not what is best after. After soft_end it has decided."""
+    learn: what is best before training is not what is best after. After soft_end the loss
+    does not reach it any more: it has decided. (A penalty, if there is one, still does.)"""
     t = step / max(1, args.steps - 1)  # 0 at the first step, 1 at the last
     tau = args.tau_end ** t
     kappa = 1 + (args.kappa_end - 1) * t
-    soft = 0.0
+    soft_share = 0.0
     if t >= args.router_start:
         left = (args.soft_end - t) / max(1e-9, args.soft_end - args.router_start)
-        soft = args.soft_prob * max(0.0, left)
-    return tau, kappa, soft
+        soft_share = args.soft_prob * max(0.0, left)
+    return tau, kappa, soft_share
 
 
 # -----------------------------------------------------------------------------
-# optimizers: the Llama, the router and the modulation each have a rate and a clip of their own
+# optimizers: the Llama, the router and the modulation each have a rate, and are clipped apart
 
 
 def parts(model: Llama, router: Router | None) -> dict[str, list[nn.Parameter]]:
@@ -240,6 +253,7 @@ def run_pass(wrapped, x, y, args, device, n_budgets: int, meet: bool, marginals=
     for m in range(0, local, micro):
         tokens = x[m:m + micro].to(device)
         targets = y[m:m + micro].to(device)
+        # Gates are made anew: a backward frees the graph from them to the marginals.
         gates = None if marginals is None else space.gates(marginals)
         last = m + micro >= local
         with gradients_meet(wrapped, meet and last):
@@ -261,8 +275,8 @@ def train_step(wrapped, model, router, shards, step, args, device, teacher=None)
     tau, kappa, soft_share = schedule(step, args)
     budgets = budgets_of_step(step, args)
     n = len(budgets)
-    rows = args.batch_tokens // args.seq_len  # sequences per budget, over all ranks
-    local = rows // WORLD                     # this rank's share of them
+    sequences = args.batch_tokens // args.seq_len  # per budget, over all ranks
+    local = sequences // WORLD                     # this rank's share of them
     handover = Handover(device)
     penalties = []
     passes = []
@@ -293,10 +307,12 @@ def train_step(wrapped, model, router, shards, step, args, device, teacher=None)
         if choice.subnet != model.full and args.modulation != "none":
             factors = handover.give(router.modulation(choice.subnet))
 
-        # 4. The pass, on the budget's own tokens: this rank's rows of the batch. Gradients add up
-        #    over all passes, and meet those of the other ranks in the last one.
-        first = i * rows + RANK * local
-        x, y = shards.batch(step, n * rows, first, first + local)
+        # 4. The pass, on the budget's own tokens. The batch of the step has n * sequences rows,
+        #    budget after budget; this rank takes `local` of them. Gradients add up over all passes.
+        #    Under ddp and zero1 they meet those of the other ranks in the last pass, under fsdp in
+        #    every one.
+        first = i * sequences + RANK * local
+        x, y = shards.batch(step, n * sequences, first, first + local)
         loss = run_pass(wrapped, x, y, args, device, n, meet=i == n - 1, subnet=runs,
                         factors=factors, teacher=teacher if budget < 1 else None, **given)
         passes.append(dict(budget=budget, subnet=choice.subnet, soft=soft, max_p=choice.max_p,
@@ -346,14 +362,15 @@ def train(model, router, data, orders, settings: dict, args, device, tokenizer, 
         if router is not None:
             flex = router_state(router, seq_len=args.seq_len, data=settings["data"],
                                 eval_windows=args.eval_windows)
-        resume = dict(model=weights, flex=flex, optimizers=moments, step=step, bad=run.bad,
-                      orders=orders, settings=settings)
+        resume = dict(model=weights, flex=flex, optimizers=moments, step=step, orders=orders,
+                      settings=settings, bad=run.bad)  # run: the Run below
         write_checkpoint(args.out, resume, model.config, tokenizer, FLEX, flex)
 
     slower = f"--override {'--base-lr' if router is None else '--lr'} {args.lr / 2:g}"
     tokens = args.batch_tokens * (len(args.budgets) + args.extra_budgets)
-    with Run(args.out, args.steps, device, settings, start, bad, args.save_every, args.log_every,
-             args.max_bad_steps, slower, tokens) as run:
+    with Run(args.out, args.steps, device, settings, start=start, bad=bad,
+             save_every=args.save_every, log_every=args.log_every,
+             max_bad_steps=args.max_bad_steps, slower=slower, tokens=tokens) as run:
         for step in range(start, args.steps + 1):
             run.checkpoint(step, save)
             if router is not None and run.due(step, args.eval_every):
@@ -422,7 +439,7 @@ def train_family(args, base: str, router: Router, data, settings: dict, state, d
         teacher = load_llama(base, device).requires_grad_(False)  # the frozen base
     space = router.space
     asked = " ".join(f"{b:g}" for b in args.budgets)
-    say(f"elastic: budgets {asked}, {len(space.members)} sub-networks of cost "
+    say(f"elastic: budgets {asked}, {len(space.members)} slices of cost "
         f"{space.costs.min():.3f} to 1, router lr {args.router_lr:.1e}")
     train(model, router, data, orders, settings, args, device, tokenizer, state, teacher)
     show_family(args, base, orders, data[1], device)

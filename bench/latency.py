@@ -18,7 +18,7 @@ from plumbing.errors import Parser, check_at_least_one, fail
 from plumbing.family import Family, open_family
 from plumbing.latency import (LATENCY_FILE, Latency, batch_for, fractions, measure_latency,
                               run_slice, save_table)
-from plumbing.parallel import device_of
+from plumbing.parallel import default_device, device_of
 from space import choices_for, random_generator
 
 
@@ -67,7 +67,7 @@ def main(argv=None) -> None:
     p.add_argument("--seq-len", type=int, help="tokens per window (default: the model's context)")
     p.add_argument("--slices", type=int, default=6, help="random slices to check the table on")
     p.add_argument("--device", choices=["cpu", "cuda"],
-                   default="cuda" if torch.cuda.is_available() else "cpu")
+                   default=default_device())
     args = p.parse_args(argv)
     check_at_least_one(args, "rounds", "slices", "seq_len")
 

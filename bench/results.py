@@ -12,10 +12,10 @@ import statistics
 import sys
 from pathlib import Path
 
+from bench.flops import train_flops
 from plumbing.errors import Parser, fail
 from plumbing.files import atomic_write
 from plumbing.params import PARAMS, read_config
-from space import train_flops
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 SEEDS = (0, 1, 2)
@@ -442,7 +442,7 @@ def draw(r: Runs, path: Path) -> None:
     rows = [r.row(name, 1.0) for name in names if name in r.runs]
     if rows:
         axes.scatter(*points(rows), s=64, zorder=3, color=red, marker="s")
-        write_beside(axes, rows, 0, (10, 8), "separate runs, same tokens", red)
+        write_beside(axes, rows, 0, (10, 8), "four runs share the tokens", red)
 
     low, high = axes.get_ylim()
     axes.set_ylim(bottom=low - 0.15 * (high - low))  # room for the lowest name

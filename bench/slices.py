@@ -28,7 +28,7 @@ from model import Gates, Llama, LlamaConfig, SubNet
 from plumbing.errors import Parser, fail
 from plumbing.family import open_family
 from plumbing.latency import seconds
-from plumbing.parallel import autocast, device_of
+from plumbing.parallel import autocast, default_device, device_of
 from sample import generate
 from space import AXES, Space, cost
 
@@ -175,7 +175,7 @@ def add_shape(p: argparse.ArgumentParser) -> None:
     p.add_argument("--seq-len", type=int, default=256)
     p.add_argument("--rounds", type=int, default=7)
     p.add_argument("--device", choices=["cpu", "cuda"],
-                   default="cuda" if torch.cuda.is_available() else "cpu")
+                   default=default_device())
     p.add_argument("--json", action="store_true", help="one JSON object as the last line of stdout")
 
 

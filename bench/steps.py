@@ -26,6 +26,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import train
+from bench.flops import train_flops
 from bench.slices import add_shape, shape_of
 from model import Llama, LlamaConfig, SubNet, apply_rope, rope_frequencies
 from plumbing.errors import Parser
@@ -34,7 +35,7 @@ from plumbing.parallel import autocast, device_of
 from plumbing.settings import parse_args
 from plumbing.sharding import compile_blocks, compiled_graphs
 from router import Router
-from space import Space, cost, n_params, train_flops
+from space import Space, cost, n_params
 
 # bf16 without sparsity, for MFU: NVIDIA's data sheets, FLOP/s
 PEAK = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "L40S": 362e12, "4090": 165e12}

@@ -49,7 +49,7 @@ from plumbing.errors import Parser, check_at_least_one, fail
 from plumbing.family import FLEX, FLEXTRON
 from plumbing.files import make_folder
 from plumbing.latency import load_latency
-from plumbing.parallel import WORLD, say, setup
+from plumbing.parallel import WORLD, default_device, say, setup
 from plumbing.params import read_config
 from plumbing.run import Run, first_tokenizer, write_checkpoint
 from plumbing.settings import SMALL
@@ -290,7 +290,7 @@ def add_machine(p: argparse.ArgumentParser) -> None:
     add("--eval-windows", type=int, default=128, help="validation windows")
     add("--save-every", type=int, default=150, help="steps between checkpoints")
     add("--log-every", type=int, default=10, help="steps between printed lines")
-    add("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--device", choices=["cpu", "cuda"], default=default_device())
     add("--resume", action="store_true", help="go on from --out's resume.pt")
     add("--override", action="store_true", help=f"and let these differ: {', '.join(sorted(OVERRIDES))}")
     add("--max-bad-steps", type=int, default=10,

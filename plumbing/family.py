@@ -86,6 +86,14 @@ class Family:
         subnet = self.router.route(asked, self.latencies(asked) if unit == "latency" else None)
         return Member(self.model, subnet, self.router.factors(subnet))
 
+    def slice_member(self, asked: float, unit: str = "params") -> Member:
+        """member(), as one slice; fail() where every token takes its own width."""
+        member = self.member(asked, unit)
+        if member.subnet is None:
+            fail(f"{self.folder} has dynamic routers: every token takes its own width, and no slice is what they "
+                 "choose; expected static ones (python -m flextron --router static), or --budget 1.0")
+        return member
+
     def latencies(self, asked: float) -> torch.Tensor:
         """The time of every member of the router's space, (M,), in fractions of the full model's;
         fail() if none takes at most `asked`."""

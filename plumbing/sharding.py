@@ -42,8 +42,9 @@ def shard(model: Llama, kind: str, device: torch.device):
 
 
 def gradients_meet(wrapped, now: bool):
-    """Around a forward and backward: do its gradients meet those of the other ranks now, or only add up? The choice is
-    DDP's; fsdp reduces after every pass, and one process has nobody to meet."""
+    """Around a forward and backward: do its gradients meet those of the other ranks now, or only
+    add up? The choice is DDP's; fsdp reduces after every pass, and one process has nobody to
+    meet."""
     if isinstance(wrapped, DistributedDataParallel) and not now:
         return wrapped.no_sync()
     return contextlib.nullcontext()

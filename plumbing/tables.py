@@ -56,7 +56,8 @@ def before_after_table(rows: list[dict], trained: list[float], tokens: int) -> s
 
 
 # -----------------------------------------------------------------------------
-# what eval.py prints, beside the loss, of what other folders measure: each is imported where it is asked for
+# what eval.py prints, beside the loss, of what other folders measure: each is imported where it is
+# asked for
 
 
 def say_results(result: dict, trained: list[float], tasks: dict, window: int) -> None:
@@ -86,8 +87,8 @@ def say_speed(result: dict, members: list, trained: list[float], window: int, ba
 
 
 def say_widths(members: list, rows: list[dict], window: list[int] | None, tokenizer) -> None:
-    """The mean widths of every layer of a flextron folder's members; with a window of a text, what its tokens
-    took."""
+    """The mean widths of every layer of a flextron folder's members; with a window of a text, what
+    its tokens took."""
     from flextron.deployed import widths_table
     networks = [member.model for member in members]
     say(widths_table(networks, rows, window, tokenizer))

@@ -33,7 +33,7 @@ from plumbing.checkpoint import (
     save_tensors,
 )
 from plumbing.errors import Parser, check_at_least_one, fail
-from plumbing.parallel import WORLD, device_of, say
+from plumbing.parallel import WORLD, default_device, device_of, say
 from plumbing.params import PARAMS, read_config
 from search.candidates import Bounds, check_budget, cut_out
 from search.evolution import disjoint_windows, evolve
@@ -61,7 +61,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--report-windows", type=int, default=128, help="validation windows of the table at the end")
     add("--seq-len", type=int, help="tokens per window (default: the context, 2048 at most)")
     add("--seed", type=int, default=0)
-    add("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--device", choices=["cpu", "cuda"], default=default_device())
     add("--resume", action="store_true", help="go on after the last whole generation of a killed search")
     args = p.parse_args(argv)
     check_at_least_one(args, "generations", "population", "fitness_windows", "calibration_windows",

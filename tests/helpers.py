@@ -119,7 +119,7 @@ def export_at(folder, budget: float = 1.0, out=None, dtype: torch.dtype | None =
               format: str = "llama") -> tuple[Path, SubNet]:
     """An export as the command line makes it: (where, the slice)."""
     family = open_family(folder, dtype=None)
-    member = exporting.route(family, budget)
+    member = family.slice_member(budget)
     out = Path(out or default_folder(folder, budget, "params", format))
     exporting.export(family, member, out, dtype or family.model.norm.weight.dtype, format)
     return out, member.subnet
