@@ -116,7 +116,7 @@ class Trained:
             self.for_routers.load_state_dict(state["optimizers"][1])
             self.surrogate.load(state["surrogate"])
             self.start = state["step"]
-            self.bad = state["bad"]
+            self.bad = state.get("bad", 0)
             self.updates = state["updates"]
 
     def save(self, step: int, bad: int, settings: dict, args: argparse.Namespace) -> None:
