@@ -1,5 +1,6 @@
 """
-FLOPs of a training pass, counted from the shape of a Llama. Used by bench.steps (MFU) and bench.results (what runs cost).
+FLOPs of a training pass, counted from the shape of a Llama. Used by bench.steps (MFU) and
+bench.results (what runs cost).
 """
 from model import LlamaConfig, SubNet
 from space import n_params
