@@ -1,9 +1,6 @@
 """What several tests share: random, asymmetric Llamas of many shapes, slices of them, and a demo in miniature."""
 import contextlib
 import dataclasses
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,7 +15,6 @@ from plumbing.sizes import default_folder
 from router import Router
 from space import Space, kv_groups
 
-ROOT = Path(__file__).resolve().parent.parent
 GQA = LlamaConfig(dim=48, n_layers=4, n_heads=8, n_kv_heads=2, head_dim=8, ffn_dim=80, vocab_size=97, context=32)
 MHA = dataclasses.replace(GQA, n_heads=6, n_kv_heads=6)
 SHAPES = {"gqa": GQA, "mha": MHA, "tied": dataclasses.replace(GQA, tied=True),
@@ -148,12 +144,3 @@ def files_of(folder) -> dict[str, bytes]:
 def close(a, b, tolerance: float = 1e-5) -> bool:
     """Relative to the size of b, in the maximum norm."""
     return ((a - b).abs().max() / b.abs().max()).item() < tolerance
-
-
-def run(*command, cwd=ROOT, ranks: int = 0, timeout: int = 300) -> subprocess.CompletedProcess:
-    """python script.py args..., alone or under torchrun, as a user runs it; output as text."""
-    start = [sys.executable]
-    if ranks:
-        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    return subprocess.run(start + [str(c) for c in command], cwd=cwd, capture_output=True, text=True, timeout=timeout,
-                          env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})

@@ -12,7 +12,8 @@ from plumbing.checkpoint import load_llama, load_tensors, save_llama, save_tenso
 from plumbing.files import new_folder
 from model import LlamaConfig
 from plumbing.params import params_json, read_config
-from tests.helpers import GQA, MHA, SHAPES, close, files_of, one_line_error, random_llama, run, tokens_for
+from tests.helpers import GQA, MHA, SHAPES, close, files_of, one_line_error, random_llama, tokens_for
+from tests.processes import run
 from plumbing.files import atomic_write
 
 UNEVEN = dataclasses.replace(GQA, n_heads=(8, 2, 6, 4), n_kv_heads=(2, 2, 1, 4), ffn_dim=(80, 13, 41, 7))

@@ -7,9 +7,9 @@ import torch
 from model import Gates
 from plumbing.sharding import compile_blocks, compiled_graphs
 from space import Space
-from tests.helpers import GQA, ROOT, close, random_llama, run, tokens_for
-from tests.test_shard import log
-from tests.test_train import TINY, demo  # noqa: F401 (a fixture)
+from tests.helpers import GQA, close, random_llama, tokens_for
+from tests.miniature import TINY, log
+from tests.processes import ROOT, run
 
 NEEDS_COMPILER = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on CPUs")
 
@@ -52,7 +52,7 @@ train.main(sys.argv[1:])
 
 
 @pytest.mark.parametrize("ranks,flags", [(0, ["--kd", "0.5"]), (2, ["--shard", "fsdp", "--activation-checkpointing"])])
-def test_a_compiled_run_is_the_same_run(demo, tmp_path, ranks, flags):  # noqa: F811
+def test_a_compiled_run_is_the_same_run(demo, tmp_path, ranks, flags):
     """Catches blocks compiled after they were sharded, graphs cut at DDP's buckets, and a count that nobody prints."""
     root, given = demo
     flags = [*given[:2], *TINY, *flags, "--llama", root / "out/base", "--log-every", "1", "--eval-every", "100"]

@@ -19,7 +19,6 @@ from space import cost
 from tests.helpers import (
     GQA,
     MHA,
-    ROOT,
     SHAPES,
     close,
     deployed,
@@ -28,10 +27,10 @@ from tests.helpers import (
     make_supernet,
     one_line_error,
     random_llama,
-    run,
     subnets,
     tokens_for,
 )
+from tests.processes import ROOT, run
 from tests.test_model import reference_logits
 
 EXPORTED = {"gqa": GQA, "mha": MHA, "tied": SHAPES["tied"], "tied mha": dataclasses.replace(MHA, tied=True),

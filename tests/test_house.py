@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from tests.helpers import ROOT
+from tests.processes import ROOT
 
 OTHERS = ("search", "flextron", "tasks", "bench")
 ROOT_FILES = sorted(path.stem for path in ROOT.glob("*.py"))

@@ -14,8 +14,8 @@ from plumbing.checkpoint import save_llama
 from model import LlamaConfig, SubNet
 from plumbing.params import params_json
 from space import n_params
-from tests.helpers import GQA, one_line_error, random_llama, run
-from tests.test_train import demo  # noqa: F401 (a fixture)
+from tests.helpers import GQA, one_line_error, random_llama
+from tests.processes import run_afresh
 
 SMALL = LlamaConfig(dim=512, n_layers=6, n_heads=8, n_kv_heads=4, head_dim=64, ffn_dim=1536, vocab_size=1280)
 MEASURE = r"""
@@ -30,7 +30,7 @@ print(peak() - before)
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("extra", [[], ["--activation-checkpointing", "--batch-tokens", "1024"],
                                    ["--kd", "0.5"]])
-def test_the_plan_is_what_a_run_takes(demo, tmp_path, monkeypatch, extra):  # noqa: F811
+def test_the_plan_is_what_a_run_takes(demo, tmp_path, monkeypatch, extra):
     """Catches a plan that forgets a copy, or counts one that is never made: within 15 % of the measured peak."""
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")  # or glibc keeps what was freed, and it counts as taken
     root, _ = demo
@@ -43,7 +43,7 @@ def test_the_plan_is_what_a_run_takes(demo, tmp_path, monkeypatch, extra):  # no
              "--router-start", "0", "--soft-end", "1", "--device", "cpu", *extra]
     script = tmp_path / "measure.py"
     script.write_text(MEASURE)
-    done = run(script, *flags)
+    done = run_afresh(script, *flags)
     assert done.returncode == 0, done.stderr[-2000:]
     measured = int(done.stdout.splitlines()[-1])
     planned = memory.plan(SMALL, settings.parse_args(list(map(str, flags))), 1, bf16=False)[0]["total"]

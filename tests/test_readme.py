@@ -14,7 +14,8 @@ import data.prepare
 import tasks.download
 from model import LlamaConfig
 from plumbing.checkpoint import save_llama
-from tests.helpers import ROOT, random_llama, run
+from tests.helpers import random_llama
+from tests.processes import ROOT, run
 from tests.tiny_tasks import rows_of_tasks, write_raw
 
 PAGES = ("README.md", "search/README.md", "flextron/README.md", "tasks/README.md", "bench/README.md", "RESULTS.md")

@@ -12,7 +12,8 @@ import pytest
 import plumbing.settings
 from bench import results
 from model import LlamaConfig
-from tests.helpers import ROOT, one_line_error
+from tests.helpers import one_line_error
+from tests.processes import ROOT
 
 TINY = "--base-steps 2 --eval-windows 2 --calibration-windows 2 --seq-len 16"
 ALONE = {"same", "small", "whole", "large", "high", "scratch"}

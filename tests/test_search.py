@@ -30,9 +30,9 @@ from tests.helpers import (
     files_of,
     one_line_error,
     random_llama,
-    run,
     tokens_for,
 )
+from tests.processes import run
 
 FEW = ["--generations", "3", "--population", "10", "--fitness-windows", "3", "--calibration-windows", "6",
        "--report-windows", "4", "--device", "cpu"]

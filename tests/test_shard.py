@@ -1,24 +1,17 @@
 """shard.py: however the Llama lies on the ranks, it is the same run; a checkpoint of one kind goes on as another."""
-import json
-
 import pytest
 import torch
 
 from plumbing.checkpoint import load_tensors
-from tests.helpers import ROOT, run
-from tests.test_train import TINY, demo, gradients, parts  # noqa: F401 (a fixture)
+from tests.miniature import TINY, gradients, log, parts
+from tests.processes import ROOT, run, run_afresh
 
 TWELVE = TINY + ["--batch-tokens", "384"]  # 12 sequences: 1, 2, 3 and 4 ranks take equally many
 WAYS = [(ranks, kind) for ranks in (2, 3, 4) for kind in ("ddp", "zero1", "fsdp")]
 
 
-def log(folder, key: str) -> list:
-    """What log.jsonl says of the last run of every step."""
-    return list({r["step"]: r[key] for r in map(json.loads, open(folder / "log.jsonl")) if key in r}.values())
-
-
 @pytest.fixture(scope="module")
-def alone(demo, tmp_path_factory):  # noqa: F811
+def alone(demo, tmp_path_factory):
     """(root of the demo, folder of a run of one process, its flags)."""
     root, flags = demo
     flags = [*flags[:2], *TWELVE, "--llama", root / "out/base"]
@@ -78,7 +71,7 @@ GRADIENTS = """
 import sys, torch, train
 from pathlib import Path
 from plumbing.sharding import shard, whole
-from tests.test_train import parts
+from tests.miniature import parts
 root, out, kind, flags = Path(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4:]
 device = train.setup(train.parse_args(flags).device)
 model, router, shards, args = parts(root, flags, budgets=(1.0, 0.8, 0.5), soft_prob=1.0, soft_end=1.0)
@@ -120,7 +113,7 @@ def test_a_rank_that_dies_takes_the_others_along(alone, tmp_path):
     _, _, flags = alone
     script = tmp_path / "dies.py"
     script.write_text(DIES.replace("args[4] == 4", "args[4] == 4 and train.RANK == 1"))
-    done = run(script, *flags, "--out", tmp_path / "flex", ranks=2, timeout=60)
+    done = run_afresh(script, *flags, "--out", tmp_path / "flex", ranks=2, timeout=60)
     assert done.returncode != 0 and load_tensors(tmp_path / "flex/resume.pt")["step"] == 3
 
 

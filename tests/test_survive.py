@@ -1,12 +1,9 @@
 """train.py on bad days: killed, asked to stop, out of room, with losses that are not finite, with other rates."""
 import copy
 import json
-import os
 import shutil
 import signal
 import subprocess
-import sys
-import time
 
 import pytest
 import torch
@@ -14,8 +11,9 @@ import torch
 import plumbing.checkpoint as checkpoint
 import train
 from plumbing.checkpoint import load_tensors
-from tests.helpers import ROOT, files_of, run
-from tests.test_train import RUN, TINY, demo  # noqa: F401 (a fixture)
+from tests.helpers import files_of
+from tests.miniature import RUN, TINY
+from tests.processes import ROOT, environment_of, run, started
 
 LONG = TINY + ["--base-steps", "8", "--steps", "20", "--save-every", "2", "--eval-every", "3"]
 
@@ -66,7 +64,7 @@ def losses(folder) -> dict[int, list]:
     return {r["step"]: r["loss"] for r in map(json.loads, open(folder / "log.jsonl")) if "loss" in r}
 
 
-def test_killed_twenty_times(demo, tmp_path):  # noqa: F811
+def test_killed_twenty_times(demo, tmp_path):
     """Invariants 5 and 7. Catches a file that is half-written, state that a checkpoint forgets, and files of two steps
     that are taken for one: kill -9 in steps, evaluations and saves must leave no trace in what comes out."""
     root, flags = demo
@@ -88,17 +86,15 @@ def test_killed_twenty_times(demo, tmp_path):  # noqa: F811
 
 
 @pytest.mark.parametrize("ranks", [0, 2])
-def test_asked_to_stop(demo, tmp_path, ranks):  # noqa: F811
+def test_asked_to_stop(demo, tmp_path, ranks):
     """Catches a signal that loses the step, ends with a traceback, or leaves ranks waiting for each other; and a
     command that does not go on where it stopped."""
     root, flags = demo
     shutil.copytree(root / "out/base", tmp_path / "base")
-    start = [sys.executable] + (["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks
-                                else [])
     argv = [str(ROOT / "train.py"), *flags, "--steps", "1500", "--log-every", "1", "--save-every", "10000",
             "--eval-every", "10000", "--llama", str(tmp_path / "base"), "--out", str(tmp_path / "flex")]
-    process = subprocess.Popen(start + argv, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
-                               env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+    process = subprocess.Popen(started(*argv, ranks=ranks), stderr=subprocess.PIPE, text=True, cwd=tmp_path,
+                               env=environment_of())
     for line in process.stderr:
         if line.startswith("step     3/"):
             break
@@ -111,7 +107,7 @@ def test_asked_to_stop(demo, tmp_path, ranks):  # noqa: F811
     assert 3 < state["step"] < 1500 and f"stopped at step {state['step']} " in said
 
 
-def test_a_bad_step_is_skipped(demo, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_a_bad_step_is_skipped(demo, tmp_path, monkeypatch, capsys):
     """Catches NaN in the weights or in Adam's moments, and a run that skips for ever."""
     root, flags = demo
     flags = flags + ["--llama", str(root / "out/base"), "--out", str(tmp_path / "flex")]
@@ -143,7 +139,7 @@ def test_a_bad_step_is_skipped(demo, tmp_path, monkeypatch, capsys):  # noqa: F8
     assert load_tensors(tmp_path / "flex/resume.pt")["step"] == 3
 
 
-def test_a_full_disk_keeps_the_last_checkpoint(demo, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_a_full_disk_keeps_the_last_checkpoint(demo, tmp_path, monkeypatch, capsys):
     """Catches a checkpoint that is lost because the next one has no room."""
     root, flags = demo
     flags = flags + ["--llama", str(root / "out/base"), "--out", str(tmp_path / "flex")]
@@ -168,7 +164,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(demo, tmp_path, monkeypatch, caps
         assert (tmp_path / "flex" / name).read_bytes() == (root / "out/flex" / name).read_bytes() or name == "resume.pt"
 
 
-def test_override(demo, tmp_path, capsys):  # noqa: F811
+def test_override(demo, tmp_path, capsys):
     """Catches a rate that the optimizer's state brings back, steps that cannot be added to a finished run, and settings
     that change what the run is."""
     root, flags = demo

@@ -25,7 +25,8 @@ from tasks.likelihood import batches_of, requests_of, score
 from tasks.metrics import perplexity_stderr, task_metrics
 from tasks.questions import TASKS, Question, load_task
 from tasks.report import computed_lines, computed_tokens, encode_tasks, load_questions, measure_tasks, task_table
-from tests.helpers import GQA, ROOT, make_supernet, one_line_error, run
+from tests.helpers import GQA, make_supernet, one_line_error
+from tests.processes import ROOT, run
 from tests.tiny_tasks import rows_of_tasks, write_hf, write_jsonl, write_raw
 
 WINDOW = 960

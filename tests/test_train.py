@@ -9,53 +9,11 @@ import torch.nn.functional as F
 
 import train
 from plumbing.checkpoint import load_llama, load_tensors
-from data.prepare import prepare
-from data.shards import Shards
 from model import Llama, LlamaConfig
 from plumbing.family import open_family
-from router import Router
-from space import Space, cost
-from tests.helpers import ROOT, run
-
-# A demo in miniature: the project's own source as text, a few steps, sequences of 32 tokens.
-TINY = ["--base-steps", "8", "--steps", "6", "--seq-len", "32", "--batch-tokens", "256", "--eval-windows", "8",
-        "--calibration-windows", "8", "--eval-every", "3", "--save-every", "3", "--device", "cpu", "--log-every", "1"]
-RUN = ("consolidated.00.pth", "flex.pt", "params.json")
-
-
-@pytest.fixture(scope="session")
-def demo(tmp_path_factory):
-    """A folder with data/ and the finished tiny run in out/flex, out/base; torchrun-free."""
-    root = tmp_path_factory.mktemp("demo")
-    text = root / "text"
-    text.mkdir()
-    for path in sorted([*ROOT.glob("*.py"), *ROOT.glob("plumbing/*.py")]):
-        shutil.copy(path, text)
-    prepare([str(text)], str(root / "data"), vocab_size=600)
-    flags = ["--data", str(root / "data")] + TINY
-    train.main(flags + ["--out", str(root / "out/flex")])
-    return root, flags
-
-
-def bytes_of(folder):
-    return {name: (folder / name).read_bytes() for name in RUN}
-
-
-def parts(root, flags, budgets=(1.0, 0.5), **changes):
-    """(model, router with random last layers, shards, args) for one train_step."""
-    args = train.parse_args(flags + ["--llama", str(root / "out/base"), "--budgets", *map(str, budgets)])
-    vars(args).update(dict(router_start=0.0) | changes)
-    model = load_llama(root / "out/base")
-    router = Router(Space(model.config), args.router)
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for p in router.parameters():
-            p.add_(torch.randn(p.shape, generator=generator) * 0.1)
-    return model, router, Shards(root / "data", "train", 32, model.config.vocab_size, 0), args
-
-
-def gradients(model, router):
-    return {n: p.grad.clone() for m in (model, router) for n, p in m.named_parameters() if p.grad is not None}
+from space import cost
+from tests.miniature import bytes_of, gradients, parts
+from tests.processes import ROOT, run
 
 
 def test_dense_step_is_the_plain_loop(demo):
@@ -249,7 +207,7 @@ def test_other_settings_are_refused(demo, capsys):
 GRADIENTS = """
 import sys, torch, train
 from pathlib import Path
-from tests.test_train import parts, gradients
+from tests.miniature import parts, gradients
 root, out, flags = Path(sys.argv[1]), sys.argv[2], sys.argv[3:]
 args = train.parse_args(flags)
 device = train.setup(args.device)
