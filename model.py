@@ -464,7 +464,10 @@ class Llama(nn.Module):
         super().__init__()
         self.config = config
         self.full = SubNet.full(config)
-        self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
+        # Zeros, until init_weights or a state dict comes. nn.Embedding's own random numbers would
+        # import torch._dynamo on the meta device, a second of every program's start.
+        table = torch.zeros(config.vocab_size, config.dim)
+        self.tok_embeddings = nn.Embedding.from_pretrained(table, freeze=False)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
