@@ -22,9 +22,10 @@ that of Minitron (arXiv 2407.14679), the same authors' earlier pruning:
     channels   x is the output of a norm. A is summed over all 2 n_layers + 1 norms, because the
                residual stream is one and has one order in the whole network
     layers     take away, again and again, the layer whose absence changes the logits least:
-               sum (full - without)^2 / sum full^2. The first to go is the worst. LLaMaFlex does
-               not say how it orders layers. Block influence, 1 - cos(input, output), is the cheap
-               way; the two differ by .001 to .012 nats in the demo
+               sum (full - without)^2 / sum full^2, added up over batches of windows. The first
+               to go is the worst. LLaMaFlex does not say how it orders layers. Block influence,
+               1 - cos(input, output), is the cheap way; the two differ by .001 to .012 nats in the
+               demo
 
     python train.py --units-by random --depth-by influence     another ranking than the default
     python -m pytest -q tests/test_importance.py               sorting changes nothing

@@ -156,7 +156,8 @@ class Bounds:
         """The fewest heads per KV group, and neurons, that a mutation draws.
 
         The paper's ratios begin at .8 (attention) and .4 (MLP) for 80 %, at .6 and .1 for 50 %.
-        Ours are the straight lines through these. To meet the budget there may be fewer."""
+        Ours pass through these: for attention on a straight line, for the MLP on a steeper one that
+        ends at the tenth of fewest_neurons. To meet the budget there may be fewer."""
         of_heads = (2 * self.budget + 0.8) / 3
         of_neurons = 2 * self.budget - 1.2
         heads = int(of_heads * self.in_group)
