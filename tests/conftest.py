@@ -24,19 +24,51 @@ def pytest_configure(config):
     config.addinivalue_line("filterwarnings", "ignore:.*torch.jit:DeprecationWarning")
 
 
+# -----------------------------------------------------------------------------
+# the demo in miniature. What is made once is left as it is: a test that changes something copies it.
+
+
+@pytest.fixture(scope="module")
+def small_base():
+    """The demo's base has a small shape here, so that it is trained in a second."""
+    import train
+    from tests.miniature import SMALL_CONFIG
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "LlamaConfig", SMALL_CONFIG)
+        yield
+
+
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory):
-    """(a folder with data/ and the finished tiny run in out/flex and out/base, its flags), made once. The text is the
-    project's own source. Tests leave the folder as it is."""
+    """(a folder, flags): data/ from three files of the project, a finished run in out/base and out/flex, and two Llamas
+    of random weights in llama/ and odd/."""
     import train
     from data.prepare import prepare
-    from tests.miniature import TINY
+    from tests.miniature import ODD, SMALL_CONFIG, TINY, save_random
     root = tmp_path_factory.mktemp("demo")
     text = root / "text"
     text.mkdir()
-    for path in sorted([*ROOT.glob("*.py"), *ROOT.glob("plumbing/*.py")]):
-        shutil.copy(path, text)
+    for name in ("train.py", "model.py", "space.py"):
+        shutil.copy(ROOT / name, text)
     prepare([str(text)], str(root / "data"), vocab_size=600)
-    flags = ["--data", str(root / "data")] + TINY
-    train.main(flags + ["--out", str(root / "out/flex")])
+    save_random(root / "llama", SMALL_CONFIG(vocab_size=600), root / "data")
+    save_random(root / "odd", ODD, root / "data")
+    flags = ["--data", str(root / "data"), *TINY]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "LlamaConfig", SMALL_CONFIG)
+        train.main([*flags, "--out", str(root / "out/flex")])
     return root, flags
+
+
+@pytest.fixture(scope="session")
+def random_start(demo):
+    """(the same folder, flags of a family that starts from the random Llama)."""
+    root, flags = demo
+    return root, [*flags, "--llama", str(root / "llama")]
+
+
+@pytest.fixture(scope="session")
+def odd_start(demo):
+    """(the same folder, flags of a family that starts from the odd Llama)."""
+    root, flags = demo
+    return root, [*flags, "--llama", str(root / "odd")]

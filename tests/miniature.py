@@ -1,18 +1,35 @@
 """The demo in miniature, which many tests train or start from (the fixture `demo` in conftest.py)."""
+import dataclasses
+import functools
 import json
 
 import torch
 
 import train
 from data.shards import Shards
-from plumbing.checkpoint import load_llama
+from data.tokenizer import TOKENIZER
+from model import LlamaConfig
+from plumbing.checkpoint import load_llama, save_llama
 from router import Router
 from space import Space
+from tests.helpers import GQA, random_llama
 
-# A demo in miniature: the project's own source as text, a few steps, sequences of 32 tokens.
+# A few steps, sequences of 32 tokens.
 TINY = ["--base-steps", "8", "--steps", "6", "--seq-len", "32", "--batch-tokens", "256", "--eval-windows", "8",
         "--calibration-windows", "8", "--eval-every", "3", "--save-every", "3", "--device", "cpu", "--log-every", "1"]
+SMALL_CONFIG = functools.partial(dataclasses.replace, GQA)  # in place of LlamaConfig, whose default is the demo's
+ODD = LlamaConfig(dim=44, n_layers=3, n_heads=8, n_kv_heads=4, head_dim=8, ffn_dim=50, vocab_size=600, context=32)
 RUN = ("consolidated.00.pth", "flex.pt", "params.json")
+
+
+def save_random(folder, config: LlamaConfig, data) -> None:
+    """Writes a Llama of random weights, with the tokenizer of a data folder. Its first layers are not the best ones."""
+    model = random_llama(config)
+    with torch.no_grad():
+        for layer, size in zip(model.layers, (0.2, 1.5, 0.4, 1.0)):
+            layer.attention.wo.weight *= size
+            layer.feed_forward.w2.weight *= size
+    save_llama(folder, config, model.state_dict(), data / TOKENIZER)
 
 
 def bytes_of(folder):
@@ -21,9 +38,9 @@ def bytes_of(folder):
 
 def parts(root, flags, budgets=(1.0, 0.5), **changes):
     """(model, router with random last layers, shards, args) for one train_step."""
-    args = train.parse_args(flags + ["--llama", str(root / "out/base"), "--budgets", *map(str, budgets)])
+    args = train.parse_args(["--llama", str(root / "out/base"), *flags, "--budgets", *map(str, budgets)])
     vars(args).update(dict(router_start=0.0) | changes)
-    model = load_llama(root / "out/base")
+    model = load_llama(args.llama)
     router = Router(Space(model.config), args.router)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():

@@ -17,7 +17,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["pytest", "torch", "torch._dynamo", "torch.distributed.fsdp", "tiktoken", "tqdm"])
+SERVER.set_forkserver_preload([
+    "pytest", "numpy", "tiktoken", "tqdm", "torch", "torch._dynamo", "torch.utils.checkpoint",
+    "torch.distributed.fsdp", "torch.distributed.optim", "torch.distributed.tensor"])
 
 
 def environment_of(**more: str) -> dict[str, str]:
@@ -37,6 +39,9 @@ def child(words: list[str], cwd: str, environment: dict, out: str, err: str) -> 
     if words[0] == "-c":
         sys.argv = ["-c", *words[2:]]
         exec(compile(words[1], "<string>", "exec"), {"__name__": "__main__"})
+    elif words[0] == "-m":
+        sys.argv = words[1:]
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
     else:
         sys.argv = words
         sys.path.insert(0, str(Path(words[0]).parent))
@@ -51,7 +56,7 @@ def free_port() -> int:
 
 
 def run(*command, cwd=ROOT, ranks: int = 0, timeout: int = 300, **environment) -> subprocess.CompletedProcess:
-    """script.py args... (or -c code args...), alone or as so many ranks; output as text.
+    """python script.py args... (or -c code, or -m module), alone or as so many ranks; output as text.
 
     As torchrun does, it ends all ranks when one has failed."""
     words = [str(word) for word in command]
@@ -81,6 +86,13 @@ def run(*command, cwd=ROOT, ranks: int = 0, timeout: int = 300, **environment) -
         if status == 124:
             raise subprocess.TimeoutExpired(words, timeout, out.read_text(), err.read_text())
         return subprocess.CompletedProcess(words, status, out.read_text(), err.read_text())
+
+
+def output_of(*command) -> str:
+    """What a command prints; it must succeed."""
+    done = run(*command)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
 
 
 def run_afresh(*command, cwd=ROOT, ranks: int = 0, timeout: int = 300) -> subprocess.CompletedProcess:

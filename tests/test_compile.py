@@ -8,7 +8,7 @@ from model import Gates
 from plumbing.sharding import compile_blocks, compiled_graphs
 from space import Space
 from tests.helpers import GQA, close, random_llama, tokens_for
-from tests.miniature import TINY, log
+from tests.miniature import log
 from tests.processes import ROOT, run
 
 NEEDS_COMPILER = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on CPUs")
@@ -26,13 +26,11 @@ def step(model, space: Space, i: int, generator) -> dict:
     return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("backend,steps,checkpointing", [
-    ("eager", 60, False), ("eager", 11, True), pytest.param("inductor", 4, False, marks=NEEDS_COMPILER)])
-def test_the_same_gradients_from_few_graphs(backend, steps, checkpointing):
+@pytest.mark.parametrize("backend,steps", [("eager", 60), pytest.param("inductor", 4, marks=NEEDS_COMPILER)])
+def test_the_same_gradients_from_few_graphs(backend, steps):
     """Catches a graph that remembers the sizes or the layer it was made for, and one graph per size or layer."""
     torch._dynamo.reset()
     plain, compiled, before = random_llama(GQA), random_llama(GQA), compiled_graphs()
-    compiled.activation_checkpointing = checkpointing
     compile_blocks(compiled, backend)
     generators, graphs = [torch.Generator().manual_seed(0) for _ in range(2)], []
     for i in range(steps):
@@ -51,15 +49,15 @@ train.main(sys.argv[1:])
 """
 
 
-@pytest.mark.parametrize("ranks,flags", [(0, ["--kd", "0.5"]), (2, ["--shard", "fsdp", "--activation-checkpointing"])])
-def test_a_compiled_run_is_the_same_run(demo, tmp_path, ranks, flags):
-    """Catches blocks compiled after they were sharded, graphs cut at DDP's buckets, and a count that nobody prints."""
-    root, given = demo
-    flags = [*given[:2], *TINY, *flags, "--llama", root / "out/base", "--log-every", "1", "--eval-every", "100"]
+def test_a_compiled_run_is_the_same_run(odd_start, tmp_path):
+    """Catches blocks compiled after they were sharded, a block recomputed under another slice or other gates, a teacher
+    that changes, and a count that nobody prints."""
+    flags = [*odd_start[1], "--shard", "fsdp", "--activation-checkpointing", "--kd", "0.5",
+             "--budgets", "1.0", "0.6", "--steps", "4", "--eval-every", "100"]
     script = tmp_path / "compiled.py"
     script.write_text(COMPILED)
-    plain = run(ROOT / "train.py", *flags, "--out", tmp_path / "plain", ranks=ranks)
-    compiled = run(script, *flags, "--compile", "--out", tmp_path / "compiled", ranks=ranks)
+    plain = run(ROOT / "train.py", *flags, "--out", tmp_path / "plain", ranks=2)
+    compiled = run(script, *flags, "--compile", "--out", tmp_path / "compiled", ranks=2)
     assert plain.returncode == compiled.returncode == 0, compiled.stderr[-2000:]
     for one, two in zip(log(tmp_path / "plain", "loss"), log(tmp_path / "compiled", "loss"), strict=True):
         assert all(abs(x - y) < 1e-4 for x, y in zip(one, two)), (one, two)

@@ -5,12 +5,19 @@ import json
 import numpy as np
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
+import bench.speed as speed
 import eval as evaluation
-from plumbing.checkpoint import load_llama, save_llama
-from data.shards import write_shard
-from model import LlamaConfig
 from bench.speed import Peak
+from data.heldout import text_windows
+from data.shards import write_shard
+from data.tokenizer import BOS, load_tokenizer
+from model import LlamaConfig, SubNet
+from plumbing.checkpoint import load_llama, save_llama
+from plumbing.family import Member
+from plumbing.tables import loss_table
+from space import n_params
 from tests.helpers import (
     GQA,
     MHA,
@@ -21,7 +28,6 @@ from tests.helpers import (
     one_line_error,
     random_llama,
 )
-from data.tokenizer import BOS, load_tokenizer
 
 TEXT = "the dog sat on the cake: def ate(mat): return cat <|eot_id|> naïve 日本 🐈\n  and [line] for line in argv"
 KEYS = {"budget", "got", "params", "params_total", "dim", "layers", "n_heads", "ffn_dim", "loss", "tokens"}
@@ -54,11 +60,10 @@ def score(capsys, *argv) -> dict:
     return json.loads(out.splitlines()[-1])
 
 
-@pytest.mark.parametrize("shape", ["gqa", "mha", "tied"])
-def test_loss_on_a_file_is_the_slow_sum(tmp_path, capsys, shape):
+def test_loss_on_a_file_is_the_slow_sum(tmp_path, capsys):
     """Catches a missing BOS, windows that do not share a token or see each other, a dropped rest, a mean of
     means, and rows that are not in the order asked or whose sizes are not those that ran."""
-    model, router = make_supernet(tmp_path / "flex", SHAPES[shape])
+    model, router = make_supernet(tmp_path / "flex", GQA)
     (tmp_path / "text").write_text(TEXT, encoding="utf-8")
     tokens = tokens_of(tmp_path / "flex", TEXT)
     assert len(tokens) > 40 and (len(tokens) - 1) % 16, "this text has no rest"
@@ -76,20 +81,21 @@ def test_loss_on_a_file_is_the_slow_sum(tmp_path, capsys, shape):
     assert len({row["loss"] for row in result["rows"]}) == 3
 
 
-@pytest.mark.parametrize("context", [1, 5, 1000])
-def test_any_context(tmp_path, capsys, context):
-    """Catches a file shorter than one window that is not scored, and targets lost where windows meet."""
+def test_any_context(tmp_path):
+    """Catches a file shorter than one window that is not scored, targets lost where windows meet, and a rest that
+    counts as much as all windows before it."""
     model, _ = make_supernet(tmp_path, GQA)
-    (tmp_path / "text").write_text("the cat sat on it", encoding="utf-8")
+    tokenizer = load_tokenizer(tmp_path / "tokenizer.model")
     tokens = tokens_of(tmp_path, "the cat sat on it")
     for end in (2, 6, 11, len(tokens)):  # one target; exactly one window of 5, exactly two, some
-        text = load_tokenizer(tmp_path / "tokenizer.model").decode(tokens[1:end])
+        text = tokenizer.decode(tokens[1:end])
         (tmp_path / "text").write_text(text, encoding="utf-8")
         ids = tokens_of(tmp_path, text)
-        row = score(capsys, "--model", tmp_path, "--text", tmp_path / "text", "--budgets", 1,
-                    "--seq-len", context)["rows"][0]
-        loss, n = slow_loss(model, ids, context)
-        assert abs(row["loss"] - loss) < 1e-4 * loss and row["tokens"] == n == len(ids) - 1
+        for context in (1, 5, 1000):
+            pairs = text_windows(tmp_path / "text", tokenizer, context)
+            row = evaluation.mean_loss(Member(model, model.full), pairs, 2)
+            loss, n = slow_loss(model, ids, context)
+            assert abs(row["loss"] - loss) < 1e-4 * loss and row["tokens"] == n == len(ids) - 1
 
 
 def test_line_ends_are_scored_as_they_are(tmp_path, capsys):
@@ -107,13 +113,12 @@ def test_export_scores_as_the_supernet_does(tmp_path, capsys, shape):
     (tmp_path / "text").write_text(TEXT, encoding="utf-8")
     ask = lambda model, *rest: score(capsys, "--model", model, "--text", tmp_path / "text", "--seq-len", 16,
                                      *rest)["rows"][0]
-    for budget in (0.8, 0.5):
-        flex = ask(tmp_path / "flex", "--budgets", budget)
-        slim = ask(export_at(tmp_path / "flex", budget, tmp_path / "slim")[0])
-        assert slim["budget"] == slim["got"] == 1 and abs(slim["loss"] - flex["loss"]) < 1e-4 * flex["loss"]
-        assert all(slim[k] == flex[k] for k in ("params", "params_total", "dim", "n_heads", "ffn_dim", "tokens"))
-        everything = sum(p.numel() for p in load_llama(tmp_path / "slim").parameters())
-        assert slim["params_total"] == everything
+    flex = ask(tmp_path / "flex", "--budgets", 0.5)
+    slim = ask(export_at(tmp_path / "flex", 0.5, tmp_path / "slim")[0])
+    assert slim["budget"] == slim["got"] == 1 and abs(slim["loss"] - flex["loss"]) < 1e-4 * flex["loss"]
+    assert all(slim[k] == flex[k] for k in ("params", "params_total", "dim", "n_heads", "ffn_dim", "tokens"))
+    everything = sum(p.numel() for p in load_llama(tmp_path / "slim").parameters())
+    assert slim["params_total"] == everything
 
 
 def test_shards_are_scored_without_text(tmp_path, capsys):
@@ -124,7 +129,7 @@ def test_shards_are_scored_without_text(tmp_path, capsys):
     rows = score(capsys, "--model", tmp_path, "--data", tmp_path, "--seq-len", 16, "--batch", 3)["rows"]
     smallest = router.space.costs.min()
     assert [r["budget"] for r in rows] == [b for b in (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4) if b >= smallest]
-    for row in rows[::2]:
+    for row in rows[::3]:
         loss, n = slow_loss(model, ids.tolist(), 16, *deployed(router, row["budget"]))
         assert abs(row["loss"] - loss) < 1e-4 * loss and row["tokens"] == n == 64
     few = score(capsys, "--model", tmp_path, "--data", tmp_path, "--seq-len", 16, "--windows", 2, "--budgets", 1)
@@ -150,22 +155,69 @@ def test_base_is_scored_on_the_same_tokens(folders, capsys, monkeypatch):
     assert len({row["loss"] for row in result["rows"]} | {dense["loss"]}) == 3 and len(result["rows"]) == 2
 
 
-def test_speed_is_a_ratio_to_the_full_model(tmp_path, capsys):
+def test_table_of_losses():
+    """Catches columns that changed places, a star at a size in place of a trained budget, a perplexity of another
+    base, sizes of the first layer for all."""
+    rows = [dict(budget=0.8, got=0.75, dim=40, n_heads=4, ffn_dim=[13, 80, 40], layers=[0, 2, 3], params=12345,
+                 params_total=23456, loss=2.5, tokens=64),
+            dict(budget=0.75, got=0.7, dim=32, n_heads=2, ffn_dim=20, layers=[0, 2], params=1234, params_total=3456,
+                 loss=1000.0, tokens=64)]
+    header, first, second = loss_table(rows, 16, [0.75, 1.0]).splitlines()
+    names = ["budget", "got", "dim", "heads", "ffn", "layers", "parameters", "with", "emb.", "loss", "ppl"]
+    assert header.split()[:11] == names and "(64 tokens, windows of 16)" in header
+    assert first.split() == ["0.80", "0.750", "40", "4", "13-80", "3", "12,345", "23,456", "2.500", "12.18"]
+    assert second.split() == ["0.75*", "0.700", "32", "2", "20", "2", "1,234", "3,456", "1000.000", "inf"]
+    base, = loss_table([rows[0] | dict(base="out/base")], 16, []).splitlines()[1:]
+    assert base.split()[:2] == ["base", "0.750"]
+
+
+def test_ranks_share_the_windows(monkeypatch):
+    """Catches a rank that scores the inputs of some windows against the targets of others, windows scored twice, and a
+    rank without windows that counts one. Four ranks in turn: the sum of what they send is the loss of one process."""
+    model = random_llama(GQA)
+    windows = torch.randint(97, (9, 9), generator=torch.Generator().manual_seed(1))
+    pair = (windows[:, :-1], windows[:, 1:])
+    whole = evaluation.evaluate(model, pair, batch=2)[0]
+    assert whole == pytest.approx(model(*pair)[1].item(), rel=1e-5)
+    sent = []
+    monkeypatch.setattr(evaluation, "WORLD", 4)
+    monkeypatch.setattr(evaluation.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(evaluation.dist, "all_reduce", lambda total: sent.append(total.item()))
+    for rank in range(4):
+        monkeypatch.setattr(evaluation, "RANK", rank)
+        evaluation.evaluate(model, pair, batch=2)
+    assert sum(sent) / 72 == pytest.approx(whole, rel=1e-5)
+
+
+def test_speed_is_a_ratio_to_the_full_model(tmp_path, capsys, monkeypatch):
     """Catches the supernet's memory under the name of a slice, a slice that is masked, not cut, and a full model that
-    is not measured when it was not asked for. The weights alone, counted by hand, are the smallest part of a peak."""
-    config = LlamaConfig(dim=256, n_layers=4, n_heads=8, n_kv_heads=4, head_dim=32, ffn_dim=1024, context=64)
+    is not measured when it was not asked for. The work of the matrix products stands for the time, and the weights
+    alone, counted by hand, are the smallest part of a peak."""
+    def work(run, device) -> float:
+        with FlopCounterMode(display=False) as counter:
+            run()
+        return counter.get_total_flops()
+
+    monkeypatch.setattr(speed, "seconds", work)
+    monkeypatch.setattr(speed, "ROUNDS", 1)
+    config = LlamaConfig(dim=128, n_layers=4, n_heads=8, n_kv_heads=4, head_dim=16, ffn_dim=512, context=32)
     make_supernet(tmp_path, config)
     (tmp_path / "text").write_text("the cat", encoding="utf-8")
     result = score(capsys, "--model", tmp_path, "--text", tmp_path / "text", "--speed", "--batch", 2,
-                   "--budgets", 0.4, 1)
-    small, full = result["rows"]
-    assert full["speed"] == dict(prefill=1, decode=1, memory=1)
-    assert small["speed"]["prefill"] > 1 and small["speed"]["decode"] > 1  # half the work and less; about 2 and 1.5
-    weights = 4 * full["params_total"]
-    assert weights < result["speed"]["memory"] < 1.5 * weights, "fp32, a KV cache and activations of 64 tokens"
-    peak, weights = small["speed"]["memory"] * result["speed"]["memory"], 4 * small["params_total"]
-    assert weights < peak < 1.5 * weights
-    assert result["speed"]["prompt"] + result["speed"]["new"] == 64 and result["speed"]["decode"] > 0
+                   "--budgets", 0.4)
+    small, = result["rows"]
+    full = result["speed"]
+    assert (full["prompt"], full["new"]) == (24, 8)
+    # Two operations per weight that multiplies and token, and a little more in attention. Embeddings do not multiply.
+    whole_size = n_params(load_llama(tmp_path).config, SubNet.full(config), embeddings=True)
+    multiplied = small["params_total"] - 560 * small["dim"]
+    whole_multiplied = whole_size - 560 * config.dim
+    for part in ("prefill", "decode"):
+        assert small["speed"][part] == pytest.approx(whole_multiplied / multiplied, rel=0.1)
+        assert full[part] == pytest.approx(1 / (2 * whole_multiplied), rel=0.2)  # tokens "per second"
+    peak = small["speed"]["memory"] * full["memory"]
+    for size, most in ((small["params_total"], peak), (whole_size, full["memory"])):
+        assert 4 * size < most < 1.5 * 4 * size, "fp32, a KV cache and activations of 32 tokens"
 
 
 def test_peak_counts_what_is_alive_at_a_time():

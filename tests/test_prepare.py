@@ -48,17 +48,21 @@ def contents(out: Path) -> dict[str, bytes]:
 
 
 def test_two_runs_are_identical_and_the_splits_disjoint(corpus, tmp_path, capsys):
-    """Catches: an order or split that depends on the disk, the hash seed or an earlier folder."""
+    """Catches: an order or split that depends on the disk, the hash seed or an earlier folder; a script with imports
+    that only work from the project's root, or flags that reach nothing."""
     a = prepare([corpus], tmp_path / "a", vocab_size=600)
-    code = "import sys; from data.prepare import prepare; prepare([sys.argv[1]], sys.argv[2], vocab_size=600)"
-    subprocess.run([sys.executable, "-c", code, str(corpus), str(tmp_path / "b")], cwd=ROOT,
-                   check=True, capture_output=True)
-    assert contents(a) == contents(tmp_path / "b")
+    command = [sys.executable, ROOT / "data/prepare.py", "--input", "corpus", "--vocab-size", "600"]
+    script = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert script.returncode == 0, script.stderr
+    assert sorted(contents(a)) == ["tokenizer.model", "train_000000.bin", "val_000000.bin"]
+    assert contents(a) == contents(tmp_path / "data/corpus")
     train, val = texts(a, "train"), texts(a, "val")
     assert val and sorted(train + val) == [(corpus / name).read_text() for name in sorted(NAMES)]
     assert train == [(corpus / n).read_text() for n in sorted(NAMES) if not is_val(n, 0.05)]
+    n_tokens = sum(len(read_shard(path)) for path in a.glob("*.bin")) - len(NAMES)  # without the BOS of each
+    n_bytes = sum((corpus / name).stat().st_size for name in NAMES)
     out = capsys.readouterr().out
-    assert "60 documents" in out and "bytes per token" in out
+    assert "60 documents" in out and f"{n_bytes / n_tokens:.2f} bytes per token" in out
     assert load_tokenizer(a / "tokenizer.model").n_vocab == 600
 
 
@@ -97,8 +101,17 @@ def test_few_documents(tmp_path, tokenizer, capsys):
     assert len(val) == pytest.approx(0.05 * (len(train) + len(val)), abs=1)
     assert load_tokenizer(tokenizer).decode([*train[1:], *val]) == (tmp_path / "book.txt").read_text()
     assert "few documents: the last 5%" in capsys.readouterr().out
-    prepare([tmp_path / "book.txt"], out, vocab_size=540)          # and with a tokenizer of its own
-    assert load_tokenizer(out / "tokenizer.model").n_vocab == 540
+
+
+def test_the_end_of_few_documents_trains_no_tokenizer(tmp_path):
+    """Catches: the held-out end of a book that leaks into its vocabulary."""
+    text = "the quick brown fox jumps over the lazy dog\n" * 50
+    end = "zyzzyva " * 12
+    assert len(end) < 0.05 * len(text + end)
+    (tmp_path / "book.txt").write_text(text + end)
+    out = prepare([tmp_path / "book.txt"], tmp_path / "out", vocab_size=540)
+    enc = load_tokenizer(out / "tokenizer.model")
+    assert enc.n_vocab == 540 and not any(b"zy" in token for token in enc._mergeable_ranks)
 
 
 def test_shards_of_a_given_size_and_tokenizer(corpus, tmp_path, tokenizer):
@@ -213,12 +226,3 @@ def test_the_default_corpus_is_the_standard_library():
     assert not parts & {"test", "tests", "site-packages", "encodings", "__pycache__"}
     topics = dict(documents([file for file in files if file[0] == "pydoc_data/topics.py"], set()))
     assert len(topics) > 50 and topics["pydoc_data/topics.py:assert"].startswith('The "assert" statement')
-
-
-def test_the_script_runs_anywhere(corpus, tmp_path):
-    """Catches: imports that only work from the project's root, flags that reach nothing."""
-    run = subprocess.run([sys.executable, ROOT / "data/prepare.py", "--input", "corpus", "--vocab-size", "600"],
-                         cwd=tmp_path, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    assert sorted(p.name for p in (tmp_path / "data/corpus").iterdir()) == [
-        "tokenizer.model", "train_000000.bin", "val_000000.bin"]

@@ -3,25 +3,24 @@ import pytest
 import torch
 
 from plumbing.checkpoint import load_tensors
-from tests.miniature import TINY, gradients, log, parts
+from tests.miniature import gradients, log, parts
 from tests.processes import ROOT, run, run_afresh
 
-TWELVE = TINY + ["--batch-tokens", "384"]  # 12 sequences: 1, 2, 3 and 4 ranks take equally many
-WAYS = [(ranks, kind) for ranks in (2, 3, 4) for kind in ("ddp", "zero1", "fsdp")]
 
 
 @pytest.fixture(scope="module")
-def alone(demo, tmp_path_factory):
+def alone(odd_start, tmp_path_factory):
     """(root of the demo, folder of a run of one process, its flags)."""
-    root, flags = demo
-    flags = [*flags[:2], *TWELVE, "--llama", root / "out/base"]
+    root, flags = odd_start
+    flags = [*flags, "--batch-tokens", "384"]  # 12 sequences: 1, 2, 3 and 4 ranks take equally many
     folder = tmp_path_factory.mktemp("alone") / "flex"
     done = run(ROOT / "train.py", *flags, "--out", folder)
     assert done.returncode == 0, done.stderr[-2000:]
     return root, folder, flags
 
 
-@pytest.mark.parametrize("ranks,kind", WAYS)
+# 4 ranks, and 2 of zero1, come below.
+@pytest.mark.parametrize("ranks,kind", [(2, "ddp"), (3, "zero1"), (3, "fsdp")])
 def test_every_way_is_the_same_run(alone, tmp_path, ranks, kind):
     """Invariant 5. Catches a reducer that waits for a skipped layer, moments that are lost with their rank, sums taken
     for means, a rank that draws another slice, and a checkpoint that holds one rank's part."""
@@ -100,7 +99,7 @@ def test_gradients_agree(alone, tmp_path, ranks, kind):
         grads.append(torch.load(tmp_path / f"{n}.pt", weights_only=True))
     assert grads[0].keys() == grads[1].keys()
     llama = [n for n in grads[0] if n.startswith(("layers", "tok", "norm", "output"))]
-    assert len(llama) > 60 and any(n.startswith("axes") for n in grads[0])
+    assert len(llama) == 9 * 3 + 3 and any(n.startswith("axes") for n in grads[0])
     # wq's gradients are tiny, what is left when a softmax cancels: hold them to the rounding of the largest
     rounding = torch.finfo(torch.float32).eps * max(grads[0][n].norm() for n in llama)
     for names, tolerance in [([n], 1e-5) for n in llama] + [(sorted(grads[0].keys() - set(llama)), 1e-3)]:

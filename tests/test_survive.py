@@ -15,47 +15,63 @@ from tests.helpers import files_of
 from tests.miniature import RUN, TINY
 from tests.processes import ROOT, environment_of, run, started
 
-LONG = TINY + ["--base-steps", "8", "--steps", "20", "--save-every", "2", "--eval-every", "3"]
+pytestmark = pytest.mark.usefixtures("small_base")
+LONG = [*TINY, "--base-steps", "12", "--steps", "16", "--save-every", "2", "--eval-every", "3"]
 
-KILLS = """
-import os, random, signal, sys, threading, train
+# A base smaller than the demo's.
+SMALL = """
+import functools, sys, train
+train.LlamaConfig = functools.partial(train.LlamaConfig, dim=32, n_layers=3, n_heads=4, n_kv_heads=2, head_dim=8, ffn_dim=48)
+"""
+
+STRAIGHT = SMALL + """
+train.main(sys.argv[1:])
+"""
+
+# Every attempt goes on where the last one was killed: at a place of its own, `when` the n-th call of a function begins or
+# has ended. A save is three to five files, each an fsync, a rename and an fsync of the folder.
+KILLS = SMALL + """
+import os, signal
 import plumbing.progress as progress
-out, kills, flags = sys.argv[1], int(sys.argv[2]), sys.argv[3:]
-rng, killed, where = random.Random(0), 0, []
-die = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 
-def trap(kind, delay, n):
-    # die after a while, during the n-th step or evaluation, or at the n-th fsync or rename of a save
-    if kind == "time":
-        return threading.Timer(delay, die).start()
-    owner, name = {"step": (train, "train_step"), "eval": (progress, "evaluate"), "fsync": (os, "fsync"),
-                   "rename": (os, "replace")}[kind]
-    call, calls = getattr(owner, name), []
+OWNERS = dict(train_step=train, evaluate=progress, fsync=os, replace=os)
+PLACES = [
+    ("replace", 1, "before"), ("replace", 1, "after"), ("fsync", 1, "before"), ("replace", 2, "before"),
+    ("fsync", 4, "before"), ("replace", 3, "after"), ("fsync", 6, "before"), ("train_step", 1, "after"),
+    ("evaluate", 1, "before"), ("replace", 1, "before"), ("replace", 1, "after"), ("replace", 2, "before"),
+    ("replace", 2, "after"), ("replace", 3, "before"), ("replace", 4, "before"), ("replace", 4, "after"),
+    ("train_step", 1, "before"), ("train_step", 2, "after"), ("evaluate", 2, "after"), ("fsync", 8, "before"),
+]
+
+def trap(name, n, when):
+    # kill -9 at the n-th call of a function
+    owner = OWNERS[name]
+    call = getattr(owner, name)
+    calls = []
     def counted(*args, **kwargs):
         calls.append(1)
-        if len(calls) == n and kind in ("step", "eval"):
-            threading.Timer(delay / 50, die).start()
-        elif len(calls) == n:
-            rng.random() < 0.5 and call(*args, **kwargs)
-            die()
-        return call(*args, **kwargs)
+        if len(calls) < n:
+            return call(*args, **kwargs)
+        if when == "after":
+            call(*args, **kwargs)
+        os.kill(os.getpid(), signal.SIGKILL)
     setattr(owner, name, counted)
 
-for attempt in range(300):
-    kind, delay, n = rng.choice(["time", "step", "eval", "fsync", "rename"]), rng.uniform(0, 1), rng.randint(1, 9)
+def attempt(place) -> int:
+    # the status with which a run ends that goes on from what is there
     pid = os.fork()
     if pid == 0:
-        if killed < kills:
-            trap(kind, delay, n)
-        train.main(flags + ["--out", out, "--resume"])
+        if place:
+            trap(*place)
+        train.main([*sys.argv[1:], "--resume"])
         os._exit(0)
-    status = os.waitpid(pid, 0)[1]
-    if not os.WIFSIGNALED(status):
-        if killed < kills and os.WEXITSTATUS(status) == 0:
-            continue  # it was faster than its trap
-        print(killed, *where)
-        sys.exit(os.WEXITSTATUS(status))
-    killed, where = killed + 1, where + [kind]
+    return os.waitpid(pid, 0)[1]
+
+for place in PLACES:
+    status = attempt(place)
+    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, (place, status)
+assert attempt(None) == 0
+print(len(PLACES), "kills")
 """
 
 
@@ -69,14 +85,10 @@ def test_killed_twenty_times(demo, tmp_path):
     that are taken for one: kill -9 in steps, evaluations and saves must leave no trace in what comes out."""
     root, flags = demo
     flags = [*flags[:2], *LONG]
-    straight = run("-c", "import sys, train; train.main(sys.argv[1:])", *flags, "--out", tmp_path / "a/flex")
+    straight = run("-c", STRAIGHT, *flags, "--out", tmp_path / "a/flex")
     assert straight.returncode == 0, straight.stderr[-2000:]
-    script = tmp_path / "kills.py"
-    script.write_text(KILLS)
-    done = run(script, tmp_path / "b/flex", 20, *flags, timeout=900)
-    assert done.returncode == 0, done.stderr[-2000:]
-    killed, *where = done.stdout.splitlines()[-1].split()
-    assert int(killed) >= 20 and len(set(where)) >= 4, done.stdout
+    killed = run("-c", KILLS, *flags, "--out", tmp_path / "b/flex")
+    assert killed.returncode == 0 and killed.stdout.endswith("20 kills\n"), killed.stderr[-2000:]
     for stage in ("base", "flex"):
         a, b = tmp_path / "a" / stage, tmp_path / "b" / stage
         for name in set(RUN) & {p.name for p in a.iterdir()}:
@@ -86,13 +98,12 @@ def test_killed_twenty_times(demo, tmp_path):
 
 
 @pytest.mark.parametrize("ranks", [0, 2])
-def test_asked_to_stop(demo, tmp_path, ranks):
+def test_asked_to_stop(odd_start, tmp_path, ranks):
     """Catches a signal that loses the step, ends with a traceback, or leaves ranks waiting for each other; and a
     command that does not go on where it stopped."""
-    root, flags = demo
-    shutil.copytree(root / "out/base", tmp_path / "base")
+    _, flags = odd_start
     argv = [str(ROOT / "train.py"), *flags, "--steps", "1500", "--log-every", "1", "--save-every", "10000",
-            "--eval-every", "10000", "--llama", str(tmp_path / "base"), "--out", str(tmp_path / "flex")]
+            "--eval-every", "10000", "--out", str(tmp_path / "flex")]
     process = subprocess.Popen(started(*argv, ranks=ranks), stderr=subprocess.PIPE, text=True, cwd=tmp_path,
                                env=environment_of())
     for line in process.stderr:
@@ -107,10 +118,10 @@ def test_asked_to_stop(demo, tmp_path, ranks):
     assert 3 < state["step"] < 1500 and f"stopped at step {state['step']} " in said
 
 
-def test_a_bad_step_is_skipped(demo, tmp_path, monkeypatch, capsys):
+def test_a_bad_step_is_skipped(odd_start, tmp_path, monkeypatch, capsys):
     """Catches NaN in the weights or in Adam's moments, and a run that skips for ever."""
-    root, flags = demo
-    flags = flags + ["--llama", str(root / "out/base"), "--out", str(tmp_path / "flex")]
+    _, flags = odd_start
+    flags = flags + ["--out", str(tmp_path / "flex")]
     step, weights = train.train_step, []
 
     def poisoned(bad):
