@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from plumbing import describe
-from plumbing.checkpoint import load_llama, load_tensors, save_llama, save_tensors
+from plumbing.checkpoint import check_target, load_llama, load_tensors, save_llama, save_tensors
 from plumbing.files import new_folder
 from model import LlamaConfig
-from plumbing.params import params_json, read_config
+from plumbing.params import meta_ffn_dim, params_json, read_config
 from tests.helpers import GQA, MHA, SHAPES, close, files_of, one_line_error, random_llama, tokens_for
 from tests.processes import run
 from plumbing.files import atomic_write
@@ -73,8 +73,8 @@ def test_a_loaded_model_does_not_write_into_its_file(tmp_path):
 
 
 def test_dtype_and_meaning_of_missing_output(tmp_path):
-    """Catches a folder without output.weight (tied), or with rope.freqs (Llama 1, 2), that is refused, and tied
-    tensors that come apart when they are converted."""
+    """Catches a folder without output.weight (tied), or with rope.freqs (Llama 1, 2), that is refused, tied tensors
+    that come apart when they are converted, and an output that is like the embeddings in its first row alone."""
     model, tokens = saved(tmp_path, SHAPES["tied"]), tokens_for(GQA)
     state = {k: v for k, v in model.state_dict().items() if k != "output.weight"}
     save_tensors(tmp_path / "consolidated.00.pth", state | {"rope.freqs": torch.ones(4)})
@@ -82,8 +82,13 @@ def test_dtype_and_meaning_of_missing_output(tmp_path):
     assert again.config.tied and again.output.weight is again.tok_embeddings.weight
     assert {p.dtype for p in again.parameters()} == {torch.float64} and close(again(tokens)[0], model(tokens)[0])
     # Two tensors with the same values, as a checkpoint that was converted and back has them
-    save_tensors(tmp_path / "consolidated.00.pth", state | {"output.weight": state["tok_embeddings.weight"].clone()})
+    output = state["tok_embeddings.weight"].clone()
+    save_tensors(tmp_path / "consolidated.00.pth", state | {"output.weight": output})
     assert load_llama(tmp_path).config.tied
+    output[-1] += 1
+    save_tensors(tmp_path / "consolidated.00.pth", state | {"output.weight": output})
+    again = load_llama(tmp_path)
+    assert not again.config.tied and torch.equal(again.output.weight, output)
 
 
 def test_tied_is_stored_once_and_slices_leave_their_storage_behind(tmp_path):
@@ -140,8 +145,34 @@ def test_metas_params_json(tmp_path, name):
     assert (c.head_dim, c.ffn_dim, c.rope_factor) == (80, 77, 4 if rope_factor > 1 else 1)
 
 
+@pytest.mark.parametrize("more,context", [({}, 4096), (dict(norm_eps=1e-6), 2048), (dict(vocab_size=128256), 8192),
+                                          (dict(context=300), 300)])
+def test_defaults_of_a_short_params_json(tmp_path, more, context):
+    """Catches another default than Meta's for a key that is missing: multiple_of is 256, norm_eps 1e-5, theta 10000,
+    every query head has its own KV head, and RoPE is not scaled."""
+    (tmp_path / "params.json").write_text(json.dumps(dict(dim=4096, n_layers=32, n_heads=32) | more))
+    c = read_config(tmp_path)
+    assert (c.ffn_dim, c.n_kv_heads, c.head_dim, c.rope_theta, c.rope_factor) == (11008, 32, 128, 10000.0, 1.0)
+    assert (c.norm_eps, c.vocab_size) == (more.get("norm_eps", 1e-5), more.get("vocab_size", 32000))
+    assert c.context == context and not c.tied
+
+
+def test_our_params_json_says_all_of_it(tmp_path):
+    """Catches a field that is written as a constant, or not at all: every one has an odd value here."""
+    odd = LlamaConfig(dim=24, n_layers=3, n_heads=6, n_kv_heads=2, head_dim=10, ffn_dim=37, vocab_size=91,
+                      norm_eps=3e-4, rope_theta=777.0, rope_factor=5.0, context=55)
+    (tmp_path / "params.json").write_text(json.dumps(params_json(odd)))
+    assert read_config(tmp_path) == odd
+    default = LlamaConfig()
+    assert all(value != getattr(default, name) for name, value in vars(odd).items() if name != "tied")
+
+
 def test_metas_formula_gives_our_ffn_dim():
-    """Catches a multiplier that is rounded away: Meta's own code would build another MLP than the one in our file."""
+    """Catches a multiplier that is rounded away: Meta's own code would build another MLP than the one in our file; and
+    a width that is rounded where Meta cuts it off."""
+    for dim in range(16, 96):
+        for multiplier, multiple_of in [(None, 1), (1.3, 1), (1.7, 3), (0.9, 8)]:
+            assert meta_ffn_dim(dim, multiplier, multiple_of) == meta_ffn(dim, multiplier, multiple_of)
     for dim in (16, 40, 48, 127, 128, 576, 768, 2048, 3072, 4096, 5120, 8192, 16384):
         some = range(1, 5 * dim, max(1, dim // 61))
         for ffn_dim in {1, 2, 3, 255, 256, 257, 11008, 13824, 14336, 28672, 53248, *some}:
@@ -305,6 +336,20 @@ def test_new_folder_leaves_other_things_alone(tmp_path, capsys):
         assert files_of(tmp_path) == before and set(os.listdir(tmp_path)) == {"folder", "file"}
 
 
+def test_where_an_export_may_go(tmp_path, capsys):
+    """Catches an export into a folder of Meta's own, a training run, or its source: all have the files of an export, so
+    all could be replaced."""
+    for name in ("source", "meta", "run", "export"):
+        saved(tmp_path / name)
+    rewrite(tmp_path / "meta", lambda p: {key: p[key] for key in ("dim", "n_layers", "n_heads", "vocab_size")})
+    save_tensors(tmp_path / "run" / "resume.pt", dict(step=3))
+    for name in ("source", "meta", "run"):
+        with one_line_error(capsys, name, "--out"):
+            check_target(tmp_path / name, tmp_path / "source")
+    check_target(tmp_path / "export", tmp_path / "source")
+    check_target(tmp_path / "new", tmp_path / "source")
+
+
 def test_writes_are_the_same_bytes(tmp_path):
     """Catches names or times inside the file: the same model under two names must have one hash."""
     for name in ("one", "two"):
@@ -340,9 +385,10 @@ def cut_into(folder, n: int, llama2: bool, config: LlamaConfig = WHOLE, seed: in
 @pytest.mark.parametrize("tied", [False, True])
 def test_shards_are_merged(tmp_path, n, llama2, tied):
     """Catches a tensor merged along the wrong axis, in the wrong order, or taken from the first shard alone."""
-    if tied and llama2:
-        return  # no such model: its embeddings and its output would be cut along different axes
     model = cut_into(tmp_path / "llama", n, llama2, dataclasses.replace(WHOLE, tied=tied))
+    if tied and llama2:  # embeddings and output would be cut along different axes: there is one of them
+        for i in range(n):
+            shard_state(tmp_path / "llama", i, lambda s: {k: v for k, v in s.items() if k != "output.weight"})
     again = load_llama(tmp_path / "llama")
     assert again.config == model.config and again.config.tied == tied
     assert all(torch.equal(w, again.state_dict()[name]) for name, w in model.state_dict().items())

@@ -4,6 +4,8 @@ import json
 import os
 import re
 import signal
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +13,8 @@ import torch
 import eval as evaluation
 import export as exporting
 from plumbing.checkpoint import load_llama, load_tensors, save_llama
-from plumbing.sizes import amount
+from plumbing.family import open_family
+from plumbing.sizes import amount, default_folder, largest
 from router import Router
 from export import fold
 from model import SubNet
@@ -27,6 +30,7 @@ from tests.helpers import (
     make_supernet,
     one_line_error,
     random_llama,
+    random_router,
     subnets,
     tokens_for,
 )
@@ -97,13 +101,18 @@ def test_fold_of_any_subnet(tmp_path, shape, name):
 
 
 def test_fold_leaves_the_model_alone():
-    """Catches folding in place: slices are views, and the next budget would be folded on top."""
+    """Catches folding in place: slices are views, and the next budget would be folded on top. And a state dict of
+    views, which hold on to the whole supernet and change with it."""
     model, subnet = random_llama(GQA), SubNet.full(GQA)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     first = fold(model, subnet, torch.full((4, 2), 3.0))
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert all(torch.equal(v, first[k]) for k, v in fold(model, subnet, torch.full((4, 2), 3.0)).items())
     assert not torch.equal(first["layers.2.attention.wo.weight"], before["layers.2.attention.wo.weight"])
+    theirs = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    for name, w in fold(model, subnets(GQA)["all"]).items():
+        assert w.untyped_storage().data_ptr() not in theirs, name
+        assert w.is_contiguous() and w.untyped_storage().nbytes() == w.nbytes, name
 
 
 def test_bfloat16_rounds_once(tmp_path):
@@ -123,6 +132,28 @@ def test_bfloat16_rounds_once(tmp_path):
     assert twice > 0, "a test of nothing: rounding twice gives the same"
     bytes16 = (out / "consolidated.00.pth").stat().st_size
     assert bytes16 < 0.7 * (export_at(tmp_path / "flex", 0.5)[0] / "consolidated.00.pth").stat().st_size
+
+
+def test_a_bfloat16_supernet_is_folded_in_fp32(tmp_path):
+    """Catches factors multiplied in the dtype of the supernet's file, where the product is rounded once more than the
+    export asks for, and an export whose dtype is not the supernet's where none is asked for."""
+    make_supernet(tmp_path / "flex", GQA)
+    weights = tmp_path / "flex" / "consolidated.00.pth"
+    torch.save({name: w.bfloat16() for name, w in torch.load(weights).items()}, weights)
+    model = load_llama(tmp_path / "flex")  # bf16 values, in fp32
+    for flags, dtype in [([], torch.bfloat16), (["--dtype", "float32"], torch.float32)]:
+        out = tmp_path / str(dtype)
+        exporting.main(["--model", str(tmp_path / "flex"), "--budget", "0.5", "--out", str(out), *flags])
+        subnet, factors = deployed(open_family(tmp_path / "flex").router, 0.5)
+        got = load_tensors(out / "consolidated.00.pth")
+        for name, w in model.slices(subnet).items():
+            old = subnet.layers[int(name.split(".")[1])] if name.startswith("layers") else None
+            factor = 1.0
+            if name.endswith("wo.weight"):
+                factor = factors[old, 0]
+            if name.endswith("w2.weight"):
+                factor = factors[old, 1]
+            assert got[name].dtype == dtype and torch.equal(got[name], (w.detach() * factor).to(dtype)), name
 
 
 def test_export_again_gives_the_same_bytes(tmp_path):
@@ -202,11 +233,17 @@ def test_amounts():
 
 
 @pytest.mark.parametrize("shape", ["gqa", "mha", "tied"])
-def test_params_and_memory_are_never_exceeded(tmp_path, capsys, shape):
+def test_params_and_memory_are_never_exceeded(tmp_path, capsys, monkeypatch, shape):
     """Catches a limit that leaves out the embeddings or the cache, counts the wrong dtype, or takes less than fits."""
     model, router = make_supernet(tmp_path / "flex", SHAPES[shape])
-    every = [router.route(i / 1000) for i in range(1000, 0, -1) if i / 1000 >= router.space.costs.min()]
-    for k, (limit, dtype) in enumerate([(70_000, "float32"), (120_000, "bfloat16"), (10**9, "float32")]):
+    routes = {i / 1000: router.route(i / 1000) for i in range(1000, 0, -1) if i / 1000 >= router.space.costs.min()}
+    every = list(dict.fromkeys(routes.values()))  # each slice once
+    # All commands below ask the same router for the same thousand budgets: they get what it said above.
+    monkeypatch.setattr(Router, "route", lambda self, budget, costs=None: routes[budget])
+    limits = [(70_000, "float32"), (120_000, "bfloat16")]
+    if shape == "gqa":
+        limits.append((10**9, "float32"))  # all of it fits
+    for k, (limit, dtype) in enumerate(limits):
         for flag, extra in (("--params", []), ("--memory", ["--context", "500"])):
             def size(subnet):
                 slim = subnet.config(model.config)
@@ -224,6 +261,24 @@ def test_params_and_memory_are_never_exceeded(tmp_path, capsys, shape):
             assert cost(model.config, best) == pytest.approx(cost_of_config(model.config, got))
     with one_line_error(capsys, "parameters", "smallest"):
         exporting.main(["--model", str(tmp_path / "flex"), "--params", "1K"])
+
+
+def test_names_of_folders():
+    """Catches two budgets that share a folder, where the second export would replace the first."""
+    for budget, unit, format, name in [(0.5, "params", "llama", "flex-0.50"), (0.555, "params", "llama", "flex-0.555"),
+                                       (0.556, "params", "hf", "flex-0.556-hf"),
+                                       (0.5, "latency", "llama", "flex-latency-0.50")]:
+        assert default_folder("out/flex", budget, unit, format) == Path("out") / name
+
+
+def test_the_largest_slice_need_not_have_the_largest_budget(monkeypatch):
+    """Catches the first budget whose slice fits taken for that of the largest slice: a router may buy less with
+    more."""
+    small, large = SubNet.uniform(32, [0, 2], 4, 33), SubNet.uniform(40, [0, 2], 4, 60)
+    monkeypatch.setattr(Router, "route", lambda self, budget: large if 0.6 < budget < 0.7 else small)
+    family = SimpleNamespace(router=random_router(GQA))
+    assert 0.6 < largest(family, lambda subnet: subnet.dim, 40, "channels") < 0.7
+    assert largest(family, lambda subnet: subnet.dim, 39, "channels") == 1.0
 
 
 def cost_of_config(full, slim) -> float:

@@ -134,6 +134,68 @@ def test_shards_and_dtypes(tmp_path, monkeypatch):
 # without transformers
 
 
+def their_logits(folder, tokens: torch.Tensor) -> torch.Tensor:
+    """Their Llama from the description in transformers' modeling_llama.py, in float64: rotated halves, Llama 3's
+    scaling by wavelength, everything as config.json says it. Both ways to say RoPE must agree."""
+    c = json.loads((folder / "config.json").read_text())
+    w = {name: t.double() for name, t in read_safetensors(folder / "model.safetensors").items()}
+    assert c["sliding_window"] is None if c["model_type"] == "mistral" else "sliding_window" not in c
+    H, K, d, T = c["num_attention_heads"], c["num_key_value_heads"], c["head_dim"], tokens.size(1)
+    rope, old = c["rope_parameters"], c["rope_scaling"]
+    assert rope["rope_theta"] == c["rope_theta"] and (old or dict(rope_type="default")).items() <= rope.items()
+
+    f = rope["rope_theta"] ** (-torch.arange(0, d, 2).double() / d)
+    if rope["rope_type"] == "llama3":
+        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        waves = rope["original_max_position_embeddings"] * f / (2 * torch.pi)
+        smooth = (waves - low) / (high - low)
+        blend = (1 - smooth) * f / rope["factor"] + smooth * f
+        f = torch.where(waves < low, f / rope["factor"], torch.where(waves > high, f, blend))
+    angles = torch.outer(torch.arange(T).double(), f).repeat(1, 2)  # T, d: both halves
+
+    def norm(x, weight):
+        return x / (x.square().mean(-1, keepdim=True) + c["rms_norm_eps"]).sqrt() * weight
+
+    def turn(x):
+        first, second = x.chunk(2, -1)
+        return x * angles.cos() + torch.cat((-second, first), -1) * angles.sin()
+
+    x = w["model.embed_tokens.weight"][tokens]
+    for i in range(c["num_hidden_layers"]):
+        p = f"model.layers.{i}."
+        h = norm(x, w[p + "input_layernorm.weight"])
+        q, k, v = (h @ w[f"{p}self_attn.{n}_proj.weight"].T for n in "qkv")
+        q, k, v = (y.unflatten(-1, (-1, d)).transpose(1, 2) for y in (q, k, v))  # B, heads, T, d
+        k, v = k.repeat_interleave(H // K, 1), v.repeat_interleave(H // K, 1)
+        scores = turn(q) @ turn(k).transpose(2, 3) / d ** 0.5
+        scores = scores.masked_fill(~torch.ones(T, T).tril().bool(), -torch.inf)
+        y = (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
+        x = x + y @ w[p + "self_attn.o_proj.weight"].T
+        h = norm(x, w[p + "post_attention_layernorm.weight"])
+        y = torch.nn.functional.silu(h @ w[p + "mlp.gate_proj.weight"].T) * (h @ w[p + "mlp.up_proj.weight"].T)
+        x = x + y @ w[p + "mlp.down_proj.weight"].T
+    assert ("lm_head.weight" in w) != c["tie_word_embeddings"]
+    output = w["model.embed_tokens.weight"] if c["tie_word_embeddings"] else w["lm_head.weight"]
+    return norm(x, w["model.norm.weight"]) @ output.T
+
+
+@pytest.mark.parametrize("shape", READ)
+def test_their_arithmetic_gives_the_same(tmp_path, shape):
+    """Catches rows of wq or wk in Meta's order, tensors under each other's names, and a number of config.json that is
+    not the model's: RoPE's theta, factor and limits, norm_eps, KV heads, the tie, Mistral's window, the end of a
+    text."""
+    theta = 3000.0 if READ[shape].rope_factor == 1 else 5e5  # odd; scaled RoPE needs waves as long as its limits
+    model, enc = written(tmp_path / "hf", dataclasses.replace(READ[shape], norm_eps=2e-2, rope_theta=theta))
+    tokens = tokens_for(model.config, 2, 300)
+    assert close(model(tokens)[0].double(), their_logits(tmp_path / "hf", tokens), 1e-4)
+    c, g = (json.loads((tmp_path / "hf" / name).read_text()) for name in ("config.json", "generation_config.json"))
+    for said in (c, g):
+        assert (said["bos_token_id"], said["eos_token_id"]) == (enc._special_tokens[BOS], enc._special_tokens[END])
+    assert c["model_type"] == ("mistral" if "mistral" in shape else "llama")
+    assert c["vocab_size"] == 560 and c["intermediate_size"] == 80 and c["hidden_size"] == model.config.dim
+    assert c["max_position_embeddings"] == (32 if READ[shape].rope_factor == 1 else 131072)
+
+
 def read_safetensors(path) -> dict:
     """The format, read from its description."""
     data = path.read_bytes()

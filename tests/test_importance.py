@@ -1,10 +1,13 @@
-"""importance.py: sorting changes nothing, and the scores are those of the slow and obvious computation."""
+"""importance.py: sorting changes nothing, and the scores are those of the slow and obvious computation, in fp32 and in
+bf16."""
+import contextlib
+
 import pytest
 import torch
 
 from importance import activation_scores, layers_by_influence, layers_by_logits, rank, sort_
-from model import SubNet
-from tests.helpers import GQA, SHAPES, close, random_llama, tokens_for
+from model import Llama, LlamaConfig, RMSNorm, SubNet
+from tests.helpers import GQA, MHA, SHAPES, close, random_llama, tokens_for
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -19,17 +22,20 @@ def test_sorting_changes_nothing(shape):
     assert len(moved) == len(old), f"never moved: {set(old) - set(moved)}"
 
 
-def test_first_are_the_best():
-    """Catches an ascending sort: after sorting, scores must fall from first to last (heads: inside each group)."""
-    model, tokens = random_llama(GQA), tokens_for(GQA)
+@pytest.mark.parametrize("config", [GQA, MHA])
+def test_first_are_the_best(config):
+    """Catches an ascending sort, and heads of an MHA that stay where they are: after sorting, scores must fall from
+    first to last (heads: inside each group; in an MHA: all)."""
+    model, tokens = random_llama(config), tokens_for(config)
     sort_(model, rank(model, tokens))
     scores = activation_scores(model, tokens)
 
     def falls(s):
         return bool((s[..., 1:] <= s[..., :-1] * (1 + 1e-4)).all())
 
+    groups = 1 if config is MHA else config.n_kv_heads
     assert falls(torch.stack(scores["dim"]).sum(0)) and all(falls(s) for s in scores["ffn_dim"])
-    assert all(falls(s.view(GQA.n_kv_heads, -1)) for s in scores["n_heads"])
+    assert all(falls(s.view(groups, -1)) for s in scores["n_heads"])
 
 
 @pytest.mark.parametrize("units", ["activation", "random", "reversed"])
@@ -53,41 +59,193 @@ def test_yardsticks_for_the_ranking():
     assert orders["layers"] == worst_first["layers"] == one["layers"]
 
 
-def test_scores_are_the_formula():
-    """Catches a mean and a square in the wrong order, and batches that are averaged instead of summed."""
+# -----------------------------------------------------------------------------
+# scores of channels, heads and neurons
+
+
+@torch.no_grad()
+def outputs_of(model: Llama, modules: list, windows: torch.Tensor, batch: int) -> list[torch.Tensor]:
+    """What each of the modules gives out on all windows, (windows, T, units), as the model has it: fp32 or bf16."""
+    outputs = {module: [] for module in modules}
+    handles = [module.register_forward_hook(lambda m, i, o: outputs[m].append(o)) for module in modules]
+    for tokens in windows.split(batch):
+        model(tokens)
+    for handle in handles:
+        handle.remove()
+    return [torch.cat(outputs[module]) for module in modules]
+
+
+def slow_scores(model: Llama, windows: torch.Tensor, batch: int = 8) -> dict[str, torch.Tensor]:
+    """A of every unit of every module, (modules, units), from the formula: window by window, position by position, in
+    float64."""
+    n_heads, head_dim = model.config.n_heads, model.config.head_dim
+
+    def size_of_heads(x):  # n_heads * head_dim
+        heads = [x[h * head_dim:(h + 1) * head_dim] for h in range(n_heads)]
+        return torch.stack([(head * head).sum().sqrt() for head in heads])
+
+    def scores(modules, size):
+        found = []
+        for x in outputs_of(model, modules, windows, batch):
+            total = 0
+            for window in x.double():  # T, units
+                activity = sum(size(position) for position in window) / len(window)
+                total = total + activity ** 2
+            found.append(total ** 0.5)
+        return torch.stack(found)
+
+    norms = [module for module in model.modules() if isinstance(module, RMSNorm)]
+    return dict(dim=scores(norms, torch.abs),
+                n_heads=scores([block.attention.heads for block in model.layers], size_of_heads),
+                ffn_dim=scores([block.feed_forward.neurons for block in model.layers], torch.abs))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "autocast", "bf16 weights"])
+def test_scores_are_the_formula(precision):
+    """Catches a mean and a square in the wrong order, a missing |x|, batches of several sizes that are averaged instead
+    of summed, heads of other channels or with another norm, a norm that is left out, and sums of bf16 numbers that
+    are made in bf16."""
     model, tokens = random_llama(GQA), tokens_for(GQA, batch=5)
-    got, want = activation_scores(model, tokens, batch=2), torch.zeros(GQA.ffn_dim)
-    seen = []
-    handle = model.layers[2].feed_forward.neurons.register_forward_hook(lambda m, i, o: seen.append(o))
-    for row in tokens:
-        model(row[None])
-    handle.remove()
-    for n in range(GQA.ffn_dim):
-        want[n] = sum((sum(abs(v) for v in s[0, :, n].tolist()) / 17) ** 2 for s in seen) ** 0.5
-    assert torch.allclose(got["ffn_dim"][2], want, rtol=1e-4)
+    run_in = contextlib.nullcontext()
+    if precision == "autocast":
+        run_in = torch.autocast("cpu", torch.bfloat16)
+    if precision == "bf16 weights":
+        model = model.bfloat16()
+    with run_in:
+        got, want = activation_scores(model, tokens, batch=2), slow_scores(model, tokens, batch=2)
     assert [len(got[axis]) for axis in ("dim", "n_heads", "ffn_dim")] == [9, 4, 4]
+    for axis, scores in want.items():
+        assert all(s.dtype == torch.float32 for s in got[axis])
+        assert torch.allclose(torch.stack(got[axis]).double(), scores, rtol=1e-5), axis
     assert not any(module._forward_hooks for module in model.modules()), "something still listens"
 
 
-def test_layer_orders_find_the_layer_that_does_nothing():
-    """Catches reversed layer orders: a layer whose output projections are nearly zero must come last in both."""
+def test_channels_are_ranked_over_all_norms():
+    """Catches a sum over the norms that lacks one (the last, the first, those of the MLPs), or that is of squares: the
+    order must be that of all 2 n_layers + 1, and every one of them decides about some channel."""
     model, tokens = random_llama(GQA), tokens_for(GQA)
+    scores = slow_scores(model, tokens)["dim"]  # 2 n_layers + 1, dim
+    order = rank(model, tokens)["dim"].tolist()
+    assert order == scores.sum(0).argsort(descending=True).tolist()
+    others = [scores.square().sum(0), scores.amax(0)]
+    others += [scores.sum(0) - scores[left_out] for left_out in range(len(scores))]
+    assert len(others) == 2 + 9
+    for other in others:
+        assert order != other.argsort(descending=True).tolist(), "a test of nothing"
+
+
+# -----------------------------------------------------------------------------
+# orders of layers
+
+
+def loud_and_quiet() -> tuple[Llama, torch.Tensor]:
+    """(model, windows): three windows whose logits are much smaller than those of the other two, and layers of several
+    sizes. The embeddings of quiet tokens are nearly all in channel 0, which the output hardly reads."""
+    config = LlamaConfig(dim=16, n_layers=4, n_heads=4, n_kv_heads=2, head_dim=4, ffn_dim=24, vocab_size=32, context=32)
+    model, generator = random_llama(config, seed=23), torch.Generator().manual_seed(23)
     with torch.no_grad():
-        for w in (model.layers[1].attention.wo.weight, model.layers[1].feed_forward.w2.weight):
-            w.mul_(1e-3)
-    for order in (layers_by_logits(model, tokens), layers_by_influence(model, tokens)):
-        assert order[-1] == 1 and sorted(order) == [0, 1, 2, 3]
+        model.tok_embeddings.weight[16:, 0] += 6
+        model.output.weight[:, 0] *= 0.1
+        for block in model.layers:
+            size = 0.15 + 1.2 * torch.rand((), generator=generator)
+            block.attention.wo.weight.mul_(size)
+            block.feed_forward.w2.weight.mul_(size)
+    windows = torch.randint(16, (5, 9), generator=generator)
+    windows[[0, 1, 4]] += 16
+    return model, windows
 
 
-def test_layer_order_is_the_greedy_one():
-    """Catches a greedy removal that never recomputes: the second layer to go is judged without the first."""
-    model, tokens = random_llama(GQA), tokens_for(GQA)
-    order, kept = layers_by_logits(model, tokens), [0, 1, 2, 3]
-    full = model(tokens)[0]
-    for gone in order[:0:-1]:
-        damage = {}
-        for i in kept:
-            subnet = SubNet.uniform(GQA.dim, [j for j in kept if j != i], GQA.n_heads, GQA.ffn_dim)
-            damage[i] = (model(tokens, subnet=subnet)[0] - full).square().sum().item()
-        assert gone == min(kept, key=damage.get)
-        kept.remove(gone)
+def slow_order(model: Llama, windows: torch.Tensor, damage, again: bool = True) -> list[int]:
+    """Layers, best first: the one whose removal does least damage goes, then the rest is judged without it.
+
+    damage(squares of the logits' changes, squares of the full logits). again False: all are judged once, with all
+    others there."""
+    full, everything = model(windows)[0], list(range(model.config.n_layers))
+
+    def judged(kept):
+        does = {}
+        for gone in kept:
+            rest = [layer for layer in kept if layer != gone]
+            subnet = SubNet.uniform(model.config.dim, rest, model.config.n_heads, model.config.ffn_dim)
+            change = model(windows, subnet=subnet)[0] - full
+            does[gone] = damage(change.double().square(), full.double().square())
+        return does
+
+    if not again:
+        return sorted(everything, key=judged(everything).get, reverse=True)
+    kept, removed = everything, []
+    while len(kept) > 1:
+        does = judged(kept)
+        worst = min(kept, key=does.get)
+        kept = [layer for layer in kept if layer != worst]
+        removed.insert(0, worst)
+    return kept + removed
+
+
+BATCHES = [slice(0, 2), slice(2, 4), slice(4, 5)]  # of five windows, two at a time
+
+
+def relative_damage(change: torch.Tensor, full: torch.Tensor) -> torch.Tensor:
+    """The changes over the logits, both squared, of every batch, added up."""
+    return sum(change[b].sum() / full[b].sum() for b in BATCHES)
+
+
+@torch.no_grad()
+def test_layers_are_judged_again_after_every_removal():
+    """Catches layers that are all judged with all others there: what a layer is worth depends on who is still there."""
+    model, windows = loud_and_quiet()
+    want = slow_order(model, windows, relative_damage)
+    assert want != slow_order(model, windows, relative_damage, again=False), "a test of nothing"
+    assert layers_by_logits(model, windows, batch=2) == want
+
+
+@torch.no_grad()
+def test_damage_is_relative_to_the_logits_of_its_batch():
+    """Catches damage without its scale, where the batch with the largest logits decides; one scale for all batches; a
+    scale that is a mean, so that a last, smaller batch counts less; and the last batch for all of them."""
+    model, windows = loud_and_quiet()
+    others = {
+        "no scale": lambda change, full: change.sum(),
+        "one scale": lambda change, full: change.sum() / full.sum(),
+        "a mean": lambda change, full: sum(change[b].sum() / full[b].mean() for b in BATCHES),
+        "the last": lambda change, full: change[4].sum() / full[4].sum()}
+    want = slow_order(model, windows, relative_damage)
+    for name, damage in others.items():
+        assert want != slow_order(model, windows, damage), f"a test of nothing: {name}"
+    assert layers_by_logits(model, windows, batch=2) == want
+
+
+def slow_influence(model: Llama, windows: torch.Tensor) -> list[float]:
+    """1 - cos(input, output) of every layer, summed over all positions, in float64."""
+    influence = []
+    for block in model.layers:
+        turned = []
+
+        def add(block, inputs, output):
+            for a, b in zip(inputs[0].double().flatten(0, 1), output.double().flatten(0, 1)):
+                turned.append(1 - (a @ b) / (a.norm() * b.norm()))
+
+        handle = block.register_forward_hook(add)
+        for window in windows:
+            model(window[None])
+        handle.remove()
+        influence.append(sum(turned).item())
+    return influence
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16 weights"])
+@torch.no_grad()
+def test_influence_is_the_formula(precision):
+    """Catches another angle than that between a layer's input and output, a sign, batches that are forgotten, and
+    cosines in bf16, where layers that turn the stream by little are all equal."""
+    model, tokens = random_llama(GQA), tokens_for(GQA, batch=5, seed=3)
+    for block, size in zip(model.layers, (0.02, 0.026, 0.028, 0.03)):
+        block.attention.wo.weight.mul_(size)
+        block.feed_forward.w2.weight.mul_(size)
+    if precision == "bf16 weights":
+        model = model.bfloat16()
+    influence = slow_influence(model, tokens)
+    want = sorted(range(4), key=influence.__getitem__, reverse=True)
+    of_the_last = slow_influence(model, tokens[4:])
+    assert want != sorted(range(4), key=of_the_last.__getitem__, reverse=True), "a test of nothing"
+    assert layers_by_influence(model, tokens, batch=2) == want

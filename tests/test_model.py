@@ -1,19 +1,40 @@
-"""model.py: the Llama against an independent one, slices against masks, RoPE against complex numbers, the cache."""
+"""model.py: the Llama against an independent one, slices against masks, RoPE against complex numbers, the cache, and
+all of it in bf16."""
+import dataclasses
 import json
 import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from model import Gates, KVCache, LlamaConfig, Llama, SubNet, apply_rope, rope_frequencies
+from model import (
+    NO_GATES,
+    Gates,
+    KVCache,
+    Llama,
+    LlamaConfig,
+    SubNet,
+    apply_rope,
+    rope_frequencies,
+)
 from router import Modulation
 from tests.helpers import GQA, MHA, SHAPES, close, hard_gates, random_llama, subnets, tokens_for
 
 
-def reference_logits(state: dict, c: LlamaConfig, tokens: torch.Tensor) -> torch.Tensor:
+def open_gates(c: LlamaConfig) -> Gates:
+    """Gates of one on every unit."""
+    return Gates(torch.ones(c.dim), torch.ones(c.n_layers, max(c.per_layer("n_heads"))),
+                 torch.ones(c.n_layers, max(c.per_layer("ffn_dim"))), torch.ones(c.n_layers))
+
+
+def reference_logits(state: dict, c: LlamaConfig, tokens: torch.Tensor, gates: Gates | None = None,
+                     factors: torch.Tensor | None = None) -> torch.Tensor:
     """A Llama written a second time from Meta's description, one head at a time, complex RoPE, in float64; reads a raw
-    state dict and knows nothing of slices."""
+    state dict and knows nothing of slices. Every unit is multiplied by its gate, every output by its factor."""
     w = {k: v.detach().double() for k, v in state.items()}
+    gates = Gates(*[gate.double() for gate in gates or open_gates(c)])
+    factors = torch.ones(c.n_layers, 2) if factors is None else factors
     f = torch.tensor([c.rope_theta ** (-2 * j / c.head_dim) for j in range(c.head_dim // 2)], dtype=torch.float64)
     for j, x in enumerate(f.tolist()):
         wave = 2 * math.pi / x
@@ -25,8 +46,9 @@ def reference_logits(state: dict, c: LlamaConfig, tokens: torch.Tensor) -> torch
     T = tokens.size(1)
     turn = torch.polar(torch.ones(T, len(f), dtype=torch.float64), torch.outer(torch.arange(T).double(), f))
 
-    def norm(x, weight):
-        return x / (x.pow(2).mean(-1, keepdim=True) + c.norm_eps).sqrt() * weight
+    def norm(x, weight):  # a channel counts in the mean as much as its gate says
+        mean_square = (gates.dim * x.pow(2)).sum(-1, keepdim=True) / gates.dim.sum()
+        return gates.dim * weight * x / (mean_square + c.norm_eps).sqrt()
 
     def rotate(x):  # B, T, head_dim
         pairs = torch.view_as_complex(x.reshape(*x.shape[:-1], -1, 2).contiguous())
@@ -47,19 +69,46 @@ def reference_logits(state: dict, c: LlamaConfig, tokens: torch.Tensor) -> torch
             q, k, v = y @ head(wq, h), y @ head(wk, kv), y @ head(wv, kv)
             scores = rotate(q) @ rotate(k).transpose(1, 2) / c.head_dim ** 0.5
             scores = scores.masked_fill(~torch.ones(T, T).tril().bool(), -torch.inf)
-            heads.append(scores.softmax(-1) @ v)
-        x = x + torch.cat(heads, -1) @ w[p + "attention.wo.weight"].T
+            heads.append(gates.n_heads[i, h] * (scores.softmax(-1) @ v))
+        y = torch.cat(heads, -1) @ w[p + "attention.wo.weight"].T
+        x = x + gates.layers[i] * factors[i, 0] * y
         y = norm(x, w[p + "ffn_norm.weight"])
         gate = y @ w[p + "feed_forward.w1.weight"].T
-        x = x + (gate * gate.sigmoid() * (y @ w[p + "feed_forward.w3.weight"].T)) @ w[p + "feed_forward.w2.weight"].T
+        neurons = gate * gate.sigmoid() * (y @ w[p + "feed_forward.w3.weight"].T)
+        neurons = gates.ffn_dim[i, :neurons.size(-1)] * neurons
+        y = neurons @ w[p + "feed_forward.w2.weight"].T
+        x = x + gates.layers[i] * factors[i, 1] * y
     return norm(x, w["norm.weight"]) @ w["output.weight"].T
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_forward_equals_an_independent_llama(shape):
-    """Catches wrong RoPE pairing, a missing norm weight, GQA heads reading the wrong KV head, a missing causal mask."""
-    model, tokens = random_llama(SHAPES[shape]), tokens_for(SHAPES[shape])
-    assert close(model(tokens)[0].double(), reference_logits(model.state_dict(), model.config, tokens))
+    """Catches wrong RoPE pairing, a missing norm weight, GQA heads reading the wrong KV head, a missing causal mask,
+    and a loss that shifts the targets, which are shifted already, or is not the mean in nats."""
+    model, tokens, targets = random_llama(SHAPES[shape]), tokens_for(SHAPES[shape]), tokens_for(SHAPES[shape], seed=2)
+    want = reference_logits(model.state_dict(), model.config, tokens)
+    logits, loss = model(tokens, targets)
+    assert close(logits.double(), want)
+    p = want.softmax(-1).gather(-1, targets[..., None])
+    assert loss.item() == pytest.approx(-p.log().mean().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("shape", ["gqa", "mha"])
+def test_soft_gates_equal_an_independent_llama(shape):
+    """Catches what gates of 0 and 1 cannot show: a gate that is squared, applied twice, to the stream or to one output
+    of a block only, a mean in a norm that weighs channels otherwise, and a gradient that misses one of a gate's
+    places."""
+    config, generator = SHAPES[shape], torch.Generator().manual_seed(3)
+    model, tokens, targets = random_llama(config), tokens_for(config), tokens_for(config, seed=2)
+    gates = Gates(*[torch.rand(gate.shape, generator=generator).requires_grad_() for gate in open_gates(config)])
+    factors = (1 + 0.3 * torch.randn(config.n_layers, 2, generator=generator)).requires_grad_()
+    want = reference_logits(model.state_dict(), config, tokens, gates, factors)
+    want_loss = F.cross_entropy(want.flatten(0, 1), targets.flatten())
+    logits, loss = model(tokens, targets, gates=gates, factors=factors)
+    assert close(logits.double(), want)
+    learned = [*gates, factors]
+    for got, true in zip(torch.autograd.grad(loss, learned), torch.autograd.grad(want_loss, learned)):
+        assert close(got, true, 1e-4)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -80,6 +129,19 @@ def test_sliced_equals_masked_equals_cut_and_read_by_another(shape, name):
     assert close(reference_logits(state, subnet.config(config), tokens), sliced.double())
     if name != "full":
         assert not close(model(tokens, factors=factors)[0], sliced, 1e-2), "the slice computes what the full model does"
+
+
+def test_a_slice_of_a_slice():
+    """Catches KV heads, heads or neurons of another layer where every layer has its own, as in an exported
+    heterogeneous slice; one of them is MHA."""
+    config = dataclasses.replace(GQA, n_heads=(8, 2, 6, 4), n_kv_heads=(2, 2, 3, 1), ffn_dim=(80, 13, 41, 27))
+    model, tokens = random_llama(config), tokens_for(config)
+    subnet = SubNet(31, (1, 2, 3), (1, 3, 2), (9, 33, 20))
+    slim, state = subnet.config(config), model.slices(subnet)
+    assert slim.n_kv_heads == (1, 3, 1)
+    sliced = model(tokens, subnet=subnet)[0]
+    assert close(Llama.from_state(slim, state)(tokens)[0], sliced)
+    assert close(reference_logits(state, slim, tokens), sliced.double())
 
 
 @pytest.mark.parametrize("name", ["all", "per layer"])
@@ -133,14 +195,34 @@ def test_rope_is_the_complex_rotation(factor):
 @pytest.mark.parametrize("shape", ["gqa", "mha"])
 @pytest.mark.parametrize("chunks", [[17], [1] * 17, [5, 1, 1, 7, 3]])
 def test_cache_equals_recomputation(shape, chunks):
-    """Catches positions that restart at zero, and a mask aligned to the wrong corner when a chunk follows others."""
-    config = SHAPES[shape]
+    """Catches positions that restart at zero, a mask aligned to the wrong corner when a chunk follows others, and a
+    table of RoPE that does not grow with the text."""
+    config = dataclasses.replace(SHAPES[shape], context=4)
     model, tokens, subnet = random_llama(config), tokens_for(config), subnets(config)["all"]
-    whole, cache, at, parts = model(tokens, subnet=subnet)[0], KVCache(17), 0, []
+    whole = random_llama(config)(tokens, subnet=subnet)[0]  # another model: this one's table would be long already
+    cache, at, parts = KVCache(17), 0, []
     for n in chunks:
         parts.append(model(tokens[:, at:at + n], subnet=subnet, cache=cache)[0])
         at += n
     assert close(torch.cat(parts, 1), whole)
+
+
+def test_weights_at_the_start():
+    """Catches w3 scaled in the place of w2, the root of n_layers for that of 2 n_layers, norms that are random, and
+    weights that seeds do not move."""
+    config = dataclasses.replace(GQA, n_layers=8)
+    model = Llama(config).init_weights(seed=1)
+    for name, p in model.named_parameters():
+        if "norm" in name:
+            assert torch.equal(p, torch.ones_like(p)), name
+            continue
+        writes = name.endswith(("attention.wo.weight", "feed_forward.w2.weight"))
+        std = 0.02 / 4 if writes else 0.02  # 4 is the root of 2 * 8 layers
+        assert p.mean().abs() < 0.2 * std and p.std().item() == pytest.approx(std, rel=0.1), name
+    state = model.state_dict()
+    again, other = Llama(config).init_weights(seed=1).state_dict(), Llama(config).init_weights(seed=2).state_dict()
+    assert all(torch.equal(w, again[name]) for name, w in state.items())
+    assert not any(torch.equal(w, other[name]) for name, w in state.items() if "norm" not in name)
 
 
 @pytest.mark.parametrize("shape", ["gqa", "tied"])
@@ -185,3 +267,115 @@ def test_subnet_is_a_value():
     for subnet in subnets(MHA).values():
         again = SubNet(**json.loads(json.dumps(vars(subnet))))
         assert again == subnet and hash(again) == hash(subnet)
+
+
+# -----------------------------------------------------------------------------
+# bf16: under autocast as every run on a GPU, and with bf16 weights as an export is deployed
+
+
+def bf16(x: torch.Tensor) -> torch.Tensor:
+    """Rounded to bf16."""
+    return x.to(torch.bfloat16)
+
+
+def bf16_logits(model: Llama, tokens: torch.Tensor, subnet: SubNet, gates: Gates | None = None,
+                factors: torch.Tensor | None = None) -> torch.Tensor:
+    """The forward with every dtype written out: matrices and attention in bf16, norms and rotations in fp32 and rounded
+    at their end, gates of units in bf16, gates of layers and factors in fp32, the stream in the weights' dtype or
+    fp32, logits in fp32. The kernels are those of the model, so every bit must be the same."""
+    c, w = subnet.config(model.config), model.slices(subnet)
+    gates = gates or NO_GATES
+    T = tokens.size(1)
+    positions = torch.arange(T, dtype=torch.float32)
+    angles = torch.outer(positions, rope_frequencies(c))[:, None]   # T, 1, head_dim/2
+    cos, sin = angles.cos(), angles.sin()
+
+    def linear(x, name):
+        return F.linear(bf16(x), bf16(w[name]))
+
+    def norm(x, weight):
+        x32 = x.to(torch.float32)
+        square = x32 * x32
+        if gates.dim is None:
+            mean_square = square.mean(-1, keepdim=True)
+        else:
+            gate = gates.dim[:subnet.dim]
+            mean_square = (square * gate).sum(-1, keepdim=True) / gate.sum()
+            weight = weight * gate
+        return (x32 * torch.rsqrt(mean_square + c.norm_eps)).to(x.dtype) * weight
+
+    def turn(x):
+        even, odd = x[..., 0::2].to(torch.float32), x[..., 1::2].to(torch.float32)
+        return bf16(torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2))
+
+    def scaled(y, i, branch):
+        if gates.layers is not None:
+            y = y.to(torch.float32) * gates.layers[i]
+        if factors is not None:
+            y = y.to(torch.float32) * factors[i, branch]
+        return y
+
+    x = w["tok_embeddings.weight"][tokens]
+    for new, old in enumerate(subnet.layers):
+        p = f"layers.{new}."
+        h = norm(x, w[p + "attention_norm.weight"])
+        q, k, v = (linear(h, f"{p}attention.{name}.weight") for name in ("wq", "wk", "wv"))
+        q, k, v = (y.unflatten(-1, (-1, c.head_dim)) for y in (q, k, v))
+        q, k, v = turn(q).transpose(1, 2), turn(k).transpose(1, 2), v.transpose(1, 2)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+        if gates.n_heads is not None:
+            y = y * bf16(gates.n_heads[old, heads_of(model.config, subnet.n_heads[new])])[:, None]
+        x = x + scaled(linear(y.flatten(2), p + "attention.wo.weight"), old, 0)
+        h = norm(x, w[p + "ffn_norm.weight"])
+        y = F.silu(linear(h, p + "feed_forward.w1.weight")) * linear(h, p + "feed_forward.w3.weight")
+        if gates.ffn_dim is not None:
+            y = y * bf16(gates.ffn_dim[old, :subnet.ffn_dim[new]])
+        x = x + scaled(linear(y, p + "feed_forward.w2.weight"), old, 1)
+    return linear(norm(x, w["norm.weight"]), "output.weight").to(torch.float32)
+
+
+def heads_of(config: LlamaConfig, n_heads: int) -> list[int]:
+    """The query heads of a slice: the first of every KV group."""
+    group = config.n_heads // config.n_kv_heads
+    return [h for h in range(config.n_heads) if h % group < n_heads // config.n_kv_heads]
+
+
+def soft_gates(config: LlamaConfig, seed: int = 3) -> Gates:
+    """Gates as in the middle of a training: anywhere between 0 and 1."""
+    generator = torch.Generator().manual_seed(seed)
+    return Gates(*[torch.rand(gate.shape, generator=generator) for gate in open_gates(config)])
+
+
+@pytest.mark.parametrize("name", ["full", "all", "per layer"])
+def test_dtypes_under_autocast(name):
+    """Catches a stream that is rounded to bf16, gates or factors multiplied in another dtype, attention outside of its
+    kernel, queries turned in bf16, and logits or a loss left in bf16."""
+    model, tokens, subnet = random_llama(GQA), tokens_for(GQA), subnets(GQA)[name]
+    factors = 1 + 0.03 * torch.randn(GQA.n_layers, 2)
+    for more in (dict(), dict(factors=factors), dict(gates=soft_gates(GQA)),
+                 dict(gates=soft_gates(GQA), factors=factors)):
+        with torch.autocast("cpu", torch.bfloat16):
+            logits, loss = model(tokens, tokens, subnet=subnet, **more)
+        assert (logits.dtype, loss.dtype) == (torch.float32, torch.float32)
+        assert torch.equal(logits, bf16_logits(model, tokens, subnet, **more)), list(more)
+
+
+@pytest.mark.parametrize("shape", ["gqa", "mha"])
+def test_dtypes_of_bfloat16_weights(shape):
+    """Catches a norm whose squares are bf16, or whose result is rounded after its weight instead of before, RoPE in
+    bf16, and a cache in another dtype than the keys, in an exported Llama as it is deployed."""
+    model, tokens = random_llama(SHAPES[shape]).bfloat16(), tokens_for(SHAPES[shape])
+    whole, cache = model(tokens)[0], KVCache(17)
+    assert torch.equal(whole, bf16_logits(model, tokens, model.full))
+    parts = [model(part, cache=cache)[0] for part in tokens.split(6, dim=1)]
+    assert all(t.dtype == torch.bfloat16 for layer in cache.layers.values() for t in layer)
+    assert close(torch.cat(parts, 1), whole, 0.05)
+
+
+def test_positions_are_never_rounded():
+    """Catches angles in the weights' dtype: in bf16 position 257 is 256."""
+    model = random_llama(GQA)
+    want = model.rope(0, 600, torch.device("cpu"))
+    for got, table in zip(random_llama(GQA).bfloat16().rope(0, 600, torch.device("cpu")), want):
+        assert got.dtype == torch.float32 and torch.equal(got, table)
+    assert len(want[0].unique(dim=0)) == 600

@@ -6,7 +6,7 @@ import torch
 
 import sample
 from plumbing.checkpoint import load_llama, save_llama
-from sample import generate
+from sample import generate, pick
 from tests.helpers import (
     GQA,
     MHA,
@@ -54,7 +54,9 @@ def test_sampling_follows_the_softmax():
     with torch.no_grad():
         logits = model(torch.tensor([PROMPT]))[0][0, -1]
     for temperature, top_k in [(1.0, 0), (2.0, 0), (0.5, 4), (1.0, 1000)]:
-        draws = [next(generate(model, PROMPT, 1, None, None, temperature, top_k, seed)) for seed in range(250)]
+        draws = [pick(logits, temperature, top_k, torch.Generator().manual_seed(seed)).item() for seed in range(250)]
+        said = [next(generate(model, PROMPT, 1, None, None, temperature, top_k, seed)) for seed in range(5)]
+        assert said == draws[:5] and len(set(said)) > 1
         kept = logits.sort(descending=True).indices[:top_k] if top_k else torch.arange(len(logits))
         p = torch.zeros(len(logits)).index_copy(0, kept, (logits[kept] / temperature).softmax(0))
         counts = torch.tensor(draws).bincount(minlength=len(logits))
