@@ -2,6 +2,8 @@
 import dataclasses
 import functools
 import json
+import re
+import shutil
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ import plumbing.latency as timing
 from bench import latency as command
 from plumbing.checkpoint import load_llama, save_tensors
 from plumbing.family import open_family, router_state
-from plumbing.latency import LATENCY_FILE, Latency, fractions, load_latency, measure_latency, some
+from plumbing.latency import LATENCY_FILE, Latency, fractions, load_latency, measure_latency, save_table, some
 from model import SubNet
 from plumbing.params import read_config
 from space import Space
@@ -33,7 +35,7 @@ def machine(monkeypatch):
         config = GQA
         tok_embeddings = torch.nn.Embedding(4, 4)
         def forward(self, x, subnet=None):
-            Model.ms = invented(subnet or SubNet.full(GQA))
+            Model.ms = invented(subnet or SubNet.full(self.config))
     def seconds(run, device):
         run()
         return Model.ms / 1000
@@ -41,16 +43,37 @@ def machine(monkeypatch):
     return Model()
 
 
-def test_the_table_is_the_machine(machine):
+@pytest.fixture(scope="module")
+def supernet(tmp_path_factory):
+    """A supernet's folder without a table of latencies. Tests leave it as it is."""
+    folder = tmp_path_factory.mktemp("latency") / "flex"
+    make_supernet(folder, GQA)
+    return folder
+
+
+@pytest.fixture
+def flex(supernet, tmp_path, monkeypatch):
+    """A copy of the supernet's folder. The batch that is timed has two windows."""
+    shutil.copytree(supernet, tmp_path / "flex")
+    batch_for = timing.batch_for
+    for module in (timing, command):
+        monkeypatch.setattr(module, "batch_for", lambda model, tokens=None: batch_for(model, tokens)[:2])
+    return tmp_path / "flex"
+
+
+@pytest.mark.parametrize("n_layers", [4, 5])
+def test_the_table_is_the_machine(machine, n_layers):
     """Catches a layer counted twice, a fixed part that scales with depth, an axis looked up in another's column, and
     an interpolation that is off between grid points: on a machine whose times are linear the table is exact."""
-    table = json.loads(json.dumps(measure_latency(machine, odd_choices(GQA), rounds=2)))
-    found, full = Latency(table, GQA.n_layers), invented(SubNet.full(GQA))
+    config = dataclasses.replace(GQA, n_layers=n_layers)
+    machine.config = config
+    table = json.loads(json.dumps(measure_latency(machine, odd_choices(config), rounds=2)))
+    found, full = Latency(table, n_layers), invented(SubNet.full(config))
     assert table["full_ms"] == pytest.approx(full) and table["threads"] >= 1 and table["hardware"] and table["torch"]
-    for subnet in (SubNet.full(GQA), SubNet.uniform(33, [0, 2], 4, 41), SubNet(48, (0, 1, 3), (2, 8, 4), (20, 80, 47)),
-                   SubNet.uniform(25, [1], 6, 79)):
+    for subnet in (SubNet.full(config), SubNet.uniform(33, [0, 2], 4, 41), SubNet.uniform(25, [1], 6, 79),
+                   SubNet(48, (0, 1, 3), (2, 8, 4), (20, 80, 47))):
         assert found(subnet) == pytest.approx(invented(subnet) / full, rel=1e-6), subnet
-    space = Space(GQA, odd_choices(GQA), [2, 0, 3, 1])
+    space = Space(config, odd_choices(config), [2, 0, 3, 1, 4][:n_layers])
     of = found.of_members(space)
     for row in range(0, len(space.members), 17):
         assert of[row].item() == pytest.approx(found(space.subnet(space.members[row])), rel=1e-9)
@@ -110,58 +133,91 @@ def test_routing_by_latency(machine):
     assert over and router.route(1.0, found.of_members(router.space)) == SubNet.full(GQA)
 
 
-def test_export_at_a_latency(tmp_path, monkeypatch, capsys):
+def test_the_fastest_is_the_least_to_ask_for(machine, capsys):
+    """Catches an error that comes too late, or names a latency which is refused again, by rounding."""
+    found = Latency(measure_latency(machine, odd_choices(GQA), rounds=1), GQA.n_layers)
+    router = random_router(GQA)
+    fastest = found.of_members(router.space).min().item()
+    with one_line_error(capsys, "fastest", f"{fastest:.4f}") as said:
+        found.costs(router.space, fastest - 1e-6)
+    named = float(re.search(r"--latency ([\d.]+)", said[0])[1])
+    assert found(router.route(named, found.costs(router.space, named))) <= named
+
+
+def test_export_at_a_latency(flex, tmp_path, monkeypatch, capsys):
     """Catches an export that measures anew each time, forgets where the table came from, or writes another slice."""
-    make_supernet(tmp_path / "flex", GQA)
-    flags = ["--model", str(tmp_path / "flex")]
+    flags = ["--model", str(flex)]
     monkeypatch.setattr(timing, "measure_latency", functools.partial(measure_latency, rounds=1))
     export.main(flags + ["--latency", "0.9"])
-    table = (tmp_path / "flex" / LATENCY_FILE).read_bytes()
+    table = (flex / LATENCY_FILE).read_bytes()
     measured = json.loads(table)
     assert {"hardware", "threads", "torch", "python", "device", "rounds", "full_ms"} <= measured.keys()
     export.main(flags + ["--latency", "0.9", "--out", str(tmp_path / "again")])
-    assert (tmp_path / "flex" / LATENCY_FILE).read_bytes() == table
-    family = open_family(tmp_path / "flex")
-    model, router, found = family.model, family.router, load_latency(tmp_path / "flex", family.model)
+    assert (flex / LATENCY_FILE).read_bytes() == table
+    family = open_family(flex)
+    model, router, found = family.model, family.router, load_latency(flex, family.model)
     want = router.route(0.9, found.costs(router.space, 0.9))
     for name in ("flex-latency-0.90", "again"):
         assert read_config(tmp_path / name) == dataclasses.replace(want.config(model.config), context=32)
     monkeypatch.setattr(timing, "measure_latency", lambda *_: pytest.fail("measured again"))
-    (tmp_path / "flex" / LATENCY_FILE).write_text(json.dumps(measured | dict(hardware="a calculator")))
+    (flex / LATENCY_FILE).write_text(json.dumps(measured | dict(hardware="a calculator")))
     capsys.readouterr()
     export.main(flags + ["--latency", "0.9", "--dry-run"])
     assert "a calculator" in capsys.readouterr().err
 
 
-def test_timing_a_folder(tmp_path, capsys):
+def test_timing_a_folder(flex, capsys):
     """Catches a command that prints without writing its table, one of other sizes than the router's, and a table that
     is another model's."""
-    make_supernet(tmp_path / "flex", GQA)
-    command.main(["--model", str(tmp_path / "flex"), "--rounds", "1", "--slices", "2", "--device", "cpu"])
-    assert capsys.readouterr().out.count("%") == 2 and (tmp_path / "flex" / LATENCY_FILE).is_file()
-    table, sizes = json.loads((tmp_path / "flex" / LATENCY_FILE).read_text()), odd_choices(GQA)
+    command.main(["--model", str(flex), "--rounds", "1", "--slices", "2", "--device", "cpu"])
+    assert capsys.readouterr().out.count("%") == 2 and (flex / LATENCY_FILE).is_file()
+    table, sizes = json.loads((flex / LATENCY_FILE).read_text()), odd_choices(GQA)
     assert all(min(table[axis]) == min(sizes[axis]) for axis in ("n_heads", "ffn_dim"))
     other = random_llama(dataclasses.replace(GQA, ffn_dim=96))
     with one_line_error(capsys, LATENCY_FILE, "python -m bench.latency"):
-        load_latency(tmp_path / "flex", other)
+        load_latency(flex, other)
 
 
-def test_mistakes_end_in_one_line(tmp_path, capsys):
+def test_a_member_is_what_the_router_says(flex, machine):
+    """Catches a member without its factors, a latency that is answered with a budget, and marks on budgets that were
+    never trained, or on latencies."""
+    family = open_family(flex)
+    router = family.router
+    budgets = family.default_budgets()
+    assert budgets == [1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4]
+    for b in budgets:
+        member = family.member(b)
+        assert member.subnet == router.route(b)
+        if b == 1:
+            assert member.factors is None
+        else:
+            assert torch.equal(member.factors, router.modulation(member.subnet))
+    table = measure_latency(machine, router.space.choices, rounds=1)
+    save_table(flex / LATENCY_FILE, table)
+    found = Latency(table, GQA.n_layers)
+    latencies = [0.4, 0.5, 0.65, 0.8]
+    wanted = [router.route(asked, found.costs(router.space, asked)) for asked in latencies]
+    assert [family.member(asked, "latency").subnet for asked in latencies] == wanted
+    assert wanted != [router.route(asked) for asked in latencies]
+    assert family.trained_budgets() == [0.5, 1.0]
+    assert family.trained_budgets("latency") == []
+
+
+def test_mistakes_end_in_one_line(flex, capsys):
     """Catches a traceback for a latency nobody can meet, a table that is no table, a router that no latency bounds."""
-    make_supernet(tmp_path / "flex", GQA)
-    flags = ["--model", str(tmp_path / "flex"), "--dry-run"]
-    command.main(["--model", str(tmp_path / "flex"), "--rounds", "1", "--device", "cpu"])
+    flags = ["--model", str(flex), "--dry-run"]
+    command.main(["--model", str(flex), "--rounds", "1", "--device", "cpu"])
     for wrong, words in ((["--latency", "0.001"], ["0.001", "fastest"]), (["--latency", "1.5"], ["1.5", "(0, 1]"]),
                          (["--latency", "0.6", "--budget", "0.5"], ["not allowed"])):
         with one_line_error(capsys, *words):
             export.main(flags + wrong)
-    (tmp_path / "flex" / LATENCY_FILE).write_text("{}")
+    (flex / LATENCY_FILE).write_text("{}")
     with one_line_error(capsys, LATENCY_FILE, "measures it again"):
         export.main(flags + ["--latency", "0.6"])
     with one_line_error(capsys, "--rounds"):
-        command.main(["--model", str(tmp_path / "flex"), "--rounds", "0"])
-    save_tensors(tmp_path / "flex/flex.pt", router_state(random_router(GQA, "penalty"), seq_len=16))
-    (tmp_path / "flex" / LATENCY_FILE).unlink()
+        command.main(["--model", str(flex), "--rounds", "0"])
+    save_tensors(flex / "flex.pt", router_state(random_router(GQA, "penalty"), seq_len=16))
+    (flex / LATENCY_FILE).unlink()
     with one_line_error(capsys, "penalty", "latency"):
         export.main(flags + ["--latency", "0.6"])
-    assert not (tmp_path / "flex" / LATENCY_FILE).exists(), "measured before it was refused"
+    assert not (flex / LATENCY_FILE).exists(), "measured before it was refused"

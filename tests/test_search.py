@@ -17,8 +17,8 @@ import search.reform as reform
 from data.shards import Shards, write_shard
 from data.tokenizer import save_tokenizer, train_bpe
 from model import Gates, LlamaConfig, SubNet
-from plumbing.checkpoint import load_llama, save_llama
-from search.candidates import Bounds, Candidate, arranged, cut_out, resized, swapped
+from plumbing.checkpoint import load_llama, load_tensors, save_llama
+from search.candidates import Bounds, Candidate, arranged, check_budget, cut_out, resized, swapped
 from search.evolution import crossed, disjoint_windows, mutated
 from search.reform import DAMP, correction, reform_, unit_scores
 from space import kv_groups, n_params, random_generator
@@ -59,14 +59,21 @@ def some(config: LlamaConfig, budget: float, uniform: bool = False, seed: int = 
 # candidates
 
 
+def inner_sizes(model) -> list[int]:
+    """Numbers in each tensor that is no embedding: what a budget counts."""
+    return [p.numel() for name, p in model.named_parameters() if "embed" not in name and "output" not in name]
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_masked_sliced_and_written_are_the_same(shape, tmp_path):
     """Invariant 2. Catches a gather that takes other units than the masks say, heads that leave their KV group, layers
-    numbered anew in the sort, and a params.json whose lists are not the folder's shapes."""
+    numbered anew in the sort, a params.json whose lists are not the folder's shapes, and more parameters than the
+    budget has."""
     config = SHAPES[shape]
     tokens = tokens_for(config)
     model = random_llama(config)
-    for seed in range(3):
+    full = sum(inner_sizes(model))
+    for seed in range(2):
         c = some(config, 0.55, seed=seed)
         subnet = c.subnet(config)
         assert c.layers.sum() < config.n_layers or len(set(subnet.ffn_dim)) > 1
@@ -79,9 +86,9 @@ def test_masked_sliced_and_written_are_the_same(shape, tmp_path):
         assert close(written, masked)
         save_llama(tmp_path, small.config, small.state_dict())
         assert torch.equal(load_llama(tmp_path)(tokens)[0], written)
-        inner = [p.numel() for name, p in small.named_parameters()
-                 if "embed" not in name and "output" not in name]
-        assert sum(inner) == n_params(config, subnet)
+        got = sum(inner_sizes(small))
+        assert got == n_params(config, subnet)
+        assert 0.55 * full - 3 * config.dim < got <= 0.55 * full
 
 
 def test_everything_kept_is_the_model():
@@ -109,19 +116,19 @@ def test_every_candidate_meets_the_budget(config, uniform):
         bounds = bounds_for(config, budget, uniform)
         rng = random_generator(budget)
         made = [bounds.start()]
-        for k in range(12):
+        for k in range(6):
             made.append(mutated(bounds, made[k // 2], rng, depth=0.7, ratio=0.5, mask=0.5))
             made.append(crossed(bounds, made[-1], made[k // 2], rng))
         for c in made:
             subnet = c.subnet(config)
-            room = bounds.limit - n_params(config, subnet)
+            room = budget * full - n_params(config, subnet)
             step = 3 * config.dim                            # one neuron
             if uniform:
                 step *= len(subnet.layers)
             # With all neurons in, and heads that are too large a step for what is left, none can fill the room.
             if all(f == config.ffn_dim for f in subnet.ffn_dim):
                 step = max(full / config.n_layers, step)
-            assert 0 <= room < step, (budget, subnet, room / full)
+            assert -1e-6 < room < step, (budget, subnet, room / full)
             assert len(subnet.layers) >= 2
             assert min(subnet.ffn_dim) >= 8
             assert min(subnet.n_heads) >= groups
@@ -132,15 +139,30 @@ def test_every_candidate_meets_the_budget(config, uniform):
                 assert len(set(subnet.n_heads)) == 1
 
 
+def test_half_of_the_layers_is_the_fewest(capsys):
+    """Catches a network of one layer where its budget would fit into one, and a smallest budget that is not that of
+    half the layers, a head in each KV group and a tenth of the neurons."""
+    bounds = bounds_for(GQA, 0.2)
+    start = bounds.start()
+    for kept in range(4):
+        c = start._replace(layers=torch.arange(4) == kept)
+        assert bounds.repaired(c, random_generator(kept)).layers.sum() == 2
+    smallest = n_params(GQA, SubNet.uniform(48, [0, 1], 2, 8)) / n_params(GQA, SubNet.full(GQA))
+    check_budget(GQA, smallest)
+    with one_line_error(capsys, f"{smallest:.4f} (2 layers, 2 heads, 8 neurons)"):
+        check_budget(GQA, smallest - 1e-6)
+
+
 def test_a_step_too_far_is_taken_back():
     """Catches a repair that goes over the budget where a head costs more than all neurons of its layer."""
     config = dataclasses.replace(GQA, head_dim=32, ffn_dim=12)
-    for k in range(30, 101):
+    full = n_params(config, SubNet.full(config))
+    for k in range(30, 101, 2):
         for uniform in (False, True):
             bounds = bounds_for(config, k / 100, uniform)
             c = mutated(bounds, bounds.start(), random_generator(k), depth=1, ratio=1, mask=1)
             subnet = c.subnet(config)
-            assert n_params(config, subnet) <= bounds.limit
+            assert n_params(config, subnet) <= k / 100 * full + 1e-6
             assert min(subnet.ffn_dim) >= bounds.fewest_neurons
 
 
@@ -186,11 +208,13 @@ def test_what_left_out_layers_remember_is_no_part_of_the_name():
     c = some(GQA, 0.5, seed=1)
     out = (~c.layers).nonzero()[:, 0]
     assert len(out)
-    neurons = c.neurons.clone()
-    neurons[out[0]] ^= True
-    assert c._replace(neurons=neurons).key() == c.key()
-    neurons[c.layers.nonzero()[0, 0]] ^= True
-    assert c._replace(neurons=neurons).key() != c.key()
+    for part in ("heads", "neurons"):
+        masks = getattr(c, part).clone()
+        masks[out[0]] ^= True
+        assert c._replace(**{part: masks}).key() == c.key()
+        masks[c.layers.nonzero()[0, 0]] ^= True
+        assert c._replace(**{part: masks}).key() != c.key()
+    assert c._replace(layers=c.layers.roll(1)).key() != c.key()
 
 
 # -----------------------------------------------------------------------------
@@ -457,6 +481,171 @@ def test_reforming_the_whole_model_changes_nothing():
 
 
 # -----------------------------------------------------------------------------
+# a generation
+
+
+class Unrepaired(Bounds):
+    """Hands out what a mutation or a crossover makes, before the repair: (candidate, heads per group, neurons)."""
+    first: Candidate
+
+    def repaired(self, c, rng, heads=None, neurons=None):
+        return c, heads, neurons
+
+    def start(self) -> Candidate:
+        return self.first
+
+
+WIDE = dataclasses.replace(GQA, n_layers=8, n_heads=20, n_kv_heads=2)
+
+
+def few_units(config: LlamaConfig, seed: int) -> Candidate:
+    """Half of the layers, 2 heads in each KV group and 7 neurons: less than any mutation draws."""
+    g = torch.Generator().manual_seed(seed)
+
+    def drawn(units: int, n: int) -> torch.Tensor:
+        order = torch.rand(config.n_layers, units, generator=g).argsort(dim=-1)
+        return order < n
+
+    groups = kv_groups(config)
+    heads = [drawn(config.n_heads // groups, 2) for _ in range(groups)]
+    layers = torch.rand(config.n_layers, generator=g).argsort() < config.n_layers // 2
+    return Candidate(layers, torch.cat(heads, dim=1), drawn(config.ffn_dim, 7))
+
+
+def unrepaired(budget: float) -> Unrepaired:
+    """Such bounds for the WIDE Llama; the start is few_units() with seed 99."""
+    scored = bounds_for(WIDE, budget)
+    bounds = Unrepaired(WIDE, budget, scored.heads, scored.neurons)
+    bounds.first = few_units(WIDE, 99)
+    return bounds
+
+
+def changes(before: Candidate, made) -> dict[str, torch.Tensor]:
+    """What a mutation changed, per layer: bool (n_layers,)."""
+    after, heads, neurons = made
+    return dict(depth=before.layers != after.layers,
+                heads=heads != 2,
+                neurons=neurons != 7,
+                units=(before.neurons != after.neurons).any(1),
+                head_units=(before.heads != after.heads).any(1))
+
+
+def check_chances(pairs, depth: float, ratio: float, mask: float) -> None:
+    """pairs (parent, what was made of it): do the changes come with these chances, to four deviations?"""
+    found = [changes(before, made) for before, made in pairs]
+    for kind, p in dict(depth=depth, heads=ratio, neurons=ratio, units=mask, head_units=mask).items():
+        came = torch.stack([change[kind] for change in found])   # candidates, n_layers
+        if kind == "depth":                                      # one layer at most comes or goes
+            assert came.sum(1).max() == 1
+            came = came.any(1)
+        share = came.double().mean().item()
+        assert abs(share - p) < 4 * (p * (1 - p) / came.numel()) ** 0.5, (kind, share)
+
+
+def test_a_generation_has_the_papers_numbers(monkeypatch):
+    """Catches chances of mutation, proportions and parents that are not the paper's: of 100, 50 are mutants (depth .1,
+    ratio .3, mask .1), 30 are crossovers, and 20 are strong mutants of the start (ratio .3, mask .6)."""
+    bounds = unrepaired(0.8)
+    parents = [few_units(WIDE, seed) for seed in range(10)]
+    of_parents = []
+    of_start = []
+    couples = []
+
+    def watched_mutated(bounds, c, *args, **kwargs):
+        made = mutated(bounds, c, *args, **kwargs)
+        kin = of_start if c is bounds.first else of_parents
+        kin.append((c, made))
+        return made
+
+    def watched_crossed(bounds, a, b, rng):
+        couples.append((a, b))
+        return crossed(bounds, a, b, rng)
+
+    monkeypatch.setattr(evolution, "mutated", watched_mutated)
+    monkeypatch.setattr(evolution, "crossed", watched_crossed)
+    for generation in range(6):
+        children = evolution.offspring(bounds, parents, random_generator(generation), 100)
+        n = generation + 1
+        assert len(children) == 100
+        assert (len(of_parents), len(couples), len(of_start)) == (50 * n, 30 * n, 20 * n)
+    check_chances(of_parents, depth=0.1, ratio=0.3, mask=0.1)
+    check_chances(of_start, depth=0.1, ratio=0.3, mask=0.6)
+
+    # Every parent has its share of the mutants, and of both sides of the crossovers.
+    mothers, fathers = zip(*couples)
+    for chosen in ([c for c, _ in of_parents], mothers, fathers):
+        for parent in parents:
+            times = sum(c is parent for c in chosen)
+            expected = len(chosen) / 10
+            assert abs(times - expected) < 4 * expected ** 0.5
+
+
+@pytest.mark.parametrize("budget,heads,neurons", [(0.8, 8, 32), (0.5, 6, 8)])
+def test_a_mutation_draws_the_papers_ranges(budget, heads, neurons):
+    """Catches ranges that are not the paper's: at 80 % from .8 of the heads and .4 of the neurons, at 50 % from .6 and
+    .1, and up to all of them. A layer may come as well as go, and a swap leaves every count as it was."""
+    bounds = unrepaired(budget)
+    parent = few_units(WIDE, 0)
+    rng = random_generator(budget)
+    drawn_heads = []
+    drawn_neurons = []
+    came = torch.zeros(8)
+    went = torch.zeros(8)
+    for _ in range(150):
+        c, n_heads, n_neurons = mutated(bounds, parent, rng, depth=1, ratio=1, mask=1)
+        drawn_heads += n_heads.tolist()
+        drawn_neurons += n_neurons.tolist()
+        came += c.layers & ~parent.layers
+        went += parent.layers & ~c.layers
+        assert (c.neurons.sum(1) == 7).all()
+        assert (c.heads.unflatten(1, (2, 10)).sum(2) == 2).all()
+        # A tenth of the kept units, one at least, in each layer and in each KV group.
+        assert ((parent.neurons & ~c.neurons).sum(1) == 1).all()
+        assert ((parent.heads & ~c.heads).unflatten(1, (2, 10)).sum(2) == 1).all()
+    assert set(drawn_heads) == set(range(heads, 11))
+    assert set(drawn_neurons) == set(range(neurons, 81))
+    assert (came > 0).sum() == (went > 0).sum() == 4
+
+
+def test_a_mutations_sizes_are_those_of_the_candidate():
+    """Catches a mutation whose sizes are lost on the way to the repair: where the budget allows what was drawn, it
+    must come out."""
+    bounds = bounds_for(GQA, 0.8)
+    start = bounds.start()
+    rng = random_generator(0)
+    heads = torch.tensor([4, 3, 1, 4])
+    neurons = torch.tensor([20, 80, 40, 60])
+    c = bounds.repaired(start, rng, heads, neurons)
+    assert torch.equal(c.heads.sum(1) // 2, heads)
+    kept = c.neurons.sum(1)
+    assert kept[0] < kept[2] < kept[3] <= kept[1]
+    own = bounds.repaired(c, rng)                            # without any, its own
+    assert own.key() == c.key()
+
+
+def test_a_crossover_takes_every_layer_from_one_parent_or_the_other():
+    """Catches a child of one parent alone, a layer with one parent's heads and the other's neurons, and a child that is
+    repaired from other sizes than its own."""
+    bounds = unrepaired(0.8)
+    a = few_units(WIDE, 0)
+    b = few_units(WIDE, 1)
+    rng = random_generator(0)
+    draws = 200
+    from_a = torch.zeros(8)
+
+    def same(layer: int, child: Candidate, parent: Candidate) -> bool:
+        return all(torch.equal(mine[layer], theirs[layer]) for mine, theirs in zip(child, parent))
+
+    for _ in range(draws):
+        child, heads, neurons = crossed(bounds, a, b, rng)
+        assert heads is None and neurons is None             # the child's own sizes
+        for layer in range(8):
+            assert same(layer, child, a) != same(layer, child, b)
+            from_a[layer] += same(layer, child, a)
+    assert (abs(from_a - draws / 2) < 4 * (draws / 4) ** 0.5).all()
+
+
+# -----------------------------------------------------------------------------
 # evolution
 
 
@@ -470,8 +659,8 @@ def evolved(monkeypatch, loss_of, **kwargs):
 
     monkeypatch.setattr(evolution, "evaluate", fake)
     monkeypatch.setattr(evolution, "arranged", lambda model, c: model)
-    kwargs = dict(generations=6, population=20, seed=0) | kwargs
-    state = evolution.evolve(random_llama(GQA), bounds_for(GQA, 0.6), None, **kwargs)
+    kwargs = dict(generations=5, population=20, seed=0) | kwargs
+    state = evolution.evolve(SimpleNamespace(config=GQA), bounds_for(GQA, 0.6), None, **kwargs)
     return state, tried
 
 
@@ -497,9 +686,56 @@ def test_nan_loses_and_nothing_is_tried_twice(monkeypatch):
     state, tried = evolved(monkeypatch, loss)
     losses = [loss for loss, _ in state["parents"]]
     assert losses == sorted(losses)
-    assert max(losses) < 2
+    assert 1 < min(losses) and max(losses) < 2               # no NaN, and nothing in its place
     assert len(tried) == len(state["losses"])
     assert len({c.key() for _, c in state["parents"]}) == 2
+
+
+def test_the_best_tenth_of_all_are_parents(monkeypatch):
+    """Catches more or fewer parents than a tenth, and parents that are forgotten with their generation: the paper keeps
+    10 of 100, the best so far."""
+    states = []
+    made = []
+
+    def loss(s, n):
+        made.append(n % 10 + n / 1000)                       # the best ones come one in ten
+        return made[-1]
+
+    def keep(state):
+        states.append(([loss for loss, _ in state["parents"]], sorted(made)))
+
+    state, tried = evolved(monkeypatch, loss, generations=2, population=100, save=keep)
+    for parents, known in states:
+        assert parents == known[:10]
+    assert sorted(state["losses"].values()) == sorted(made)
+    assert state["parents"][0][0] == made[9] == min(made)    # of the first generation
+
+
+def test_generations_differ(monkeypatch):
+    """Catches a generation that repeats the draws of the one before: of the same two parents its candidates must be
+    others."""
+    def loss(s, n):
+        return float(n)                                      # the first two are the best
+
+    _, two = evolved(monkeypatch, loss, generations=2)
+    _, three = evolved(monkeypatch, loss, generations=3)
+    assert len(three) > len(two) + 5
+
+
+def test_the_fitness_is_the_candidates_loss():
+    """Catches the loss of the first units for that of the candidate's, and a loss on other windows: against the masked
+    model."""
+    model = random_llama(GQA)
+    x = tokens_for(GQA, batch=5)
+    y = tokens_for(GQA, batch=5, seed=2)
+    losses = {}
+    for seed in range(3):
+        c = some(GQA, 0.6, seed=seed)
+        gates = Gates(torch.ones(GQA.dim), c.heads.float(), c.neurons.float(), c.layers.float())
+        _, want = model(x, y, gates=gates)
+        got = evolution.fitness_of(c, model, (x, y), losses)
+        assert abs(got - want.item()) < 1e-4
+        assert losses[c.key()] == got
 
 
 def test_the_seed_decides(monkeypatch):
@@ -507,10 +743,10 @@ def test_the_seed_decides(monkeypatch):
     def loss(s, n):
         return sum(f * (i + 1) for i, f in zip(s.layers, s.ffn_dim)) / 1000
 
-    _, tried = evolved(monkeypatch, loss)
+    _, tried = evolved(monkeypatch, loss, generations=2)
     torch.rand(3)
-    _, again = evolved(monkeypatch, loss)
-    _, other = evolved(monkeypatch, loss, seed=1)
+    _, again = evolved(monkeypatch, loss, generations=2)
+    _, other = evolved(monkeypatch, loss, generations=2, seed=1)
     assert again == tried
     assert other != tried
 
@@ -552,6 +788,58 @@ def test_windows_are_disjoint(desk):
         rows = [tuple(row) for row in torch.cat([x, calibration, report]).tolist()]
         assert len(rows) == len(set(rows)) == len(shards) + 5
         assert torch.equal(x[:, 1:], y[:, :-1])
+
+
+def test_every_part_reads_its_own_windows(desk, tmp_path, monkeypatch):
+    """Catches a search that is ranked on the text of its report, a score or reformation on the text of the fitness, and
+    a Llama written that is not the best one found."""
+    args = search.parse_args(flags(desk, tmp_path / "out"))
+    config = load_llama(desk / "base").config
+    (fitness, _), calibration, (report, _) = disjoint_windows(args, config, 0)
+    seen = {}
+
+    def watched(module, name, windows_of):
+        real = getattr(module, name)
+
+        def call(*args):
+            seen.setdefault((module.__name__, name), []).append(windows_of(args))
+            return real(*args)
+        monkeypatch.setattr(module, name, call)
+
+    watched(search, "unit_scores", lambda args: args[1])
+    watched(search, "reform_", lambda args: args[3])
+    watched(evolution, "evaluate", lambda args: args[1][0])
+    watched(search, "evaluate", lambda args: args[1][0])
+    watched(search, "cut_out", lambda args: args[1].key())
+    search.main(flags(desk, tmp_path / "out"))
+    expected = {("search.__main__", "unit_scores"): calibration, ("search.__main__", "reform_"): calibration,
+                ("search.evolution", "evaluate"): fitness, ("search.__main__", "evaluate"): report}
+    for where, windows in expected.items():
+        assert seen[where]
+        for x in seen[where]:
+            assert torch.equal(x, windows), where
+    state = load_tensors(tmp_path / "out/resume.pt")
+    best = min(state["losses"], key=state["losses"].get)
+    assert seen["search.__main__", "cut_out"][-1] == best
+
+
+def test_a_left_out_layer_is_made_up_for(desk, tmp_path, monkeypatch):
+    """Catches a reformation towards the first layers of the dense model, where others were kept."""
+    config = load_llama(desk / "base").config
+    bounds = bounds_for(config, 0.6)
+    c = bounds.start()._replace(layers=torch.tensor([False, True, True]))
+    c = bounds.repaired(c, random_generator(0))
+    reformed = []
+
+    def watched(small, model, layers, *args):
+        reformed.append(tuple(layers))
+        return reform_(small, model, layers, *args)
+
+    monkeypatch.setattr(search, "evolve", lambda *args: dict(parents=[(1.0, c)], losses={}))
+    monkeypatch.setattr(search, "reform_", watched)
+    search.main(flags(desk, tmp_path / "out"))
+    assert reformed == [(1, 2)]
+    assert load_llama(tmp_path / "out").config.n_layers == 2
 
 
 def test_a_folder_that_the_other_programs_read(desk, tmp_path, capsys):
