@@ -1,11 +1,13 @@
 """bench/: what is compared is the same computation; what is printed is what was measured."""
+import ast
 import dataclasses
 import json
 
 import pytest
 import torch
 
-from bench import alone, before, big_export, latency, oracle, slices, speed, steps
+from bench import alone, before, big_export, latency, mutants, oracle, slices, speed, steps
+from bench.bugs import BUGS, Bug, files_of_tests
 from eval import evaluate
 from importance import rank, sort_
 from model import LlamaConfig
@@ -15,7 +17,6 @@ from plumbing.latency import LATENCY_FILE
 from space import Space, cost
 from tests.helpers import (
     GQA,
-    ROOT,
     SHAPES,
     close,
     make_supernet,
@@ -25,6 +26,7 @@ from tests.helpers import (
     subnets,
     tokens_for,
 )
+from tests.processes import ROOT, output_of
 
 SHAPE = ("--dim 64 --layers 2 --heads 4 --kv-heads 2 --head-dim 16 --ffn-dim 64 --seq-len 16 "
          "--vocab-size 99").split()
@@ -78,19 +80,81 @@ def test_every_step_learns_and_is_counted():
 def test_mfu():
     """Catches FLOPs counted by hand otherwise: 6 per weight that multiplies, attention on half
     its square."""
-    c = LlamaConfig(dim=8, n_layers=3, n_heads=2, n_kv_heads=1, head_dim=4, ffn_dim=16, vocab_size=10)
+    c = LlamaConfig(dim=8, n_layers=3, n_heads=2, n_kv_heads=1, head_dim=6, ffn_dim=16, vocab_size=10)
     T = 5
     norms = 7 * 8
-    weights = 3 * (8 * 8 + 2 * 8 * 4 + 8 * 8 + 3 * 8 * 16) + 8 * 10 + norms
+    blocks = 3 * (8 * 12 + 2 * 8 * 6 + 12 * 8 + 3 * 8 * 16) + norms
     # layers, heads, q k and p v of the causal half, multiply and add
-    scores = 3 * 2 * (2 * 4 * T * T / 2) * 2
-    flops = 6 * weights + 3 * scores / T
-    assert steps.mfu(c, T, 1e12, "NVIDIA H100 80GB HBM3") == pytest.approx(flops * 1e12 / 989e12)
+    scores = 3 * 2 * (2 * 6 * T * T / 2) * 2
+    flops = 6 * blocks + 3 * scores / T
+    output = 6 * 8 * 10
+    card = "NVIDIA H100 80GB HBM3"
+    assert steps.mfu(c, T, 1e12, card) == pytest.approx((flops + output) * 1e12 / 989e12)
+    # A slice runs a share of the blocks, and all of the output.
+    assert steps.mfu(c, T, 1e12, card, 0.25) == pytest.approx((flops / 4 + output) * 1e12 / 989e12)
     assert steps.mfu(c, T, 1e12, "cpu") is None
+
+
+def test_tokens_of_all_budgets_count(monkeypatch):
+    """Catches an elastic step of four passes that is credited with the tokens of one, and warm-up that counts."""
+    flags = steps.parse_args(["--batch-tokens", "32", "--seq-len", "16", "--device", "cpu"])
+    took = iter([100.0] * 2 * 4 + [2.0, 4.0, 8.0, 16.0])
+
+    def seconds(run, device):
+        run()
+        return next(took)
+    monkeypatch.setattr(steps, "seconds", seconds)
+    speeds, costs = steps.measure_steps(SMALL, flags, torch.device("cpu"), 1)
+    assert speeds == {"plain": [16], "dense": [8], "elastic": [16], "soft .25": [8]}
+    assert costs["plain"] == costs["dense"] == 1 and costs["elastic"] < 1
 
 
 # -----------------------------------------------------------------------------
 # slices and speed
+
+
+def clock_of(*times: float):
+    """In place of seconds: these times, one a call, which a machine that slows down makes 1, 3 and 7 times as long. The
+    round before them warms up."""
+    calls = [1e6 for _ in times]
+    for slower in (1, 3, 7):
+        calls += [time * slower for time in times]
+    left = iter(calls)
+    return lambda run, device: next(left)
+
+
+def test_times_are_ratios_of_the_same_round(monkeypatch):
+    """Catches a slice's time over its own, over another kind of pass, over another round, or upside down, and a first
+    round that counts."""
+    model = random_llama(SMALL)
+    found = slices.variants(model, Space(SMALL), Space(SMALL).uniform, [1.0, 0.6], torch.device("cpu"))
+    x = tokens_for(SMALL)
+    # forward of full, sliced, masked, exported; then forward and backward
+    monkeypatch.setattr(slices, "seconds", clock_of(2, 1, 3, 0.5, 8, 2, 10, 1))
+    rows = slices.time_variants(found, x, 3, torch.device("cpu"))
+    assert [row["forward"] for row in rows.values()] == [1, 0.5, 1.5, 0.25]
+    assert [row["both"] for row in rows.values()] == [1, 0.25, 1.25, 0.125]
+    assert rows[1.0, "full"]["ms"] == 1000 * 8 * 3
+    # cached, recomputed of the full model; of the slice
+    monkeypatch.setattr(slices, "seconds", clock_of(2, 16, 1, 4))
+    rows = slices.time_generation(model, found, x[0], 3, torch.device("cpu"))
+    assert rows == {1.0: dict(cached=1, recomputed=8), 0.6: dict(cached=0.5, recomputed=4)}
+
+
+def test_speed_over_the_full_model(monkeypatch):
+    """Catches a ratio upside down, decode that repeats prefill, and tokens/s of another batch or length."""
+    model = random_llama(GQA)
+    small = Space(GQA).uniform(0.5)
+    slower = iter([1, 1, *(turn for turn in range(1, 8) for size in ("full", "small"))])  # memory's turns first
+
+    def one_turn(native, tokens, prompt, device):
+        now = next(slower)
+        return (8 * now, 6 * now) if native.config.dim == GQA.dim else (2 * now, 4 * now)
+    monkeypatch.setattr(speed, "one_turn", one_turn)
+    (row,), full = speed.speeds(model, [small], 64, 3, torch.device("cpu"))
+    assert row["prefill"] == 4 and row["decode"] == 1.5 and row["memory"] < 1
+    assert (full["prompt"], full["new"], full["batch"]) == (48, 16, 3)
+    assert full["prefill"] == 3 * 48 / (8 * 4) and full["decode"] == 3 * 16 / (6 * 4)
 
 
 def test_the_tables(capsys):
@@ -267,10 +331,67 @@ def test_a_table_is_measured_and_checked(tmp_path, capsys):
         latency.main(["--model", str(tmp_path / "flex"), "--rounds", "0"])
 
 
-def test_a_big_export_in_small(capsys):
+def test_a_big_export_in_small(monkeypatch, capsys):
     """Catches a supernet that export.py cannot read, and a peak that is not the export's."""
+    monkeypatch.setattr(big_export, "run", output_of)
     big_export.main(["--scale", "16"])
     *said, last = capsys.readouterr().out.splitlines()
     found = json.loads(last)
     assert any("got" in line for line in said)
     assert found["source_gb"] > 0 and found["seconds"] > 0 and 0.05 < found["peak_gb"] < 4
+
+
+def test_a_process_that_fails_is_not_measured():
+    """Catches a peak that is read from an export that failed. The one new interpreter of this file: without torch."""
+    assert big_export.run("-c", "import sys; print(sys.path[-1])").strip()
+    with pytest.raises(AssertionError, match="no such budget"):
+        big_export.run("-c", "raise SystemExit('no such budget')")
+
+
+# -----------------------------------------------------------------------------
+# planted bugs
+
+
+def test_every_bug_can_be_planted():
+    """Catches a list that has rotted: a bug whose text is no longer in the code, or is there twice; one that no Python
+    would compile, that changes nothing, or that no test is named for."""
+    assert sum(map(len, BUGS.values())) >= 80
+    for file, bugs in BUGS.items():
+        text = (ROOT / file).read_text()
+        assert len({bug.breaks for bug in bugs}) == len(bugs), file
+        for bug in bugs:
+            with_bug = mutants.planted(text, bug, file)
+            assert with_bug != text, bug
+            ast.parse(with_bug, file)
+        for test in files_of_tests(file):
+            assert (ROOT / test).is_file(), test
+
+
+def test_bugs_are_killed_or_survive(tmp_path, monkeypatch, capsys):
+    """Catches a bug that is run on the sound tree, stays in it for the next one, or is called killed because the tests
+    fail anyway; an endless loop that is waited for."""
+    (tmp_path / "tests").mkdir()
+    code = "def double(x):\n    y = x + x\n    return y\n"
+    (tmp_path / "twice.py").write_text(code)
+    test = "from twice import double\n\ndef test_two():\n    assert double(2) == 4\n"
+    (tmp_path / "tests/test_twice.py").write_text(test)
+    bugs = [Bug("x + x", "x + x + 1", "one too many"), Bug("x + x", "x * x", "a square"),
+            Bug("x + x", "2 * x", "a product", equivalent="it is the same number"),
+            Bug("    y = x", "    while True:\n        pass\n    y = x", "an endless loop")]
+    monkeypatch.setattr(mutants, "ROOT", tmp_path)
+    monkeypatch.setattr(mutants, "BUGS", {"twice.py": bugs})
+    monkeypatch.setattr(mutants, "files_of_tests", lambda file: ["tests/test_twice.py"])
+    with pytest.raises(SystemExit) as stop:
+        mutants.main(["--jobs", "2", "--limit", "6"])
+    said = capsys.readouterr().out
+    short, *rows = [line.strip("| ").split(" | ")[1:] for line in said.splitlines() if line.startswith("| `twice.py`")]
+    assert rows == [["one too many", "test_twice: test_two"], ["a square", "SURVIVED"],
+                    ["a product", "nobody can tell: it is the same number"], ["an endless loop", "the clock"]]
+    assert short == ["4", "2", "1", "1", "2"] and stop.value.code == 1
+    assert (tmp_path / "twice.py").read_text() == code
+    with one_line_error(capsys, "minus", "0 times"):
+        mutants.planted(code, Bug("x - x", "x", "minus"), "twice.py")
+    (tmp_path / "twice.py").write_text(code.replace("x + x", "x"))
+    monkeypatch.setattr(mutants, "BUGS", {"twice.py": [Bug("y = x", "y = 3", "three")]})
+    with one_line_error(capsys, "test_two fails without any bug"):
+        mutants.main(["--limit", "6"])

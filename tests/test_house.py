@@ -1,11 +1,7 @@
 """The house: the root is the method, and nothing in it needs another paper, a benchmark or a task to be imported."""
 import ast
-import subprocess
-import sys
 
-import pytest
-
-from tests.processes import ROOT
+from tests.processes import ROOT, run
 
 OTHERS = ("search", "flextron", "tasks", "bench")
 ROOT_FILES = sorted(path.stem for path in ROOT.glob("*.py"))
@@ -54,10 +50,16 @@ def test_no_circles():
         assert name not in reached(graph, name), f"{name} imports itself by way of {sorted(reached(graph, name))}"
 
 
-@pytest.mark.parametrize("name", ROOT_FILES)
-def test_no_arrow_to_another_paper(name):
-    """Catches a chapter of the method that loads another paper, a benchmark or a task; in a new interpreter, so that
+def test_no_arrow_to_another_paper():
+    """Catches a chapter of the method that loads another paper, a benchmark or a task; in a process of its own, so that
     imports inside functions that run at import time count too."""
-    code = f"import sys, {name}; print(*[m for m in sys.modules if m.split('.')[0] in {OTHERS}])"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.strip() == "", done.stdout + done.stderr[-2000:]
+    code = f"""
+import importlib, sys
+for name in {ROOT_FILES}:
+    importlib.import_module(name)
+    others = [module for module in sys.modules if module.split('.')[0] in {OTHERS}]
+    assert not others, (name, others)
+print('none')
+"""
+    done = run("-c", code)
+    assert done.returncode == 0 and done.stdout.strip() == "none", done.stdout + done.stderr[-2000:]

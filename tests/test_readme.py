@@ -1,7 +1,7 @@
-"""The READMEs: every command in them runs, with the files they name standing in as tiny ones, and few steps for many."""
+"""The READMEs: every command in them runs, with tiny files in place of those they name, and few steps for many."""
+import functools
 import gzip
 import importlib
-import importlib.util
 import json
 import re
 import shlex
@@ -9,60 +9,87 @@ import shutil
 import sys
 
 import pytest
+import torch
+from torch.distributed.run import get_args_parser
+from torch.utils.flop_counter import FlopCounterMode
 
+import bench.big_export
+import bench.latency
+import bench.token_time
 import data.prepare
+import plumbing.latency
 import tasks.download
+from flextron.network import Flextron
 from model import LlamaConfig
 from plumbing.checkpoint import save_llama
 from tests.helpers import random_llama
-from tests.processes import ROOT, run
+from tests.processes import ROOT, output_of, run
 from tests.tiny_tasks import rows_of_tasks, write_raw
 
 PAGES = ("README.md", "search/README.md", "flextron/README.md", "tasks/README.md", "bench/README.md", "RESULTS.md")
+# What makes a command's work small. It stands before the command's own flags for flextron, whose pages leave out whole
+# stages, and behind them for the others, whose pages name real sizes.
 FEW_CANDIDATES = "--generations 1 --population 4 --fitness-windows 2 --calibration-windows 4 --report-windows 2"
-TINY_SHAPE = "--dim 64 --layers 2 --heads 4 --kv-heads 2 --head-dim 16 --ffn-dim 64 --seq-len 16 --rounds 1"
+TINY_SHAPE = ("--dim 64 --layers 2 --heads 4 --kv-heads 2 --head-dim 16 --ffn-dim 64 --vocab-size 99 --seq-len 16 "
+              "--batch 2 --rounds 1 --device cpu")
 FEWER = {
-    "train": "--base-steps 3 --steps 2 --eval-windows 4 --calibration-windows 4 --batch-tokens 128 --seq-len 16",
-    "eval": "--windows 4",
+    "train": "--base-steps 2 --steps 2 --eval-windows 2 --calibration-windows 2 --batch-tokens 128 --seq-len 16",
+    "eval": "--windows 2",
     "sample": "--max-new-tokens 5",
     "search": FEW_CANDIDATES,
-    "flextron": "--elastic-steps 2 --router-steps 2 --joint-steps 2 --eval-windows 4 --calibration-windows 4 "
-                "--batch-tokens 64 --seq-len 16",
+    "flextron": "--elastic-steps 1 --router-steps 1 --joint-steps 1 --eval-windows 1 --calibration-windows 2 "
+                "--batch-tokens 16 --seq-len 16",
     "bench.slices": TINY_SHAPE,
-    "bench.steps": TINY_SHAPE + " --device cpu",
-    "bench.oracle": "--windows 2",
-    "bench.latency": "--rounds 1",
+    "bench.steps": TINY_SHAPE,
+    "bench.oracle": "--windows 1",
+    "bench.latency": "--rounds 1 --slices 1",
     "bench.results": "--assets .",
     "bench.big_export": "--scale 16",
-    "bench.token_time": "--dim 64 --rounds 1 --latency 0.9",
-    "bench.flextron_oracle": "--windows 4",
+    "bench.token_time": "--dim 64 --rounds 1",
+    "bench.flextron_oracle": "--windows 1",
+    "bench.mutants": "--list",  # tests/test_bench.py plants some
     "bench.ablation_search": FEW_CANDIDATES + " --budgets 0.6 --seeds 0",
 }
 PROGRAMS = {
     "train", "export", "eval", "sample", "data.prepare", "search", "flextron", "tasks.download", "plumbing.describe",
     "bench.slices", "bench.steps", "bench.oracle", "bench.latency", "bench.results", "bench.big_export",
     "bench.token_time", "bench.flextron_oracle", "bench.ablation_search", "bench.alone", "bench.before",
+    "bench.mutants",
 }
 
 
 def commands() -> list[list[str]]:
-    """Every `python ...` and `torchrun ...` line of the pages' sh blocks, as words, in order."""
+    """Every `python ...` and `torchrun ...` line of the pages' sh blocks, as words, in order; each line once."""
     text = "".join((ROOT / page).read_text() for page in PAGES).replace("\\\n", " ")
     found = []
     for block in re.findall(r"```sh\n(.*?)```", text, re.S):
         for line in block.splitlines():
             line = re.sub(r"^.*pip install -r requirements.txt && ", "", line)
-            if line.startswith(("python ", "torchrun ")):
-                found.append(shlex.split(line, comments=True))
+            words = shlex.split(line, comments=True)
+            if line.startswith(("python ", "torchrun ")) and words not in found:
+                found.append(words)
     return found
 
 
 def program_of(words: list[str]) -> tuple[str, list[str]]:
     """(the module that a command runs, its arguments)."""
+    if words[0] == "torchrun":
+        parsed = get_args_parser().parse_args(words[1:])  # a flag that torchrun lacks ends here
+        words = ["python", parsed.training_script, *parsed.training_script_args]
     if words[1] == "-m":
         return words[2], words[3:]
-    at = next(i for i, word in enumerate(words) if word.endswith(".py"))
-    return words[at].removesuffix(".py").replace("/", "."), words[at + 1:]
+    return words[1].removesuffix(".py").replace("/", "."), words[2:]
+
+
+def made_small(program: str, args: list[str]) -> list[str]:
+    """The arguments that the test gives in place of those on the page."""
+    few = shlex.split(FEWER.get(program, ""))
+    args = few + args if program == "flextron" else args + few
+    if "--tasks" in args:  # an answer must fit in the window, and this family learned windows of 16 tokens
+        args += ["--seq-len", "128"]
+    if "--memory" in args:  # the pages' sizes are those of a real model
+        args[args.index("--memory") + 1] = "10MB"
+    return args
 
 
 def main_of(program: str):
@@ -71,16 +98,33 @@ def main_of(program: str):
     return importlib.import_module(f"{program}.__main__" if folder else program).main
 
 
+@torch.no_grad()
+def work(runs: dict, device, rounds: int) -> dict:
+    """In place of plumbing.latency.fractions: each call runs once, and takes as long as it has to multiply. So a
+    smaller slice is always faster, however busy the machine."""
+    flops = {}
+    for key, run_slice in runs.items():
+        with FlopCounterMode(display=False) as counter:
+            run_slice()
+        flops[key] = counter.get_total_flops()
+    return {key: n / flops["full"] for key, n in flops.items()}
+
+
+def few_tokens(model, tokens=None):
+    """In place of the tokens that are timed."""
+    return torch.arange(8)[None]
+
+
 @pytest.fixture(scope="module")
 def desk(tmp_path_factory):
     """A folder with what the pages' reader has: some text, and a Llama 3.1 (a very small one)."""
     desk = tmp_path_factory.mktemp("desk")
     (desk / "notes").mkdir()
-    sources = sorted([*ROOT.glob("*.py"), *ROOT.glob("plumbing/*.py"), *ROOT.glob("bench/*.py")])
+    sources = sorted([*ROOT.glob("*.py"), *ROOT.glob("plumbing/*.py")])
     prose = "".join(path.read_text() for path in sources)
     for i in range(30):
-        (desk / "notes" / f"{i}.md").write_text(prose[i * 5000:(i + 1) * 5000])
-    (desk / "book.txt").write_text(prose)
+        (desk / "notes" / f"{i}.md").write_text(prose[i * 2000:(i + 1) * 2000])
+    (desk / "book.txt").write_text(prose[:2000])
     shutil.copy(ROOT / "assets/results.json", desk)
     with gzip.open(desk / "web.jsonl.gz", "wt") as f:
         f.writelines(json.dumps({"text": prose[i * 100:i * 100 + 900]}) + "\n" for i in range(40))
@@ -95,20 +139,18 @@ def test_every_command_runs(desk, monkeypatch):
     """Catches a page that names a flag, a file or a default that the code no longer has, and a program on no page."""
     monkeypatch.chdir(desk)
     monkeypatch.setattr(tasks.download, "get", lambda source, folder: None)  # they are there
+    monkeypatch.setattr(bench.big_export, "run", output_of)
+    for module in (plumbing.latency, bench.latency, bench.token_time):
+        monkeypatch.setattr(module, "fractions", work)
+        monkeypatch.setattr(module, "batch_for", few_tokens)
+    few_rounds = functools.partialmethod(Flextron.calibrate, rounds=2)  # prices, less exact
+    monkeypatch.setattr(Flextron, "calibrate", few_rounds)
     ran = set()
     for words in commands():
         program, args = program_of(words)
         if program == "pytest":
             continue
-        if program != "train" or "--resume" not in args:
-            args = args + shlex.split(FEWER.get(program, ""))
-        if "--tasks" in args:  # an answer must fit in the window, and this family learned windows of 16 tokens
-            args += ["--seq-len", "128"]
-        if "--memory" in args:  # the pages' sizes are those of a real model
-            args[args.index("--memory") + 1] = "10MB"
-        if "--plot" in args and importlib.util.find_spec("matplotlib") is None:
-            at = args.index("--plot")
-            args = args[:at] + args[at + 2:]
+        args = made_small(program, args)
         if words[0] == "torchrun":
             done = run(ROOT / f"{program}.py", *args, cwd=desk, ranks=2)
             assert done.returncode == 0, (words, done.stderr[-2000:])
@@ -134,7 +176,8 @@ def test_every_file_has_a_place():
         lines = len(path.read_text().splitlines())
         row = next(line for line in front.splitlines() if line.startswith("|") and f"`{path.name}`" in line)
         said = [int(number) for number in re.findall(r"\b\d{2,4}\b", row)]
-        assert any(abs(number / lines - 1) < 0.1 for number in said), f"{path.name} has {lines} lines, README says {said}"
+        near = any(abs(number / lines - 1) < 0.1 for number in said)
+        assert near, f"{path.name} has {lines} lines, README says {said}"
     for folder in ("search", "flextron", "tasks", "bench"):
         page = (ROOT / folder / "README.md").read_text()
         for path in (ROOT / folder).glob("[!_]*.py"):

@@ -5,15 +5,19 @@ import shlex
 import statistics
 import subprocess
 import sys
-from pathlib import Path
+import threading
+from multiprocessing.connection import Client, Listener
 
 import pytest
 
 import plumbing.settings
 from bench import results
+from bench.flops import train_flops
+from data.prepare import prepare
 from model import LlamaConfig
+from plumbing.params import PARAMS, params_json
 from tests.helpers import one_line_error
-from tests.processes import ROOT
+from tests.processes import ROOT, run
 
 TINY = "--base-steps 2 --eval-windows 2 --calibration-windows 2 --seq-len 16"
 ALONE = {"same", "small", "whole", "large", "high", "scratch"}
@@ -39,6 +43,24 @@ def test_every_run_has_flags_that_exist_and_a_place_in_a_table(monkeypatch):
     for name in shown:
         assert name in runs or all(f"{name}-{s}" in runs for s in results.SEEDS), name
     assert {*results.ALONE} == ALONE and {*results.COSTS.values()} <= ALONE
+
+
+def test_what_a_run_took(tmp_path):
+    """Catches a soft pass that costs what its slice would, steps of a resumed run that count twice, tokens of one
+    budget in place of all, and a step that another program slowed."""
+    c = LlamaConfig(dim=8, n_layers=3, n_heads=2, n_kv_heads=1, head_dim=6, ffn_dim=16, vocab_size=10)
+    (tmp_path / PARAMS).write_text(json.dumps(params_json(c)))
+    header = dict(settings=dict(seq_len=5, batch_tokens=20), commit="c0ffee", torch="2", device="cpu")
+    records = [header]
+    for step, seconds in ((0, 1.0), (1, 2.0), (1, 3.0), (2, 50.0)):
+        records.append(dict(step=step, loss=[3.0, 2.0], soft=[step == 1, False], got=[0.5, 1.0], seconds=seconds))
+    records.append(dict(step=2, val={}))
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    took = results.spent(tmp_path)
+    half, whole = train_flops(c, 5, 0.5), train_flops(c, 5)
+    assert took["steps"] == 3 and took["tokens"] == 3 * 2 * 20 and took["seconds"] == 3 * 3.0
+    assert took["flops"] == pytest.approx(20 * (2 * half + 4 * whole))
+    assert (took["commit"], took["device"]) == ("c0ffee", "cpu")
 
 
 def fake_run(loss: float, over: float = -0.01, at=None) -> dict:
@@ -129,17 +151,61 @@ def test_nothing_there_is_one_line(tmp_path, capsys):
         results.main(["--assets", str(tmp_path)])
 
 
-def test_a_page_of_tiny_runs(tmp_path):
+PYTHON = """#!{python} -SE
+import os, sys
+from multiprocessing.connection import Client
+with Client({address!r}) as line:
+    line.send((sys.argv[1:], os.getcwd()))
+    status, out, err = line.recv()
+sys.stdout.write(out)
+sys.stderr.write(err)
+sys.exit(status)
+"""
+# eval.py --speed, timed once in place of seven times.
+ONE_ROUND = "import runpy, bench.speed; bench.speed.ROUNDS = 1; runpy.run_path('eval.py', run_name='__main__')"
+
+
+@pytest.fixture
+def python(tmp_path):
+    """(PATH, words): a PATH whose first `python` has this process fork one with torch already there; what it was asked
+    to run. A script that starts ten interpreters would import torch ten times."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    asked = []
+    listener = Listener(family="AF_UNIX")
+
+    def serve():
+        while True:
+            with listener.accept() as line:
+                words, cwd = line.recv()
+                if not words:
+                    return
+                asked.append(words)
+                if "--speed" in words:
+                    words = ["-c", ONE_ROUND, *words[1:]]
+                done = run(*words, cwd=cwd)
+                line.send((done.returncode, done.stdout, done.stderr))
+
+    (folder / "python").write_text(PYTHON.format(python=sys.executable, address=listener.address))
+    (folder / "python").chmod(0o755)
+    server = threading.Thread(target=serve)
+    server.start()
+    yield f"{folder}{os.pathsep}{os.environ['PATH']}", asked
+    with Client(listener.address) as line:
+        line.send(([], ""))
+    server.join()
+    listener.close()
+
+
+def test_a_page_of_tiny_runs(tmp_path, python):
     """Catches a script that stops half way, trains twice what is there, or a result that is not the run's."""
+    path, asked = python
     (tmp_path / "text").mkdir()
     source = (ROOT / "train.py").read_text()
     for i in range(30):
         (tmp_path / f"text/{i}.py").write_text(source[500 * i:500 * i + 3000])
-    prepare = ["data/prepare.py", "--input", str(tmp_path / "text"), "--vocab-size", "600"]
-    subprocess.run([sys.executable, *prepare, "--out", str(tmp_path / "data")], cwd=ROOT, check=True,
-                   capture_output=True)
+    prepare([str(tmp_path / "text")], str(tmp_path / "data"), vocab_size=600)
 
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # results.sh says `python`
     environment = dict(PATH=path, OUT=str(tmp_path / "out"), ASSETS=str(tmp_path), STEPS="2", BATCH="32",
                        FLAGS=f"{TINY} --data {tmp_path / 'data'}")
     done = script("whole-0.40-1", **environment)
@@ -153,5 +219,8 @@ def test_a_page_of_tiny_runs(tmp_path):
     assert small["params"] == next(row["params"] for row in family if row["budget"] == 0.4)
     assert [row["params"] for row in runs["before"]["rows"]] == [row["params"] for row in family]
     assert runs["before"]["rows"][0]["loss"] != family[0]["loss"]
+    assert family[0]["speed"]["memory"] == 1 and family[-1]["speed"]["memory"] < 1
+    first = len(asked)
     again = script("whole-0.40-1", **environment)
     assert again.returncode == 0 and "done" not in again.stdout, "trained twice"
+    assert [words[1] for words in asked[first:]] == ["bench.results"], "only the page is made again"
