@@ -12,7 +12,7 @@ import torch
 import export
 import plumbing.latency as timing
 from bench import latency as command
-from plumbing.checkpoint import load_llama, save_tensors
+from plumbing.checkpoint import save_tensors
 from plumbing.family import open_family, router_state
 from plumbing.latency import LATENCY_FILE, Latency, fractions, load_latency, measure_latency, save_table, some
 from model import SubNet

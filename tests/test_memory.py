@@ -51,6 +51,18 @@ def test_the_plan_is_what_a_run_takes(demo, tmp_path, monkeypatch, extra):
     assert abs(planned / measured - 1) < 0.15, (planned / 1e6, measured / 1e6)
 
 
+def test_a_teacher_is_its_weights_and_three_times_the_logits():
+    """Catches a plan in which a teacher has no logits: with a large vocabulary they are most of it. Its logits, their
+    softmax, and its product with the student's are there at once."""
+    config = dataclasses.replace(GQA, vocab_size=50_000)
+    teacher = {}
+    for kd in ("0", "0.5"):
+        args = settings.parse_args(["--kd", kd, "--seq-len", "32", "--batch-tokens", "256"])
+        teacher[kd] = memory.plan(config, args, 1, bf16=False)[0]["teacher"]
+    logits = 4 * 256 * 50_000
+    assert teacher == {"0": 0, "0.5": 4 * n_params(config, SubNet.full(config), embeddings=True) + 3 * logits}
+
+
 def test_what_the_forward_keeps():
     """Catches bytes that are counted twice, views of weights taken for activations, and depth that costs nothing: the
     real forward, tensor by tensor, must keep as much."""

@@ -9,8 +9,11 @@ import pytest
 import torch
 
 import plumbing.checkpoint as checkpoint
+import plumbing.run as running
 import train
 from plumbing.checkpoint import load_tensors
+from plumbing.parallel import Stop
+from plumbing.run import Run
 from tests.helpers import files_of
 from tests.miniature import RUN, TINY
 from tests.processes import ROOT, environment_of, run, started
@@ -118,6 +121,22 @@ def test_asked_to_stop(odd_start, tmp_path, ranks):
     assert 3 < state["step"] < 1500 and f"stopped at step {state['step']} " in said
 
 
+def test_a_signal_to_one_rank_stops_all(tmp_path, monkeypatch):
+    """Catches a rank that goes on alone, and waits for ever, when another one was asked to stop."""
+    run_of_one = Run(tmp_path, 7, torch.device("cpu"), {})
+    run_of_one.stop = Stop()
+    for others, stops in ((0.0, False), (0.25, True)):  # the share of ranks that were asked
+        monkeypatch.setattr(running, "mean_over_ranks", lambda wished: wished + others)
+        assert run_of_one.asked_to_stop() == stops
+
+
+def test_what_is_due(tmp_path):
+    """Catches a last step that is neither evaluated nor saved, and a resumed run that repeats what it has just read."""
+    for start, due in ((0, [3, 6, 7]), (3, [6, 7]), (4, [6, 7])):
+        run_of_seven = Run(tmp_path, 7, torch.device("cpu"), {}, start=start)
+        assert [step for step in range(start, 8) if run_of_seven.due(step, 3)] == due
+
+
 def test_a_bad_step_is_skipped(odd_start, tmp_path, monkeypatch, capsys):
     """Catches NaN in the weights or in Adam's moments, and a run that skips for ever."""
     _, flags = odd_start
@@ -158,7 +177,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(demo, tmp_path, monkeypatch, caps
 
     def full(path):
         calls.append(path)
-        if len(calls) > 5:
+        if len(calls) > 4:  # resume.pt, weights, params.json, flex.pt
             raise OSError(28, "No space left on device")
         return write(path)
 
@@ -168,7 +187,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(demo, tmp_path, monkeypatch, caps
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
     assert stop.value.code == 2 and len(errors) == 1 and "No space left" in errors[0] and "--resume" in errors[0]
     state = load_tensors(tmp_path / "flex/resume.pt")
-    assert state["step"] == 3 and len(calls) == 6
+    assert state["step"] == 3 and len(calls) == 5
     monkeypatch.setattr(checkpoint, "atomic_write", write)
     train.main(flags + ["--resume"])
     for name in RUN:
