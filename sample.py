@@ -16,7 +16,7 @@ from typing import Iterator
 
 import torch
 
-from data.tokenizer import BOS, END, load_tokenizer
+from data.tokenizer import encode_document, load_tokenizer
 from model import KVCache
 from plumbing.checkpoint import TOKENIZER
 from plumbing.errors import Parser, fail
@@ -102,16 +102,16 @@ def main(argv=None) -> None:
     else:
         member = family.member(args.latency, unit="latency")
     tokenizer = load_tokenizer(Path(args.model) / TOKENIZER, family.model.config.vocab_size)
-    bos = tokenizer.encode_single_token(BOS)
-    end = tokenizer.encode_single_token(END)
-    prompt = [bos] + tokenizer.encode(args.prompt, disallowed_special=())
+    settings = tokenizer.settings
+    prompt = encode_document(tokenizer, args.prompt).tolist()
 
     print(args.prompt, end="", flush=True)
     start = time.perf_counter()
     tokens = generate(member.model, prompt, args.max_new_tokens, member.subnet, member.factors,
                       args.temperature, args.top_k, args.seed)
     # A document ends with the BOS of the next one in our data, with a token of its own in Meta's.
-    n = stream(tokens, tokenizer, ends=(bos, end))
+    ends = {tokenizer.encode_single_token(name) for name in (settings.bos, *settings.eos)}
+    n = stream(tokens, tokenizer, ends)
     print(f"{n} tokens, {n / (time.perf_counter() - start):.1f} tok/s", file=sys.stderr)
 
 

@@ -28,12 +28,14 @@ from tqdm import tqdm
 # For `python data/prepare.py`, from any folder.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data.shards import Shards, write_shard
-from data.tokenizer import (TOKENIZER, check_same_tokenizer, encode_document, load_tokenizer,
-                            same_tokenizer, save_tokenizer, train_bpe)
+from data.tokenizer import (SETTINGS, TOKENIZER, check_same_tokenizer, copy_tokenizer,
+                            encode_document, load_tokenizer, same_tokenizer, save_tokenizer,
+                            train_bpe)
 from plumbing.errors import Parser, fail
 from plumbing.files import new_folder, only_holds
 from plumbing.parallel import rank0_first
 from plumbing.params import read_config
+from plumbing.tensors import refuse_another_kind
 
 TEXT_SUFFIXES = (".txt", ".md", ".py", ".jsonl")  # each may have .gz behind it
 HIDDEN = re.compile(r"\..*")
@@ -41,7 +43,7 @@ HIDDEN = re.compile(r"\..*")
 NO_PROSE = re.compile(r"\..*|tests?|idle_test|test_.*|(site|dist)-packages|__pycache__|encodings"
                       r"|config-.*|_sysconfigdata.*|sitecustomize\.py")
 SIX_DIGITS = "[0-9]" * 6
-DATA_FILES = {TOKENIZER, f"train_{SIX_DIGITS}.bin", f"val_{SIX_DIGITS}.bin"}
+DATA_FILES = {TOKENIZER, SETTINGS, f"train_{SIX_DIGITS}.bin", f"val_{SIX_DIGITS}.bin"}
 SAMPLE = 1_500_000  # characters that train a tokenizer
 BLOCK = 4096  # they are taken in blocks of this size
 TRAIN, VAL = 0, 1  # the two sides
@@ -227,6 +229,9 @@ def prepare(inputs=(), out=None, tokenizer=None, vocab_size: int = 1280,
     if vocab_size < 512 or not 0 < val_fraction < 1 or not 0 < shard_tokens < 2**31:
         fail("expected --vocab-size >= 512, 0 < --val-fraction < 1, 0 < --shard-tokens < 2**31")
 
+    if tokenizer:
+        refuse_another_kind(tokenizer)  # a Hugging Face folder, its tokenizer.json, a GGUF file
+
     files = []
     for root in inputs:
         files += find_files(Path(root), HIDDEN)
@@ -237,7 +242,7 @@ def prepare(inputs=(), out=None, tokenizer=None, vocab_size: int = 1280,
     with new_folder(out, DATA_FILES) as new:
         if tokenizer:
             enc = load_tokenizer(tokenizer)
-            (new / TOKENIZER).write_bytes(Path(tokenizer).read_bytes())
+            copy_tokenizer(tokenizer, new)
         else:
             ranks = train_bpe(corpus.train_blocks(), vocab_size)
             save_tokenizer(new / TOKENIZER, ranks)

@@ -10,39 +10,25 @@ Nothing here is ever half-written (files.py), and nothing here runs code from a 
 weights_only.
 """
 import json
-import pickle
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from data.tokenizer import TOKENIZER
+from data.tokenizer import SETTINGS, TOKENIZER, copy_tokenizer
 from model import Llama, LlamaConfig
-from plumbing.errors import fail
+from plumbing.errors import fail, note
 from plumbing.files import atomic_write
 from plumbing.params import PARAMS, params_json, read_config
+from plumbing.tensors import WEIGHTS, load_tensors, shard_paths
 
-WEIGHTS = "consolidated.00.pth"
 RESUME = "resume.pt"
-LLAMA_FILES = {PARAMS, WEIGHTS, TOKENIZER}  # what an export in Meta's layout holds
+LLAMA_FILES = {PARAMS, WEIGHTS, TOKENIZER, SETTINGS}  # what an export in Meta's layout holds
+ROUNDING = 1e-2  # a step of bf16 is .4 to .8 %
 
 # -----------------------------------------------------------------------------
-# one file of tensors
-
-
-def load_tensors(path) -> dict:
-    """A .pt or .pth file as a dictionary, on the CPU, memory-mapped, running no code of its own.
-    Damaged: fail()."""
-    path = Path(path)
-    if not path.is_file():
-        fail(f"{path} is missing; expected a file written by torch.save; copy it again or make it with python train.py")
-    try:
-        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except pickle.UnpicklingError:
-        fail(f"{path} wants to run code when it is loaded; expected tensors and plain types only; do not trust it")
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
-        fail(f"{path} cannot be read, it looks cut short or damaged ({str(error).splitlines()[0][:120]}); "
-             f"{path.stat().st_size:,} bytes found; copy it again from its source")
+# one file of tensors; plumbing/tensors.py opens it
 
 
 def save_tensors(path, state: dict) -> None:
@@ -59,17 +45,6 @@ def save_tensors(path, state: dict) -> None:
 
 # -----------------------------------------------------------------------------
 # shards: the parts of a model-parallel run
-
-
-def shard_paths(folder) -> list[Path]:
-    """consolidated.00.pth, consolidated.01.pth ... of a folder; fail() if one is missing in
-    between."""
-    paths = sorted(Path(folder).glob("consolidated.[0-9][0-9].pth"))
-    for i, path in enumerate(paths or [Path(folder) / WEIGHTS]):
-        if path.name != f"consolidated.{i:02d}.pth" or not path.is_file():
-            fail(f"{folder} has no consolidated.{i:02d}.pth; expected all shards of one Llama from {WEIGHTS} on; copy "
-                 "it from its source")
-    return paths
 
 
 def merge_axis(name: str, shard_rows: int, vocab_size: int) -> int | None:
@@ -94,6 +69,16 @@ def same(a: torch.Tensor | None, b: torch.Tensor) -> bool:
     return a.shape == b.shape and torch.equal(a[:1], b[:1]) and torch.equal(a, b)
 
 
+def same_but_for_rounding(a: torch.Tensor | None, b: torch.Tensor) -> bool:
+    """The same as same(), but for about a step of bf16: some of Meta's shards have norms that their
+    ranks rounded each in its own way. A number near zero may be off by as much as a middling
+    one."""
+    if same(a, b):
+        return True
+    middling = a.float().abs().mean().item()
+    return a.shape == b.shape and torch.allclose(a.float(), b.float(), rtol=ROUNDING, atol=ROUNDING * middling)
+
+
 def check_tensors(path: Path, shard) -> None:
     """A shard is a dictionary of float tensors by name, or fail()."""
     if not isinstance(shard, dict) or not all(torch.is_tensor(t) for t in shard.values()):
@@ -111,7 +96,7 @@ def open_shards(folder, config: LlamaConfig) -> tuple[list[dict], dict[str, int 
     shards = [load_tensors(path) for path in paths]
     for path, shard in zip(paths, shards):
         if isinstance(shard, dict):
-            shard.pop("rope.freqs", None)  # Llama 1 and 2 carry it; it is a function of the shape
+            drop_frequencies_(shard)
         check_tensors(path, shard)
     if all(is_tied(shard) for shard in shards):
         config = replace(config, tied=True)
@@ -125,7 +110,28 @@ def open_shards(folder, config: LlamaConfig) -> tuple[list[dict], dict[str, int 
     axes = {}
     for name in sorted(names):
         axes[name] = check_tensor(name, paths, shards, expected.get(name), config)
+    note_rounding(paths, shards, axes)
     return shards, axes, config
+
+
+def drop_frequencies_(shard: dict) -> None:
+    """In place: without RoPE's frequencies, a function of the shape. Llama 2 has a `rope.freqs`,
+    Llama 1 one in every layer."""
+    for name in list(shard):
+        if str(name).endswith("rope.freqs"):
+            del shard[name]
+
+
+def note_rounding(paths: list[Path], shards: list[dict], axes: dict[str, int | None]) -> None:
+    """Says so where shards disagree, by rounding, in what every shard has whole."""
+    rounded = []
+    for name, axis in axes.items():
+        whole = [shard[name] for shard in shards]
+        if axis is None and not all(same(part, whole[0]) for part in whole[1:]):
+            rounded.append(name)
+    if rounded:
+        note(f"{len(rounded)} tensors that all shards of {paths[0].parent} have, such as {rounded[0]}, differ by "
+             f"rounding; those of {paths[0].name} are taken")
 
 
 def is_tied(shard: dict) -> bool:
@@ -147,7 +153,7 @@ def check_tensor(name: str, paths: list[Path], shards: list[dict], want: tuple |
     # The parts agree in all but the axis; what every shard has whole is equal.
     for path, part in zip(paths[1:], parts[1:]):
         whole_twice = axis is None and part is not None
-        if kind_of(part, axis) != kind_of(first, axis) or (whole_twice and not same(part, first)):
+        if kind_of(part, axis) != kind_of(first, axis) or (whole_twice and not same_but_for_rounding(part, first)):
             fail(f"{path} and {paths[0].name} are of two models: their {name} differ; expected shards of one; copy "
                  "them again from one source")
 
@@ -204,7 +210,7 @@ def load_llama(folder, device="cpu", dtype: torch.dtype | None = torch.float32) 
 
 def save_llama(folder, config: LlamaConfig, state: dict, tokenizer=None) -> None:
     """Writes params.json, consolidated.00.pth and, if there is one at this path, a copy of the
-    tokenizer.model."""
+    tokenizer.model, with the settings that belong to it."""
     folder = Path(folder)
     tensors = {name: compact(t.detach().cpu()) for name, t in state.items()}
     if config.tied:
@@ -212,10 +218,17 @@ def save_llama(folder, config: LlamaConfig, state: dict, tokenizer=None) -> None
     save_tensors(folder / WEIGHTS, tensors)
     with atomic_write(folder / PARAMS) as file:
         file.write((json.dumps(params_json(config), indent=2) + "\n").encode())
-    source = None if tokenizer is None else Path(tokenizer).resolve()
-    if source and source.is_file() and source != (folder / TOKENIZER).resolve():
-        with atomic_write(folder / TOKENIZER) as file:
-            file.write(source.read_bytes())
+    if tokenizer is not None and Path(tokenizer).is_file():
+        copy_tokenizer(tokenizer, folder)
+
+
+def matrix_dtype(model: Llama) -> torch.dtype:
+    """The dtype of a Llama: that of most numbers in its matrices. Norms may have another."""
+    numbers = Counter()
+    for p in model.parameters():
+        if p.dim() == 2:
+            numbers[p.dtype] += p.numel()
+    return numbers.most_common(1)[0][0]
 
 
 def compact(t: torch.Tensor) -> torch.Tensor:

@@ -32,7 +32,7 @@ def describe(folder) -> dict[str, str]:
     full = SubNet.full(c)
     scaled = "not scaled" if c.rope_factor == 1 else f"scaled by {c.rope_factor:g}"
     return {
-        "family": published_name(c),
+        "family": family_of(c, bool(paths)),
         "shape": f"dim {c.dim}, {c.n_layers} layers, {sizes(c.n_heads)} heads of {c.head_dim}, {sizes(c.n_kv_heads)} KV "
                  f"heads, ffn {sizes(c.ffn_dim)}, vocabulary {c.vocab_size:,}",
         "parameters": f"{n_params(c, full):,} without embeddings, {n_params(c, full, embeddings=True):,} in all",
@@ -43,6 +43,14 @@ def describe(folder) -> dict[str, str]:
         "tokenizer": tokenizer_kind(folder / TOKENIZER),
         "sub-networks": slices_of(c),
     }
+
+
+def family_of(c: LlamaConfig, has_weights: bool) -> str:
+    """The published model of this shape; a doubt is said."""
+    name = published_name(c)
+    if not has_weights and c.norm_eps == 1e-6 and name in ("Llama 1 7B", "Llama 1 13B"):
+        return f"{name}, or an early Llama 2 chat model: the weights would tell"
+    return name
 
 
 def sizes(value: int | tuple[int, ...]) -> str:

@@ -18,6 +18,12 @@ def fail(message: str) -> NoReturn:
     raise SystemExit(2)
 
 
+def note(message: str) -> None:
+    """Prints what a user should know, though nothing is wrong: a line on stderr, from one rank only."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print("note:", " ".join(message.splitlines()), file=sys.stderr, flush=True)
+
+
 class Parser(argparse.ArgumentParser):
     """argparse, with mistakes in one line. command: how the program is started, such as "python
     train.py"."""

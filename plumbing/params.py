@@ -4,16 +4,20 @@ which Llama it is.
 
     python -c "from plumbing.params import *; print(published_name(read_config('Llama-3.1-8B')))"
 
-Meta never writes head_dim, the MLP's width, the RoPE factor, tying or the context: the first two
-follow from a formula, the factor from the model that has this shape. Our own files say all of it.
+Meta never writes head_dim, the MLP's width, the RoPE factor, tying or the context, and for Llama 1,
+2 and Code Llama not even the vocabulary: the first two follow from a formula, the factor and the
+context from the model that has this shape, the vocabulary from the weights. Our own files say all
+of it.
 """
 import json
-import re
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from model import LlamaConfig
 from plumbing.errors import fail
+from plumbing.tensors import RAW, another_kind, how_to_mend, load_tensors, refuse_another_kind, shard_paths
 
 PARAMS = "params.json"
 PER_LAYER = ("n_heads", "n_kv_heads", "ffn_dim")  # lists in a heterogeneous slice's file
@@ -31,20 +35,30 @@ def meta_ffn_dim(dim: int, multiplier: float | None, multiple_of: int) -> int:
     return multiple_of * ((hidden + multiple_of - 1) // multiple_of)
 
 
+FOREIGN = {  # how a key begins that only another architecture has -> what that has
+    "vision": "eyes", "quant": "quantised weights", "lora": "LoRA's adapters", "moe": "experts",
+    "num_experts": "experts", "n_experts": "experts", "use_qk_norm": "norms on queries and keys",
+    "qk_norm": "norms on queries and keys", "sliding_window": "attention to a window",
+    "attention_chunk": "attention in chunks", "attn_temperature": "attention of a changing temperature",
+    "nope_layer": "layers without positions", "hidden_dim": "Mistral's keys", "ffn_exp": "Llama 4's keys",
+    "qkv_bias": "biases", "attention_bias": "biases", "mlp_bias": "biases", "use_bias": "biases",
+    "yarn": "another RoPE", "q_lora_rank": "latent attention", "kv_lora_rank": "latent attention"}
+LLAMAS_OWN = {"rope_high_freq_factor": 4, "rope_low_freq_factor": 1}  # other values mean another RoPE
+
+
 def read_config(folder) -> LlamaConfig:
     """params.json -> LlamaConfig; fail() if it is missing, damaged, or of a model that is no plain
-    text Llama."""
+    text Llama. What it leaves out is read off the weights, if they are there."""
     path = Path(folder) / PARAMS
     if not path.is_file():
-        fail(f"{folder} is no Llama folder: it has no {PARAMS}; expected a raw Llama folder (params.json, "
-             f"consolidated.00.pth, tokenizer.model); python train.py makes one in out/base")
+        refuse_another_kind(folder)
+        fail(f"{folder} is no Llama folder: it has no {PARAMS}; expected {RAW}; python train.py makes one in out/base")
     try:
         p = json.loads(path.read_text(encoding="utf-8"))
         p = p.get("model", p)
-        foreign = [key for key in p if p[key] and re.match("vision_|quantization_args|lora_args", key)]
-        if foreign:
-            fail(f"{path} has {', '.join(foreign)}: a vision, quantised or LoRA model; expected a plain text Llama in "
-                 "bf16, fp16 or fp32; take the original weights of a text model")
+        check_architecture(path, p)
+        if not says_vocabulary(p):
+            p = p | told_by_weights(folder, p["dim"])
         config = config_of(p)
         check_shape(config)
         return config
@@ -53,10 +67,60 @@ def read_config(folder) -> LlamaConfig:
              "n_layers, n_heads, vocab_size; copy it again from its source")
 
 
+def check_architecture(path: Path, p: dict) -> None:
+    """fail() if a key says that this is no plain text Llama. A key without a value says nothing."""
+    found = []
+    for key, value in p.items():
+        has = [what for start, what in FOREIGN.items() if key.startswith(start)]
+        if has and value:
+            found.append(f"{key} ({has[0]})")
+        if value and LLAMAS_OWN.get(key, value) != value:
+            found.append(f"{key} {value} (another RoPE)")
+    if found:
+        mend = "take the original weights of a text Llama"
+        if another_kind(path.parent):  # Mistral publishes both in one folder
+            mend = how_to_mend(path.parent)
+        fail(f"{path} has {', '.join(found)}: another architecture; expected a plain text Llama in bf16, fp16 or "
+             f"fp32; {mend}")
+
+
+def says_vocabulary(p: dict) -> bool:
+    """Does a params.json say the size of the vocabulary? Llama 1's and 2's say -1, Code Llama's
+    nothing."""
+    return (p.get("vocab_size") or -1) > 0
+
+
+def told_by_weights(folder, dim: int) -> dict:
+    """What Meta's params.json leaves out and the weights beside it tell; {} without weights.
+
+    vocab_size: the rows of the output, or of the embeddings where there is no output, in all shards
+    together. rope_in_layers: has every layer a rope.freqs (Llama 1), or the model (Llama 2)? It is
+    not there if neither has."""
+    if not any(Path(folder).glob("consolidated.*.pth")):
+        return {}
+    shards = [load_tensors(path) for path in shard_paths(folder)]
+    if not all(isinstance(shard, dict) for shard in shards):
+        return {}                                    # checkpoint.py refuses such a file
+    told = {}
+    for name in ("tok_embeddings.weight", "output.weight"):
+        shapes = [shard[name].shape for shard in shards if torch.is_tensor(shard.get(name))]
+        rows = [shape[0] for shape in shapes if len(shape) == 2]
+        if rows and shapes[0][1] == dim:             # cut by token
+            told["vocab_size"] = sum(rows)
+        elif rows:                                   # cut by channel: every shard has all rows
+            told["vocab_size"] = rows[0]
+    if "layers.0.attention.inner_attention.rope.freqs" in shards[0]:
+        told["rope_in_layers"] = True
+    elif "rope.freqs" in shards[0]:
+        told["rope_in_layers"] = False
+    return told
+
+
 def config_of(p: dict) -> LlamaConfig:
-    """The keys of a params.json as a LlamaConfig. Keys that Meta leaves out get Meta's defaults;
-    vocab_size -1 (Llama 1, 2) is 32000. head_dim, ffn_dim, rope_factor and context are keys of our
-    own files and need no formula."""
+    """The keys of a params.json as a LlamaConfig. Keys that Meta leaves out get Meta's defaults; a
+    vocabulary that nothing tells is Llama 1's and 2's, 32000. head_dim, ffn_dim, rope_factor and
+    context are keys of our own files and need no formula; rope_scaling_factor is Meta's newer name
+    for the factor."""
     dim = p["dim"]
     n_layers = p["n_layers"]
     n_heads = listed(p["n_heads"])
@@ -68,11 +132,12 @@ def config_of(p: dict) -> LlamaConfig:
     rope_factor = 1.0
     if p.get("use_scaled_rope"):
         small = (dim, n_layers) in {(2048, 16), (3072, 28)}  # Llama 3.2 text; else 3.1 and 3.3
-        rope_factor = float(p.get("rope_factor", 32.0 if small else 8.0))
+        said = p.get("rope_factor") or p.get("rope_scaling_factor")
+        rope_factor = float(said or (32.0 if small else 8.0))
     context = p.get("context") or published_context(p)
     return LlamaConfig(
         dim=dim, n_layers=n_layers, n_heads=n_heads, n_kv_heads=n_kv_heads, head_dim=head_dim, ffn_dim=ffn_dim,
-        vocab_size=p["vocab_size"] if p.get("vocab_size", -1) > 0 else 32000,
+        vocab_size=p["vocab_size"] if says_vocabulary(p) else 32000,
         norm_eps=float(p.get("norm_eps", 1e-5)), rope_theta=float(p.get("rope_theta", 10000.0)),
         rope_factor=rope_factor, context=context)
 
@@ -83,10 +148,26 @@ def listed(value):
 
 
 def published_context(p: dict) -> int:
-    """The window of Llama 3, 1 and 2, told from the vocabulary and norm_eps."""
+    """The window of the model that Meta published with these keys."""
     if p.get("vocab_size") == 128256:
         return 8192
-    return 2048 if p.get("norm_eps") == 1e-6 else 4096
+    if p.get("rope_theta") == CODE_THETA:
+        return 16384
+    return 2048 if is_llama_1(p) else 4096
+
+
+def is_llama_1(p: dict) -> bool:
+    """Llama 1 or 2? norm_eps does not tell them apart: Llama 1's 65B has 1e-5, an early Llama 2
+    chat model 1e-6. It decides where neither the shape nor the weights do."""
+    dim = p["dim"]
+    grouped = p.get("n_kv_heads") not in (None, p["n_heads"])
+    if grouped:                              # Llama 2's 70B
+        return False
+    if dim in (6656, 8192):                  # 30B and 65B; Llama 2 has no such model without KV groups
+        return True
+    if p.get("rope_in_layers") is not None:  # told_by_weights()
+        return p["rope_in_layers"]
+    return p.get("norm_eps") == 1e-6
 
 
 def check_shape(config: LlamaConfig) -> None:
@@ -132,21 +213,29 @@ def params_json(config: LlamaConfig) -> dict:
 # the models that Meta published
 
 
-FAMILIES = {  # (dim, n_layers, vocab_size, rope_factor) -> name; what is left is told from norm_eps
+FAMILIES = {  # (dim, n_layers, vocab_size, rope_factor) -> name
     (4096, 32, 128256, 1): "Llama 3 8B", (8192, 80, 128256, 1): "Llama 3 70B", (4096, 32, 128256, 8): "Llama 3.1 8B",
     (8192, 80, 128256, 8): "Llama 3.1 or 3.3 70B", (16384, 126, 128256, 8): "Llama 3.1 405B",
     (2048, 16, 128256, 32): "Llama 3.2 1B", (3072, 28, 128256, 32): "Llama 3.2 3B",
-    (4096, 32, 32000, 1): "7B", (5120, 40, 32000, 1): "13B", (6656, 60, 32000, 1): "30B", (8192, 80, 32000, 1): "65B"}
+    (6656, 60, 32000, 1): "Llama 1 30B"}
+LLAMAS_1_AND_2 = {(4096, 32): "7B", (5120, 40): "13B"}  # of one shape in both
+CODE_LLAMAS = LLAMAS_1_AND_2 | {(8192, 48): "34B"}
+CODE_THETA = 1e6
 
 
 def published_name(c: LlamaConfig) -> str:
-    """The published model of this shape."""
-    name = FAMILIES.get((c.dim, c.n_layers, c.vocab_size, int(c.rope_factor)), "none of Meta's")
-    if c.vocab_size != 32000 or name not in FAMILIES.values():
-        return name
-    if c.norm_eps == 1e-6:
-        return f"Llama 1 {name}"
-    return f"Llama 2 {'70B' if name == '65B' else name}"
+    """The published model of this shape. Which Llama a 7B is, its context says."""
+    shape = (c.dim, c.n_layers)
+    known = FAMILIES.get((*shape, c.vocab_size, int(c.rope_factor)))
+    if known or c.rope_factor != 1 or c.vocab_size not in (32000, 32016):
+        return known or "none of Meta's"
+    if c.rope_theta == CODE_THETA and shape in CODE_LLAMAS:
+        return f"Code Llama {CODE_LLAMAS[shape]}"
+    if c.vocab_size == 32000 and shape in LLAMAS_1_AND_2:
+        return f"Llama {1 if c.context <= 2048 else 2} {LLAMAS_1_AND_2[shape]}"
+    if c.vocab_size == 32000 and shape == (8192, 80):
+        return "Llama 1 65B" if c.n_kv_heads == c.n_heads else "Llama 2 70B"
+    return "none of Meta's"
 
 
 def published_tying(config: LlamaConfig) -> LlamaConfig:

@@ -7,11 +7,19 @@ import shutil
 import pytest
 import torch
 
+import eval as evaluation
+import export as exporting
+import flextron.__main__ as flextron
+import sample
+import search.__main__ as search
+import train
+from bench import latency
+from data import prepare
 from plumbing import describe
-from plumbing.checkpoint import check_target, load_llama, load_tensors, save_llama, save_tensors
+from plumbing.checkpoint import check_target, load_llama, load_tensors, matrix_dtype, save_llama, save_tensors
 from plumbing.files import new_folder
 from model import LlamaConfig
-from plumbing.params import meta_ffn_dim, params_json, read_config
+from plumbing.params import meta_ffn_dim, params_json, published_name, read_config
 from tests.helpers import GQA, MHA, SHAPES, close, files_of, one_line_error, random_llama, tokens_for
 from tests.processes import run
 from plumbing.files import atomic_write
@@ -114,6 +122,8 @@ def test_tied_is_stored_once_and_slices_leave_their_storage_behind(tmp_path):
 
 # dim, L, heads, kv, vocab, multiplier, multiple_of, theta, scaled -> FFN, vocabulary, RoPE factor
 META = {"Llama1-7B": ((4096, 32, 32, None, -1, None, 256, None, None), 11008, 32000, 1),
+        "Llama1-30B": ((6656, 60, 52, None, -1, None, 256, None, None), 17920, 32000, 1),
+        "Llama1-65B": ((8192, 80, 64, None, -1, None, 256, None, None), 22016, 32000, 1),
         "Llama2-7B": ((4096, 32, 32, None, -1, None, 256, None, None), 11008, 32000, 1),
         "Llama2-13B": ((5120, 40, 40, None, -1, None, 256, None, None), 13824, 32000, 1),
         "Llama2-70B": ((8192, 80, 64, 8, -1, 1.3, 4096, None, None), 28672, 32000, 1),
@@ -138,11 +148,12 @@ def test_metas_params_json(tmp_path, name):
         c = read_config(tmp_path)
         assert (c.ffn_dim, c.vocab_size, c.rope_factor) == (ffn_dim, vocab_size, rope_factor)
         assert (c.dim, c.n_layers, c.n_heads, c.n_kv_heads) == (*values[:3], values[3] or values[2])
-        assert c.context == {32000: 2048, 128256: 8192}[vocab_size]  # norm_eps 1e-6: Llama 1's window
         assert (c.head_dim, c.norm_eps, c.rope_theta) == (values[0] // values[2], 1e-6, values[7] or 10000)
-    rewrite(tmp_path, lambda p: p["model"] | dict(rope_factor=4, head_dim=80, ffn_dim=77))  # our own keys decide
+    rewrite(tmp_path, lambda p: p["model"] | dict(rope_scaling_factor=4, head_dim=80, ffn_dim=77))  # these decide
     c = read_config(tmp_path)
     assert (c.head_dim, c.ffn_dim, c.rope_factor) == (80, 77, 4 if rope_factor > 1 else 1)
+    rewrite(tmp_path, lambda p: p | dict(rope_factor=5, rope_high_freq_factor=4, use_qk_norm=False, moe_args=None))
+    assert read_config(tmp_path).rope_factor == (5 if rope_factor > 1 else 1)
 
 
 @pytest.mark.parametrize("more,context", [({}, 4096), (dict(norm_eps=1e-6), 2048), (dict(vocab_size=128256), 8192),
@@ -155,6 +166,46 @@ def test_defaults_of_a_short_params_json(tmp_path, more, context):
     assert (c.ffn_dim, c.n_kv_heads, c.head_dim, c.rope_theta, c.rope_factor) == (11008, 32, 128, 10000.0, 1.0)
     assert (c.norm_eps, c.vocab_size) == (more.get("norm_eps", 1e-5), more.get("vocab_size", 32000))
     assert c.context == context and not c.tied
+
+
+# The window of every model, whatever its norm_eps; None: Llama 1's and 2's 7B and 13B have one shape.
+WINDOWS = {"Llama1-7B": None, "Llama2-7B": None, "Llama2-13B": None, "Llama1-30B": 2048, "Llama1-65B": 2048,
+           "Llama2-70B": 4096} | {name: 8192 for name in META if name.startswith("3")}
+
+
+@pytest.mark.parametrize("name", META)
+def test_window_and_family_do_not_hang_on_norm_eps(tmp_path, name):
+    """Catches Llama 1's 65B, whose norm_eps is Llama 2's, taken for a Llama 2, and the early Llama 2 chat models, whose
+    norm_eps is Llama 1's, for a Llama 1: shape and weights tell, norm_eps only where nothing else does."""
+    keys = ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size")
+    p = {k: v for k, v in zip(keys, META[name][0]) if v is not None}
+    freqs = {1: {"layers.0.attention.inner_attention.rope.freqs": torch.ones(2)}, 2: {"rope.freqs": torch.ones(2)}}
+    for norm_eps, by_norm_eps in ((1e-5, 2), (1e-6, 1)):
+        (tmp_path / "params.json").write_text(json.dumps(p | dict(norm_eps=norm_eps)))
+        for told in (None, 1, 2):
+            (tmp_path / "consolidated.00.pth").unlink(missing_ok=True)
+            if told:
+                embeddings = torch.zeros(32000, 1)  # the channels of one shard of many
+                save_tensors(tmp_path / "consolidated.00.pth", freqs[told] | {"tok_embeddings.weight": embeddings})
+            c = read_config(tmp_path)
+            llama = told or by_norm_eps
+            assert c.context == (WINDOWS[name] or {1: 2048, 2: 4096}[llama])
+            if p["dim"] in (4096, 5120) and c.vocab_size == 32000:
+                assert published_name(c) == f"Llama {llama} {name.split('-')[1]}"
+            elif name.startswith("Llama"):
+                assert published_name(c) == f"{name[:5]} {name[5]} {name.split('-')[1]}"
+
+
+@pytest.mark.parametrize("size,dim,n_layers,n_kv_heads", [("7B", 4096, 32, None), ("34B", 8192, 48, 8)])
+def test_code_llama(tmp_path, size, dim, n_layers, n_kv_heads):
+    """Catches Code Llama, which says no vocab_size, read as a Llama 2."""
+    p = dict(dim=dim, n_layers=n_layers, n_heads=dim // 128, ffn_dim_multiplier=1.0, rope_theta=1e6, norm_eps=1e-5)
+    (tmp_path / "params.json").write_text(json.dumps(p | (dict(n_kv_heads=n_kv_heads) if n_kv_heads else {})))
+    c = read_config(tmp_path)
+    assert published_name(c) == f"Code Llama {size}" and (c.context, c.vocab_size) == (16384, 32000)
+    save_tensors(tmp_path / "consolidated.00.pth", {"tok_embeddings.weight": torch.zeros(32016, 1)})  # of many shards
+    c = read_config(tmp_path)
+    assert published_name(c) == f"Code Llama {size}" and (c.context, c.vocab_size) == (16384, 32016)
 
 
 def test_our_params_json_says_all_of_it(tmp_path):
@@ -403,6 +454,17 @@ def test_dtype_of_the_file(tmp_path):
                    for k, w in state.items())
 
 
+def test_the_matrices_decide_the_dtype():
+    """Catches a dtype read off the norms, which some converters leave in fp32, or off the first matrix."""
+    model = random_llama(GQA).bfloat16()
+    model.tok_embeddings.weight.data = model.tok_embeddings.weight.data.float()
+    model.norm.weight.data = model.norm.weight.data.float()
+    model.layers[1].ffn_norm.weight.data = model.layers[1].ffn_norm.weight.data.float()
+    model.layers[0].attention.wk.weight.data = model.layers[0].attention.wk.weight.data.float()
+    assert matrix_dtype(model) == torch.bfloat16
+    assert matrix_dtype(random_llama(GQA)) == torch.float32
+
+
 def shard_state(folder, i: int, change):
     path = folder / f"consolidated.{i:02d}.pth"
     state = dict(torch.load(path, weights_only=True))
@@ -436,13 +498,173 @@ def test_mistakes_in_shards(tmp_path, capsys, mistake):
         load_llama(tmp_path / "llama")
 
 
-@pytest.mark.parametrize("key", ["vision_chunk_size", "quantization_args", "lora_args"])
+@pytest.mark.parametrize("llama2", [False, True])
+@pytest.mark.parametrize("n", [1, 4])
+@pytest.mark.parametrize("said", [None, -1, 0])
+def test_the_vocabulary_is_read_off_the_weights(tmp_path, said, n, llama2):
+    """Catches 32,000 rows expected where params.json is silent (Code Llama has 32,016), rows of one shard taken for
+    all, and rows of all shards added up where each has every token."""
+    whole = cut_into(tmp_path / "llama", n, llama2)
+    rewrite(tmp_path / "llama", lambda p: p | dict(vocab_size=said))
+    if said is None:
+        rewrite(tmp_path / "llama", lambda p: {k: v for k, v in p.items() if k != "vocab_size"})
+    assert read_config(tmp_path / "llama").vocab_size == 96 == load_llama(tmp_path / "llama").config.vocab_size
+    for i in range(n):  # tied, and stored once: the embeddings tell
+        shard_state(tmp_path / "llama", i, lambda s: {k: v for k, v in s.items() if k != "output.weight"})
+    again = load_llama(tmp_path / "llama")
+    assert again.config.vocab_size == 96 and again.config.tied
+    assert torch.equal(again.tok_embeddings.weight, whole.tok_embeddings.weight)
+
+
+def test_frequencies_of_every_layer_are_dropped(tmp_path):
+    """Catches Llama 1, whose layers carry RoPE's frequencies, refused for foreign tensors."""
+    model = cut_into(tmp_path / "llama", 2, True)
+    for i in range(2):
+        shard_state(tmp_path / "llama", i, lambda s: s | {
+            f"layers.{layer}.attention.inner_attention.rope.freqs": torch.ones(4) for layer in range(4)})
+    state = load_llama(tmp_path / "llama").state_dict()
+    assert all(torch.equal(w, state[name]) for name, w in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["norm.weight", "layers.2.ffn_norm.weight"])
+def test_norms_that_differ_by_rounding(tmp_path, capsys, name):
+    """Catches shards refused because their ranks rounded a norm in different ways, another shard's taken than the
+    first's, a mean of them, silence, and shards of another model let in."""
+    cut_into(tmp_path / "llama", 4, False, dtype=torch.bfloat16)
+    first = load_tensors(tmp_path / "llama/consolidated.00.pth")[name].clone()
+    first[3] = 0.0
+
+    def step(s, sign):  # a step of bf16, up or down: one bit of the last place
+        norm = s[name].clone()
+        norm[3] = 0.0
+        s[name] = (norm.view(torch.int16) + sign * (norm != 0).short()).view(torch.bfloat16)
+        return s
+
+    for i, sign in enumerate((0, 1, -1, 0)):
+        shard_state(tmp_path / "llama", i, lambda s: step(s, sign))
+    shard_state(tmp_path / "llama", 3, lambda s: s[name].__setitem__(3, 1e-3))  # beside a zero
+    capsys.readouterr()
+    model = load_llama(tmp_path / "llama")
+    assert torch.equal(model.state_dict()[name], first.float())
+    said = capsys.readouterr().err
+    assert said.startswith("note: 1 tensor") and name in said and "rounding" in said and said.count("\n") == 1
+    for damage in (lambda w: w[5] * 1.03, lambda w: -w[5]):
+        def change(s):
+            s[name][5] = damage(s[name])
+        shard_state(tmp_path / "llama", 2, change)
+        with one_line_error(capsys, "two models", name):
+            load_llama(tmp_path / "llama")
+
+
+FOREIGN = {"vision_chunk_size": 448, "quantization_args": {"scheme": 8}, "lora_args": {"rank": 16},
+           "moe_args": {"experts": 16}, "moe": {"num_experts": 8}, "use_qk_norm": True, "qk_norm": True,
+           "sliding_window": 4096, "hidden_dim": 14336, "attention_chunk_size": 8192, "nope_layer_interval": 4,
+           "ffn_exp": 4.0, "attention_bias": True, "rope_high_freq_factor": 1, "q_lora_rank": 1536}
+
+
+@pytest.mark.parametrize("key", FOREIGN)
 def test_other_kinds_of_llama_are_named(tmp_path, capsys, key):
-    """Catches a vision, quantised or LoRA model whose text half is loaded as if it were all."""
+    """Catches a vision, quantised, LoRA or MoE model, one with norms on queries, or Mistral, loaded as if it were a
+    Llama; and one whose file has such a key without a value refused."""
     saved(tmp_path)
-    rewrite(tmp_path, lambda p: p | {key: {"scheme": 8}})
-    with one_line_error(capsys, key):
+    rewrite(tmp_path, lambda p: p | {key: FOREIGN[key]})
+    with one_line_error(capsys, key, "text Llama"):
         load_llama(tmp_path)
+    (tmp_path / "config.json").write_text("{}")  # Mistral publishes both forms in one folder
+    with one_line_error(capsys, key, f"python data/llama.py {tmp_path} --out out/{tmp_path.name}"):
+        load_llama(tmp_path)
+    for nothing in (None, False):
+        rewrite(tmp_path, lambda p: p | {key: nothing})
+        load_llama(tmp_path)
+
+
+# -----------------------------------------------------------------------------
+# folders of other kinds
+
+
+def hugging_face(folder):
+    """What marks a Hugging Face folder, and the flag that names it."""
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    return folder, f"{folder} is a Hugging Face folder", f"python data/llama.py {folder} --out out/{folder.name}"
+
+
+def only_safetensors(folder):
+    (folder / "model-00001-of-00002.safetensors").write_bytes(b"")
+    return folder, f"{folder} is a Hugging Face folder", f"python data/llama.py {folder} --out out/{folder.name}"
+
+
+def weights_of_hugging_face(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(b"")
+    return path, f"{path} is a Hugging Face folder", f"python data/llama.py {folder} --out out/{folder.name}"
+
+
+def gguf_file(folder):
+    path = folder / "small-Q4_0.gguf"
+    path.write_bytes(b"GGUF")
+    return path, f"{path} is a GGUF file", f"python data/llama.py {path} --out out/small-Q4_0"
+
+
+def gguf_folder(folder):
+    path = gguf_file(folder)[0]
+    return folder, f"{folder} is a folder with a GGUF file", f"python data/llama.py {path} --out out/small-Q4_0"
+
+
+def with_original(folder):
+    """meta-llama's repositories: Hugging Face's files, and Meta's own below."""
+    hugging_face(folder)
+    saved(folder / "original")
+    return folder, f"{folder} is a Hugging Face folder", f"a raw one is in {folder / 'original'}"
+
+
+def nearly_raw(folder):
+    """A params.json beside Hugging Face's weights."""
+    saved(folder)
+    (folder / "consolidated.00.pth").rename(folder / "consolidated.safetensors")
+    return folder, f"{folder} is a Hugging Face folder", f"python data/llama.py {folder} --out out/{folder.name}"
+
+
+OTHERS = [hugging_face, only_safetensors, weights_of_hugging_face, gguf_file, gguf_folder, with_original, nearly_raw]
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_a_llama_of_another_kind_is_named(tmp_path, capsys, kind):
+    """Catches "no Llama folder" said to somebody who has one, of Hugging Face's or llama.cpp's kind, and a command that
+    would not convert it."""
+    folder = tmp_path / "SmolLM2-135M"
+    folder.mkdir()
+    path, what, mend = kind(folder)
+    for look in (load_llama, lambda p: describe.main([str(p)])):
+        if kind is nearly_raw and look is not load_llama:
+            continue  # params.json alone can be described
+        with one_line_error(capsys, what, mend):
+            look(path)
+
+
+PROGRAMS = {  # every flag that names a Llama
+    "train": (train.main, ["--llama", "FOLDER"]), "eval": (evaluation.main, ["--model", "FOLDER"]),
+    "plan": (train.main, ["--dry-run", "--llama", "FOLDER"]),
+    "base": (evaluation.main, ["--model", "RAW", "--base", "FOLDER"]), "sample": (sample.main, ["--model", "FOLDER"]),
+    "export": (exporting.main, ["--model", "FOLDER"]), "describe": (describe.main, ["FOLDER"]),
+    "search": (search.main, ["--llama", "FOLDER"]), "flextron": (flextron.main, ["--llama", "FOLDER"]),
+    "latency": (latency.main, ["--model", "FOLDER"]),
+    "prepare": (prepare.main, ["--tokenizer", "FOLDER/tokenizer.json"]),
+    "prepare, folder": (prepare.main, ["--tokenizer", "FOLDER"])}
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_every_program_names_a_hugging_face_folder(tmp_path, capsys, monkeypatch, program):
+    """Catches a program that looks at something else first, or that writes before it looks."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "SmolLM2").mkdir()
+    hugging_face(tmp_path / "SmolLM2")
+    (tmp_path / "SmolLM2/tokenizer.json").write_text("{}")
+    saved(tmp_path / "raw")
+    before = files_of(tmp_path)
+    main, argv = PROGRAMS[program]
+    with one_line_error(capsys, "Hugging Face folder", "python data/llama.py SmolLM2 --out out/SmolLM2"):
+        main([word.replace("FOLDER", "SmolLM2").replace("RAW", "raw") for word in argv])
+    assert files_of(tmp_path) == before
 
 
 # -----------------------------------------------------------------------------
@@ -455,12 +677,14 @@ def test_every_published_shape_is_known(tmp_path, capsys, name):
     values, ffn_dim, vocab_size, rope_factor = META[name]
     keys = ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "ffn_dim_multiplier", "multiple_of",
             "rope_theta", "use_scaled_rope")
-    p = {k: v for k, v in zip(keys, values) if v is not None} | dict(norm_eps=1e-6 if "Llama1" in name else 1e-5)
+    old = name in ("Llama1-7B", "Llama1-30B")
+    p = {k: v for k, v in zip(keys, values) if v is not None} | dict(norm_eps=1e-6 if old else 1e-5)
     (tmp_path / "params.json").write_text(json.dumps(p))
     describe.main([str(tmp_path / "params.json")])
     said = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
     family = {"Llama1": "Llama 1 ", "Llama2": "Llama 2 "}.get(name.split("-")[0], f"Llama {name.split('-')[0]} ")
-    assert said["family"].startswith(family.replace("3.1 ", "3.1 ")) and said["family"].endswith(name.split("-")[1])
+    assert said["family"].startswith(family) and said["family"].split(",")[0].endswith(name.split("-")[1])
+    assert ("the weights would tell" in said["family"]) == (name == "Llama1-7B")
     totals = {"3.2-1B": "1,235,814,400", "3.2-3B": "3,212,749,824", "3.1-8B": "8,030,261,248", "3-8B": "8,030,261,248",
               "3.1-70B": "70,553,706,496", "Llama2-7B": "6,738,415,616"}
     assert totals.get(name, "") in said["parameters"]

@@ -1,5 +1,6 @@
 """data/tokenizer.py against a slow trainer, against tiktoken, and against broken files."""
 import base64
+import json
 import subprocess
 import sys
 from collections import Counter
@@ -138,6 +139,99 @@ def test_a_file_that_is_no_tokenizer(tmp_path, capsys, data, said):
     assert said in line and str(path) in line and "python data/prepare.py" in line
 
 
+# -----------------------------------------------------------------------------
+# settings beside it
+
+
+OTHER = dict(pattern=r"\p{L}+|\P{L}", special_tokens={"<|a|>": 0, "<|b|>": 257, "<|c|>": 1}, bos="<|b|>", eos=["<|c|>"],
+             chat_template=None)
+
+
+def other_tokenizer(folder: Path, absent: bytes = b"", **changes) -> Path:
+    """A tokenizer of 255 or fewer bytes, special tokens around them, ids 0..n-1; changes: to the settings."""
+    kept = [b for b in range(255) if b not in absent]
+    ids = {bytes([b]): 2 + i for i, b in enumerate(kept)}
+    special = {"<|a|>": 0, "<|b|>": 2 + len(ids), "<|c|>": 1}
+    bpe.save_ranks(folder / bpe.TOKENIZER, ids)
+    settings = OTHER | dict(special_tokens=special) | changes
+    (folder / bpe.SETTINGS).write_text(json.dumps({key: value for key, value in settings.items() if value is not ...}))
+    return folder / bpe.TOKENIZER
+
+
+def test_settings_say_what_the_file_does_not(tmp_path):
+    """Catches Llama 3's BOS or pattern in front of another model's text, ids that are shifted, and bytes that are no
+    tokens: dropped, however many, before the merges."""
+    path = other_tokenizer(tmp_path, absent=b"x\xe6")
+    enc = bpe.load_tokenizer(path, 256)
+    assert enc.settings.bos == "<|b|>" and enc.n_vocab == 256 and enc.absent == b"x\xe6\xff"
+    assert bpe.encode_document(enc, "\0a").tolist() == [255, 2, 2 + ord("a")]
+    assert bpe.encode_text(enc, "xxaxyx").tolist() == bpe.encode_text(enc, "ay").tolist() == [2 + 97, 2 + 120]
+    assert enc.decode(bpe.encode_text(enc, "東").tolist()) == b"\x9d\xb1".decode("utf-8", "replace")
+    assert bpe.encode_text(enc, "xxx").tolist() == bpe.encode_text(enc, "").tolist() == []
+    assert enc.decode([0, 255, 1]) == "<|a|><|b|><|c|>"
+    bpe.copy_tokenizer(path, tmp_path / "copy")
+    assert bpe.load_tokenizer(tmp_path / "copy/tokenizer.model").settings == enc.settings
+    other_tokenizer(tmp_path / "other")
+    assert not bpe.same_tokenizer(tmp_path, tmp_path / "other") and bpe.same_tokenizer(tmp_path, tmp_path / "copy")
+    bpe.save_settings(tmp_path / "copy" / bpe.SETTINGS, enc.settings._replace(chat_template="x", eos=[]))
+    assert bpe.same_tokenizer(tmp_path, tmp_path / "copy")
+    bpe.save_settings(tmp_path / "copy" / bpe.SETTINGS, enc.settings._replace(pattern=r"\p{L}|\P{L}"))
+    assert not bpe.same_tokenizer(tmp_path, tmp_path / "copy")
+
+
+def test_a_copy_leaves_nothing_of_another_tokenizer(tmp_path, enc):
+    """Catches settings that stay beside a tokenizer.model they do not belong to; and a copy onto itself."""
+    other = other_tokenizer(tmp_path / "other")
+    bpe.copy_tokenizer(other, tmp_path / "copy")
+    bpe.copy_tokenizer(enc.name, tmp_path / "copy")
+    assert [path.name for path in (tmp_path / "copy").iterdir()] == [bpe.TOKENIZER]
+    before = other.read_bytes()
+    bpe.copy_tokenizer(other, tmp_path / "other")
+    assert other.read_bytes() == before and (tmp_path / "other" / bpe.SETTINGS).is_file()
+
+
+def test_without_settings_it_is_llama3s(enc):
+    """Catches another default: the pattern, the specials behind the ranks, the three tokens that end a turn."""
+    settings = bpe.tokenizer_settings(enc.name)
+    assert settings == enc.settings and settings.pattern == bpe.PATTERN and settings.bos == "<|begin_of_text|>"
+    assert settings.eos == ["<|end_of_text|>", "<|eom_id|>", "<|eot_id|>"] and settings.chat_template is None
+    assert settings.special_tokens == {name: 444 + i for i, name in enumerate(bpe.SPECIALS)}
+
+
+def test_more_rows_than_tokens(enc, capsys):
+    """Catches a vocabulary that was rounded up refused, ids of it that cannot be printed, and any size accepted."""
+    padded = bpe.load_tokenizer(enc.name, 704)
+    assert padded.n_vocab == 704 and padded.decode([700, 703]) == "<|unused_700|><|unused_703|>"
+    assert bpe.load_tokenizer(enc.name, 700).n_vocab == 700
+    for size in (699, 700 + 1024):
+        with pytest.raises(SystemExit):
+            bpe.load_tokenizer(enc.name, size)
+        assert f"700 tokens, the model in {Path(enc.name).parent} has {size}" in one_line(capsys)
+
+
+@pytest.mark.parametrize("changes", [
+    dict(pattern="(["), dict(pattern=7), dict(pattern=...),
+    dict(special_tokens={"<|b|>": 300, "<|a|>": 0, "<|c|>": 1}), dict(special_tokens={"<|b|>": "257"}),
+    dict(special_tokens=[1]), dict(special_tokens={"<|b|>": 2, "<|a|>": 0, "<|c|>": 1}), dict(bos="<|x|>"),
+    dict(bos=None), dict(eos="<|c|>"), dict(eos=["<|x|>"]), dict(eos=None), dict(chat_template=7), dict(more=1)])
+def test_settings_that_are_none(tmp_path, capsys, changes):
+    """Catches a traceback, or ids with gaps that panic later."""
+    path = other_tokenizer(tmp_path, **changes)
+    with pytest.raises(SystemExit) as stop:
+        bpe.load_tokenizer(path)
+    assert stop.value.code == 2 and str(tmp_path) in one_line(capsys)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", "[" * 100_000])
+def test_settings_that_are_no_json(tmp_path, capsys, text):
+    """Catches a traceback."""
+    path = other_tokenizer(tmp_path)
+    path.with_name(bpe.SETTINGS).write_text(text)
+    with pytest.raises(SystemExit) as stop:
+        bpe.load_tokenizer(path)
+    assert stop.value.code == 2 and bpe.SETTINGS in one_line(capsys)
+
+
 def test_too_little_text(capsys):
     """Catches: fewer ranks than asked for, silently, so that ids and specials move."""
     with pytest.raises(SystemExit) as stop:
@@ -148,7 +242,7 @@ def test_too_little_text(capsys):
 def test_two_folders_of_one_tokenizer(tmp_path, capsys):
     """Catches a model that reads the tokens of another tokenizer; a folder of token ids alone is taken as it is."""
     folders = {}
-    for name, text in dict(model=TEXT, data=TEXT, other=TEXT + "zyx zyx zyx" * 9, ids=None).items():
+    for name, text in dict(model=TEXT, data=TEXT, other=TEXT + "zyx zyx zyx" * 99, ids=None).items():
         folders[name] = tmp_path / name
         folders[name].mkdir()
         if text:
