@@ -3,7 +3,7 @@ What an export of a real shape takes: a supernet of Llama-3.2-1B's shape with ra
 exported at a half.
 
     python -m bench.big_export                  2.5 GB of weights in a temporary folder
-    python -m bench.big_export --format hf
+    python -m bench.big_export --format gguf
 
 The weights are made in one process and exported in another, so that the peak is the export's alone.
 """
@@ -75,7 +75,7 @@ def run(*command) -> str:
 def main(argv=None) -> None:
     """Makes, exports, prints."""
     p = Parser("python -m bench.big_export", __doc__)
-    p.add_argument("--format", choices=["llama", "hf"], default="llama")
+    p.add_argument("--format", choices=["llama", "hf", "gguf"], default="llama")
     p.add_argument("--budget", type=float, default=0.5)
     p.add_argument("--scale", type=int, default=1, help="divide width, MLP and vocabulary by this")
     p.add_argument("--folder", help=argparse.SUPPRESS)  # where the first process makes its weights

@@ -5,29 +5,33 @@ and lm-eval read.
     python export.py --budget 0.5 --format hf
 
 config.json, model.safetensors, tokenizer.json, tokenizer_config.json, generation_config.json: five
-files, three facts worth knowing. Their RoPE pairs channel j with j + head_dim/2, Meta's 2j with 2j
+files, four facts worth knowing. Their RoPE pairs channel j with j + head_dim/2, Meta's 2j with 2j
 + 1, so the rows of wq and wk are permuted. A Llama whose heads do not divide its width is refused
 by transformers since 5.4; Mistral's class without its sliding window is the same arithmetic and
-takes it. And there must be no params.json or tokenizer.model beside them: other readers would
-mistake the folder for Meta's.
+takes it. There must be no params.json or tokenizer.model beside them: other readers would mistake
+the folder for Meta's. And a chat model that is not told all of its stop tokens never stops.
 """
 import json
 import struct
-import sys
 from pathlib import Path
 
 import tiktoken
 import torch
 
-from data.tokenizer import BOS, END, PATTERN, load_tokenizer
+from data.tokenizer import load_tokenizer
 from model import LlamaConfig
-from plumbing.errors import fail
+from plumbing.errors import fail, note
 from plumbing.files import atomic_write
 from plumbing.params import max_positions
 
 FILES = {"config.json", "generation_config.json", "model*.safetensors*", "tokenizer*.json"}
 SHARD_BYTES = 5_000_000_000
 DTYPES = {torch.float32: ("float32", "F32"), torch.bfloat16: ("bfloat16", "BF16"), torch.float16: ("float16", "F16")}
+PAD = "<|finetune_right_pad_id|>"  # Llama 3's token for padding; other tokenizers pad with their first end
+
+# transformers 4.57 and some of 5 warn of a wrong regular expression in every local folder with more
+# than 100,000 tokens, unless config.json names a version after the models that had it.
+TRANSFORMERS_VERSION = "5.0.0"
 
 # -----------------------------------------------------------------------------
 # config.json
@@ -38,19 +42,53 @@ def check(config: LlamaConfig, tokenizer: Path, out: Path) -> tiktoken.Encoding 
     None, and a note on stderr, where there is none that could be written."""
     if any(isinstance(getattr(config, name), tuple) for name in ("n_heads", "n_kv_heads", "ffn_dim")):
         fail("this Llama has another number of heads or neurons in every layer; --format hf has one number for all "
-             "layers, no runtime that reads it could load the rest; use --format llama")
+             "layers, no runtime that reads it could load the rest; use --format gguf or --format llama")
+    if model_class(config) == "mistral" and config.rope_factor != 1:
+        note(f"{config.n_heads} heads do not divide {config.dim} channels, so this is a Mistral to transformers, "
+             "which ignores a Mistral's scaled RoPE before its version 4.48; use that or a newer one")
+    return readable_tokenizer(config, tokenizer, f"{out} gets no tokenizer: copy that of the original Hugging Face "
+                              "model into it")
+
+
+def readable_tokenizer(config: LlamaConfig, tokenizer: Path, without: str) -> tiktoken.Encoding | None:
+    """The tokenizer of a folder; None, and a note on stderr that ends in `without`, where there is
+    none that other programs' formats could hold."""
     if not tokenizer.is_file() or tokenizer.read_bytes()[:1] == b"\n":
-        print(f"note: {tokenizer} is missing or a SentencePiece model; {out} gets no tokenizer: copy that of the "
-              "original Hugging Face model into it", file=sys.stderr)
+        note(f"{tokenizer} is missing or a SentencePiece model; {without}")
         return None
     return load_tokenizer(tokenizer, config.vocab_size)
+
+
+def read_template(path: str) -> str:
+    """The text of a chat template, or fail()."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        fail(f"--chat-template {path} cannot be read as text ({error}); expected a Jinja file, such as the "
+             "chat_template.jinja of a Hugging Face model")
+
+
+def with_template(enc: tiktoken.Encoding | None, template: str | None) -> tiktoken.Encoding | None:
+    """The tokenizer with this chat template; with its own where template is None."""
+    if template is None:
+        return enc
+    if enc is None:
+        fail("--chat-template has no tokenizer to go with; copy both from the original model")
+    enc.settings = enc.settings._replace(chat_template=template)
+    return enc
+
+
+def model_class(c: LlamaConfig) -> str:
+    """The model_type that transformers takes for this shape: llama, or mistral where the heads do
+    not divide the width."""
+    return "llama" if c.dim % c.n_heads == 0 else "mistral"
 
 
 def model_config(c: LlamaConfig, dtype: torch.dtype, bos: int, eos: int) -> dict:
     """config.json. The RoPE settings stand there twice: readers before transformers 5 look for
     rope_theta and rope_scaling, those after it for rope_parameters, and each ignores the
     other's."""
-    kind = "llama" if c.dim % c.n_heads == 0 else "mistral"
+    kind = model_class(c)
     scaling = None
     if c.rope_factor != 1:
         scaling = dict(rope_type="llama3", factor=c.rope_factor, low_freq_factor=1.0, high_freq_factor=4.0,
@@ -63,7 +101,8 @@ def model_config(c: LlamaConfig, dtype: torch.dtype, bos: int, eos: int) -> dict
         max_position_embeddings=max_positions(c), rms_norm_eps=c.norm_eps, hidden_act="silu",
         tie_word_embeddings=c.tied, attention_bias=False, mlp_bias=False, attention_dropout=0.0, bos_token_id=bos,
         eos_token_id=eos, torch_dtype=DTYPES[dtype][0], initializer_range=0.02, use_cache=True, rope_theta=c.rope_theta,
-        rope_scaling=scaling, rope_parameters=rope | dict(rope_theta=c.rope_theta))
+        rope_scaling=scaling, rope_parameters=rope | dict(rope_theta=c.rope_theta),
+        transformers_version=TRANSFORMERS_VERSION)
     if kind == "mistral":
         config["sliding_window"] = None
     return config
@@ -166,30 +205,64 @@ def merges_of(ranks: dict[bytes, int]) -> list[str]:
     return merges
 
 
+def vocabulary(enc: tiktoken.Encoding) -> dict[str, int]:
+    """token -> id, as model.vocab of tokenizer.json has it.
+
+    Special tokens are a list of their own, and get the ids behind the vocabulary, in order. Those
+    that lie before or among the other tokens must stand in the vocabulary too."""
+    vocab = {spell(token): rank for token, rank in enc._mergeable_ranks.items()}
+    last = max(vocab.values())
+    for name, i in enc._special_tokens.items():
+        if i < last:
+            vocab[name] = i
+    return dict(sorted(vocab.items(), key=lambda item: item[1]))
+
+
 def tokenizer_json(enc: tiktoken.Encoding) -> dict:
-    """tokenizer.json of a tiktoken encoding: the same ids for every text, and BOS in front.
+    """tokenizer.json of a tokenizer (of load_tokenizer): the same ids for every text, and BOS in
+    front.
 
     BOS stands in the template, where llama.cpp and lm-eval look for it."""
-    ranks = enc._mergeable_ranks
+    name = enc.settings.bos
     special = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
-    bos = {"id": BOS, "type_id": 0}
+    bos = {"id": name, "type_id": 0}
     template = dict(
         type="TemplateProcessing", single=[{"SpecialToken": bos}, {"Sequence": {"id": "A", "type_id": 0}}],
         pair=[{"SpecialToken": bos}, {"Sequence": {"id": "A", "type_id": 0}},
               {"SpecialToken": bos | dict(type_id=1)}, {"Sequence": {"id": "B", "type_id": 1}}],
-        special_tokens={BOS: dict(id=BOS, ids=[enc._special_tokens[BOS]], tokens=[BOS])})
+        special_tokens={name: dict(id=name, ids=[enc._special_tokens[name]], tokens=[name])})
     byte_level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True)
-    split = dict(type="Split", pattern=dict(Regex=PATTERN), behavior="Isolated", invert=False)
+    split = dict(type="Split", pattern=dict(Regex=enc._pat_str), behavior="Isolated", invert=False)
+    by_id = sorted(enc._special_tokens.items(), key=lambda item: item[1])
     return dict(
         version="1.0", truncation=None, padding=None,
-        added_tokens=[dict(id=i, content=text) | special for text, i in enc._special_tokens.items()], normalizer=None,
+        added_tokens=[dict(id=i, content=text) | special for text, i in by_id], normalizer=None,
         pre_tokenizer=dict(type="Sequence", pretokenizers=[split, byte_level | dict(use_regex=False)]),
         post_processor=dict(type="Sequence", processors=[
             byte_level | dict(trim_offsets=False, use_regex=True), template]),
         decoder=byte_level | dict(use_regex=True),
         model=dict(type="BPE", dropout=None, unk_token=None, continuing_subword_prefix=None, end_of_word_suffix=None,
                    fuse_unk=False, byte_fallback=False, ignore_merges=True,
-                   vocab={spell(token): rank for token, rank in ranks.items()}, merges=merges_of(ranks)))
+                   vocab=vocabulary(enc), merges=merges_of(enc._mergeable_ranks)))
+
+
+def pad_token(enc: tiktoken.Encoding) -> str:
+    """What fills up the shorter texts of a batch."""
+    return PAD if PAD in enc._special_tokens else enc.settings.eos[0]
+
+
+def tokenizer_config(enc: tiktoken.Encoding, config: LlamaConfig) -> dict:
+    """tokenizer_config.json.
+
+    model_input_names: transformers 4 would also give the model token_type_ids, which a Llama does
+    not take. padding_side: what is generated stands behind the text, so padding stands before it."""
+    content = dict(
+        tokenizer_class="PreTrainedTokenizerFast", bos_token=enc.settings.bos, eos_token=enc.settings.eos[0],
+        pad_token=pad_token(enc), padding_side="left", model_input_names=["input_ids", "attention_mask"],
+        clean_up_tokenization_spaces=False, model_max_length=max_positions(config))
+    if enc.settings.chat_template is not None:
+        content["chat_template"] = enc.settings.chat_template
+    return content
 
 
 # -----------------------------------------------------------------------------
@@ -207,14 +280,20 @@ def save_hf(folder, config: LlamaConfig, state: dict, enc: tiktoken.Encoding | N
     Llama without."""
     folder = Path(folder)
     dtype = state["norm.weight"].dtype
-    special = {} if enc is None else enc._special_tokens
-    bos = special.get(BOS, 1)  # without a tokenizer: Llama 1 and 2's
-    eos = special.get(END, 2)
-    write_json(folder / "config.json", model_config(config, dtype, bos, eos))
-    write_json(folder / "generation_config.json", dict(bos_token_id=bos, eos_token_id=eos, do_sample=False))
+    bos = 1  # without a tokenizer: Llama 1 and 2's
+    ends = [2]
+    pad = None
+    if enc is not None:
+        bos = enc._special_tokens[enc.settings.bos]
+        ends = [enc._special_tokens[name] for name in enc.settings.eos]
+        pad = enc._special_tokens[pad_token(enc)]
+    generation = dict(bos_token_id=bos, eos_token_id=ends if len(ends) > 1 else ends[0], do_sample=False,
+                      transformers_version=TRANSFORMERS_VERSION)
+    if pad is not None:
+        generation["pad_token_id"] = pad
+    write_json(folder / "config.json", model_config(config, dtype, bos, ends[0]))
+    write_json(folder / "generation_config.json", generation)
     write_weights(folder, config, state)
     if enc is not None:
         write_json(folder / "tokenizer.json", tokenizer_json(enc))
-        write_json(folder / "tokenizer_config.json", dict(
-            tokenizer_class="PreTrainedTokenizerFast", bos_token=BOS, eos_token=END, clean_up_tokenization_spaces=False,
-            model_max_length=max_positions(config)))
+        write_json(folder / "tokenizer_config.json", tokenizer_config(enc, config))

@@ -13,11 +13,12 @@ import re
 import sys
 from pathlib import Path
 
-import torch
 
 from model import LlamaConfig, SubNet
 from plumbing.errors import fail
 from plumbing.family import FLEX, Family
+from plumbing.gguf import Q8_0
+from plumbing.hf import model_class
 from plumbing.latency import LATENCY_FILE, load_latency
 from plumbing.tables import spread
 from space import cost, n_params
@@ -28,15 +29,54 @@ DRY_RUN_BUDGETS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
 # what a slice weighs
 
 
-def weight_bytes(config: LlamaConfig, subnet: SubNet, dtype: torch.dtype) -> int:
-    """Bytes of all weights of a slice, embeddings included."""
-    return n_params(config, subnet, embeddings=True) * dtype.itemsize
+def weight_bytes(config: LlamaConfig, subnet: SubNet, dtype) -> int:
+    """Bytes of all weights of a slice, embeddings included. dtype: torch's, or q8_0, whose blocks
+    hold 32 weights in 34 bytes."""
+    itemsize = 34 / 32 if dtype == Q8_0 else dtype.itemsize
+    return int(n_params(config, subnet, embeddings=True) * itemsize)
 
 
-def cache_bytes(config: LlamaConfig, subnet: SubNet, dtype: torch.dtype, context: int) -> int:
-    """Bytes of the keys and values of `context` tokens, batch 1."""
+def cache_bytes(config: LlamaConfig, subnet: SubNet, dtype, context: int) -> int:
+    """Bytes of the keys and values of `context` tokens, batch 1. dtype: theirs; with weights in
+    q8_0 they are float16."""
+    itemsize = 2 if dtype == Q8_0 else dtype.itemsize
     kv_heads = sum(subnet.config(config).per_layer("n_kv_heads"))
-    return 2 * kv_heads * config.head_dim * context * dtype.itemsize
+    return 2 * kv_heads * config.head_dim * context * itemsize
+
+
+# -----------------------------------------------------------------------------
+# who runs it well
+
+
+def quantisations(shape: LlamaConfig) -> str:
+    """llama.cpp's quantisations that all matrices of a shape fit, so that none falls back to
+    another: "Q8_0" (Q4_0 too), "Q8_0,K" (the K-quants too), or "-".
+
+    They cut every row into blocks, of 32 numbers or, for the K-quants, of 256. A row is as long as
+    the width, the MLP, or all heads together."""
+    rows = [shape.dim, *shape.per_layer("ffn_dim")]
+    for n_heads in shape.per_layer("n_heads"):
+        rows.append(n_heads * shape.head_dim)
+    if all(row % 256 == 0 for row in rows):
+        return "Q8_0,K"
+    return "Q8_0" if all(row % 32 == 0 for row in rows) else "-"
+
+
+def parallel_degrees(shape: LlamaConfig) -> str:
+    """How many GPUs tensor parallelism can cut every layer into: those of 2, 4 and 8 that divide
+    query heads, KV heads and neurons; "-" if none does."""
+    to_share = []
+    for name in ("n_heads", "n_kv_heads", "ffn_dim"):
+        to_share += shape.per_layer(name)
+    degrees = [str(n) for n in (2, 4, 8) if all(size % n == 0 for size in to_share)]
+    return ",".join(degrees) or "-"
+
+
+def class_of_transformers(shape: LlamaConfig) -> str:
+    """Llama or Mistral (plumbing/hf.py); "-" where layers differ, which neither can say."""
+    if any(isinstance(getattr(shape, name), tuple) for name in ("n_heads", "n_kv_heads", "ffn_dim")):
+        return "-"
+    return model_class(shape).capitalize()
 
 
 # -----------------------------------------------------------------------------
@@ -77,7 +117,7 @@ def largest(family: Family, size, limit: float, what: str) -> float:
     return best[1]
 
 
-def budgets_asked(family: Family, args: argparse.Namespace, dtype: torch.dtype, context: int) -> tuple[list, str]:
+def budgets_asked(family: Family, args: argparse.Namespace, dtype, context: int) -> tuple[list, str]:
     """(budgets, unit) of export.py's flags --budget, --latency, --params, --memory; fail() where
     there is none."""
     if args.latency:
@@ -98,7 +138,7 @@ def budgets_asked(family: Family, args: argparse.Namespace, dtype: torch.dtype, 
     return [b for b in DRY_RUN_BUDGETS if b >= smallest], "params"
 
 
-def budget_of_weight(family: Family, args: argparse.Namespace, dtype: torch.dtype, context: int) -> float:
+def budget_of_weight(family: Family, args: argparse.Namespace, dtype, context: int) -> float:
     """The budget of --params or --memory."""
     config = family.model.config
 
@@ -110,7 +150,7 @@ def budget_of_weight(family: Family, args: argparse.Namespace, dtype: torch.dtyp
 
     if args.params:
         return largest(family, total_params, amount(args.params), "parameters")
-    what = f"bytes of weights ({str(dtype)[6:]}) and KV cache ({context:,} tokens)"
+    what = f"bytes of weights ({str(dtype).removeprefix('torch.')}) and KV cache ({context:,} tokens)"
     return largest(family, total_bytes, amount(args.memory), what)
 
 
@@ -119,14 +159,14 @@ def budget_of_weight(family: Family, args: argparse.Namespace, dtype: torch.dtyp
 
 
 def default_folder(folder, budget: float, unit: str, format: str) -> Path:
-    """out/flex -> out/flex-0.50, out/flex-0.50-hf, out/flex-latency-0.50."""
+    """out/flex -> out/flex-0.50, out/flex-0.50-hf, out/flex-0.50.gguf, out/flex-latency-0.50."""
     stem = Path(folder)
     if stem.name in ("", ".."):  # . and .. have no name of their own
         stem = stem.resolve()
     number = f"{budget:.2f}" if budget == round(budget, 2) else f"{budget:g}"
     if unit == "latency":
         number = f"latency-{number}"
-    suffix = "-hf" if format == "hf" else ""
+    suffix = {"hf": "-hf", "gguf": ".gguf"}.get(format, "")
     return stem.with_name(f"{stem.name}-{number}{suffix}")
 
 
@@ -138,33 +178,41 @@ def asked_of(family: Family, budget: float, subnet: SubNet, unit: str) -> str:
     return (f"asked for {budget:.3f} of the full model's time, {took:.3f} by {family.folder / LATENCY_FILE}\n")
 
 
-def sizes_table(full: LlamaConfig, budgets: list[float], subnets: list[SubNet], dtype: torch.dtype,
+def sizes_table(full: LlamaConfig, budgets: list[float], subnets: list[SubNet], dtype,
                 context: int) -> str:
-    """What slices would be: a line per budget."""
+    """What slices would be: a line per budget, and what the last three columns mean."""
     lines = [f"{'budget':>7} {'got':>6} {'dim':>6} {'heads':>5} {'ffn':>6} {'layers':>6} {'parameters':>15} "
-             f"{'with embeddings':>16} {'weights, GB':>12} {f'KV of {context:,} tokens, GB':>27}"]
+             f"{'with embeddings':>16} {'weights, GB':>12} {f'KV of {context:,} tokens, GB':>27} {'quants':>7} "
+             f"{'TP':>6} {'HF':>8}"]
     for budget, s in zip(budgets, subnets):
+        shape = s.config(full)
         weights = weight_bytes(full, s, dtype) / 1e9
         cache = cache_bytes(full, s, dtype, context) / 1e9
         lines.append(f"{budget:7.3f} {cost(full, s):6.3f} {s.dim:6d} {spread(s.n_heads):>5} {spread(s.ffn_dim):>6} "
                      f"{len(s.layers):6d} {n_params(full, s):15,} {n_params(full, s, embeddings=True):16,} "
-                     f"{weights:12.3f} {cache:27.3f}")
+                     f"{weights:12.3f} {cache:27.3f} {quantisations(shape):>7} {parallel_degrees(shape):>6} "
+                     f"{class_of_transformers(shape):>8}")
+    lines.append("(quants: llama.cpp's that every matrix fits: Q8_0 and Q4_0, rows in multiples of 32; K, of 256. "
+                 "TP: how many GPUs\ncan share heads, KV heads and neurons. HF: the class of transformers; - where "
+                 "layers differ, for --format gguf)")
     return "\n".join(lines)
 
 
-def report(out: Path, full: LlamaConfig, subnet: SubNet, asked: str) -> str:
-    """What an export wrote. asked: how the sentence about the budget begins."""
-    written = sum(file.stat().st_size for file in out.iterdir())
+def report(out: Path, full: LlamaConfig, subnet: SubNet, asked: str, dtype) -> str:
+    """What an export wrote. asked: how the sentence about the budget begins. dtype: torch's, or
+    q8_0."""
+    written = sum(file.stat().st_size for file in out.iterdir()) if out.is_dir() else out.stat().st_size
     return (f"{out}: dim {subnet.dim}, {spread(subnet.n_heads)} heads of {full.head_dim}, ffn {spread(subnet.ffn_dim)}, "
             f"layers {len(subnet.layers)} of {full.n_layers} ({' '.join(map(str, subnet.layers))})\n"
             f"{asked}got {cost(full, subnet):.3f} of the non-embedding parameters: {n_params(full, subnet):,}\n"
-            f"{n_params(full, subnet, embeddings=True):,} parameters with embeddings, {written:,} bytes")
+            f"{n_params(full, subnet, embeddings=True):,} parameters with embeddings, {written:,} bytes "
+            f"({str(dtype).removeprefix('torch.')})")
 
 
 def note_readers(full: LlamaConfig, subnet: SubNet) -> None:
     """Says on stderr who will not read a folder in Meta's layout, where somebody will not."""
     if len(set(subnet.n_heads)) > 1 or len(set(subnet.ffn_dim)) > 1:
-        print("note: layers of several shapes; nanoFlex loads this folder, no other program that we know does",
+        print("note: layers of several shapes; nanoFlex loads this folder; for other programs use --format gguf",
               file=sys.stderr)
     elif subnet.dim != subnet.n_heads[0] * full.head_dim:
         print(f"note: {subnet.n_heads[0]} heads of {full.head_dim} do not make {subnet.dim} channels; nanoFlex "

@@ -14,10 +14,17 @@ import eval as evaluation
 import export as exporting
 from plumbing.checkpoint import load_llama, load_tensors, save_llama
 from plumbing.family import open_family
-from plumbing.sizes import amount, default_folder, largest
+from plumbing.sizes import (
+    amount,
+    class_of_transformers,
+    default_folder,
+    largest,
+    parallel_degrees,
+    quantisations,
+)
 from router import Router
 from export import fold
-from model import SubNet
+from model import Llama, SubNet
 from space import cost
 from tests.helpers import (
     GQA,
@@ -222,7 +229,8 @@ def test_what_it_prints_is_true(tmp_path, capsys, shape):
 
 def sizes_of(text: str) -> list[list[float]]:
     """The rows of the table that --dry-run prints."""
-    return [[float(x.replace(",", "")) for x in line.split()] for line in text.splitlines()[1:]]
+    rows = [line.split() for line in text.splitlines()[1:] if line.startswith(" ")]  # below them: what columns mean
+    return [[float(x.replace(",", "")) for x in row[:10]] for row in rows]
 
 
 def test_amounts():
@@ -303,6 +311,77 @@ def test_dry_run_writes_nothing_and_tells_the_truth(tmp_path, capsys):
         assert row[2:6] == [c.dim, c.n_heads, c.ffn_dim, c.n_layers] and row[7] == total
         assert row[8] == pytest.approx(4 * total / 1e9, abs=5e-4)
         assert row[9] == pytest.approx(2 * 4 * 100 * c.n_layers * c.n_kv_heads * c.head_dim / 1e9, abs=5e-4)
+
+
+def divides(sizes, n: int) -> bool:
+    """Does n divide every one of these sizes?"""
+    return not any(size % n for size in sizes)
+
+
+@pytest.mark.parametrize("head_dim,n_heads,n_kv_heads", [(8, 8, 2), (16, 16, 16), (32, 8, 8), (64, 12, 4), (2, 3, 1)])
+@pytest.mark.parametrize("dim", [100, 160, 512, 768])
+@pytest.mark.parametrize("ffn_dim", [80, 96, 1024, 77])
+def test_who_runs_a_shape_well(head_dim, n_heads, n_kv_heads, dim, ffn_dim):
+    """Catches a quantisation, a number of GPUs or a class that is named though some matrix does not fit it. Measured on
+    the matrices themselves: their rows, and what is left of them when n GPUs share outputs."""
+    shape = dataclasses.replace(GQA, dim=dim, head_dim=head_dim, n_heads=n_heads, n_kv_heads=n_kv_heads,
+                                ffn_dim=ffn_dim)
+    with torch.device("meta"):
+        model = Llama(shape)
+    rows = {p.size(1) for p in model.parameters() if p.dim() == 2}
+    want = [name for name, block in (("Q8_0", 32), ("K", 256)) if divides(rows, block)]
+    assert quantisations(shape) == (",".join(want) or "-")
+    block = model.layers[0]
+    to_share = [block.attention.wq.out_features // head_dim, block.attention.wk.out_features // head_dim,
+                block.attention.wv.out_features // head_dim, block.feed_forward.w1.out_features]
+    assert parallel_degrees(shape) == (",".join(str(n) for n in (2, 4, 8) if divides(to_share, n)) or "-")
+    assert class_of_transformers(shape) == ("Mistral" if dim % n_heads else "Llama")
+
+
+def test_layers_that_differ_must_all_fit():
+    """Catches a table that looks at the first layer, or that names a class of transformers for layers that differ."""
+    even = dataclasses.replace(GQA, dim=512, head_dim=32, n_heads=8, n_kv_heads=8, ffn_dim=(512, 512, 512, 512))
+    assert (quantisations(even), parallel_degrees(even)) == ("Q8_0,K", "2,4,8")
+    for axis, values, quants, degrees in [("ffn_dim", (512, 512, 96, 512), "Q8_0", "2,4,8"),
+                                          ("ffn_dim", (512, 512, 512, 500), "-", "2,4"),
+                                          ("n_heads", (8, 8, 8, 24), "Q8_0,K", "2,4,8"),
+                                          ("n_heads", (8, 8, 8, 16), "Q8_0,K", "2,4,8"),
+                                          ("n_kv_heads", (8, 8, 2, 8), "Q8_0,K", "2")]:
+        shape = dataclasses.replace(even, **{axis: values})
+        assert (quantisations(shape), parallel_degrees(shape), class_of_transformers(shape)) == (quants, degrees, "-")
+    shape = dataclasses.replace(even, n_heads=(8, 4, 8, 8), n_kv_heads=(8, 4, 8, 8))
+    assert (quantisations(shape), parallel_degrees(shape)) == ("Q8_0", "2,4")
+
+
+def test_the_dry_run_says_who_runs_a_slice_well(tmp_path, capsys):
+    """Catches columns about the full model, or about another slice, in place of what the export has."""
+    make_supernet(tmp_path / "flex", dataclasses.replace(GQA, dim=64, head_dim=16, ffn_dim=96))
+    rows = {}
+    flags = ["--model", str(tmp_path / "flex")]
+    exporting.main([*flags, "--dry-run"])
+    for line in capsys.readouterr().out.splitlines()[1:]:
+        if line.startswith(" "):
+            words = line.split()
+            rows[words[0]] = words[10:]
+    assert len(rows) >= 4
+    for budget in ("1.000", "0.500"):
+        exporting.main([*flags, "--budget", budget, "--out", str(tmp_path / budget)])
+        c = load_llama(tmp_path / budget).config
+        assert rows[budget] == [quantisations(c), parallel_degrees(c), class_of_transformers(c)]
+    assert rows["1.000"] == ["Q8_0", "2", "Llama"]
+    assert len({tuple(row) for row in rows.values()}) > 1
+
+
+def test_norms_do_not_decide_the_dtype(tmp_path, capsys):
+    """Catches an export in fp32, twice as large, of a bf16 Llama whose norms, or whose last norm, are in fp32."""
+    make_supernet(tmp_path / "flex", GQA)
+    weights = tmp_path / "flex" / "consolidated.00.pth"
+    state = {name: w if "norm" in name else w.bfloat16() for name, w in torch.load(weights).items()}
+    torch.save(state, weights)
+    exporting.main(["--model", str(tmp_path / "flex"), "--budget", "0.5"])
+    got = load_tensors(tmp_path / "flex-0.50" / "consolidated.00.pth")
+    assert {w.dtype for w in got.values()} == {torch.bfloat16} and "bytes (bfloat16)" in capsys.readouterr().out
+    assert torch.equal(got["norm.weight"], state["norm.weight"][:len(got["norm.weight"])].bfloat16())
 
 
 def test_other_mistakes(tmp_path, capsys):

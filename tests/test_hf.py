@@ -1,7 +1,9 @@
 """hf.py: what we write, transformers reads, and computes the same; and a Hugging Face Llama becomes one of ours."""
+import base64
 import dataclasses
 import json
 import os
+import random
 
 import pytest
 import torch
@@ -24,7 +26,19 @@ from tests.helpers import (
     random_llama,
     tokens_for,
 )
-from data.tokenizer import BOS, END, encode_document, load_tokenizer, save_tokenizer, train_bpe
+from tests.processes import run
+from data.tokenizer import (
+    BOS,
+    DIGITS_PATTERN,
+    END,
+    PATTERNS,
+    Settings,
+    encode_document,
+    load_tokenizer,
+    save_settings,
+    save_tokenizer,
+    train_bpe,
+)
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 needs_transformers = pytest.mark.skipif(
@@ -51,14 +65,20 @@ def written(folder, config: LlamaConfig, dtype=torch.float32):
     return model, enc
 
 
+def their_llama(folder):
+    """A folder as transformers loads it, in the dtype of its files (the keyword has had two names)."""
+    import transformers
+    keyword = "torch_dtype" if transformers.__version__ < "4.56" else "dtype"
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, **{keyword: "auto"}).eval()
+
+
 @needs_transformers
 @pytest.mark.parametrize("shape", READ)
 def test_transformers_computes_the_same(tmp_path, shape):
     """Catches rows of wq and wk in Meta's order, a RoPE factor that only some readers see, a tied head left random, a
     width that heads do not divide and is refused: logits to 1e-4, and the greedy text."""
-    from transformers import AutoModelForCausalLM
     model, _ = written(tmp_path / "hf", READ[shape])
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32).eval()
+    theirs = their_llama(tmp_path / "hf")
     assert type(theirs).__name__ == ("MistralForCausalLM" if "mistral" in shape else "LlamaForCausalLM")
     tokens = tokens_for(model.config, 3, 31)
     with torch.no_grad():
@@ -69,13 +89,139 @@ def test_transformers_computes_the_same(tmp_path, shape):
     assert said[0, 5:].tolist() == list(generate(model, prompt[0].tolist(), 20, temperature=0))
 
 
+# What a user does first. Prints what it got; what goes to stderr is a warning.
+SNIPPET = """
+import json, sys
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+transformers.utils.logging.disable_progress_bar()
+folder, short, long = sys.argv[1:]
+tok = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForCausalLM.from_pretrained(folder)
+one = tok(short, return_tensors="pt")
+alone = model.generate(**one, max_new_tokens=6, do_sample=False)
+batch = tok([short, long], return_tensors="pt", padding=True)
+together = model.generate(**batch, max_new_tokens=6, do_sample=False)
+writer = pipeline("text-generation", model=folder)
+texts = [said[0]["generated_text"] for said in writer([short, long], max_new_tokens=6, batch_size=2)]
+chat = tok.apply_chat_template([dict(role="user", content="hi")], tokenize=False) if tok.chat_template else None
+print(json.dumps(dict(
+    prompt=one["input_ids"][0].tolist(), new=alone[0, one["input_ids"].size(1):].tolist(),
+    new_in_batch=together[0, batch["input_ids"].size(1):].tolist(), texts=texts, chat=chat,
+    stops=model.generation_config.eos_token_id, pad=tok.pad_token, length=len(tok))))
+"""
+TEMPLATE = "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}"
+
+
+def random_ranks(n: int) -> list[bytes]:
+    """A table of n tokens: the bytes, then random pairs of what is there."""
+    rng = random.Random(0)
+    table = dict.fromkeys(bytes([b]) for b in range(256))
+    tokens = list(table)
+    while len(tokens) < n:
+        token = rng.choice(tokens) + rng.choice(tokens[:256])
+        if len(token) <= 6 and token not in table:
+            table[token] = None
+            tokens.append(token)
+    return tokens
+
+
+def usual(folder) -> dict:
+    """The snippet's answer. It must say nothing on stderr; transformers 4 names the device there."""
+    done = run("-c", SNIPPET, folder, "the cat sat", "a dog ran after the cat and a rat", HF_HUB_OFFLINE="1",
+               TOKENIZERS_PARALLELISM="false")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stderr.replace("Device set to use cpu\n", "") == "", done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@needs_transformers
+@pytest.mark.parametrize("kind", ["llama", "mistral", "large vocabulary", "specials of its own"])
+def test_the_usual_snippet_without_a_warning(tmp_path, kind, capsys):
+    """Catches token_type_ids that generate() refuses, a pad token that is guessed, padding behind a text that is to
+    go on, the false alarm of a wrong regular expression (it takes 100,000 tokens), a stop token left out, a template
+    that does not travel."""
+    config = dataclasses.replace(GQA, dim=50 if kind == "mistral" else 48, rope_factor=8.0)
+    folder = tmp_path / "raw"
+    ranks = random_ranks(100_100 if kind == "large vocabulary" else 304)
+    config = dataclasses.replace(config, vocab_size=len(ranks) + 256)
+    model = random_llama(config)
+    save_llama(folder, config, model.state_dict())
+    save_tokenizer(folder / "tokenizer.model", ranks)
+    names = [END, "<|eom_id|>", "<|eot_id|>"]
+    pad = "<|finetune_right_pad_id|>"
+    if kind == "specials of its own":
+        names = with_settings(folder, ranks)
+        pad = names[0]
+    exporting.main(["--model", str(folder), "--format", "hf", "--out", str(tmp_path / "hf")])
+    assert ("4.48" in capsys.readouterr().err) == (kind == "mistral")
+    said, enc = usual(tmp_path / "hf"), load_tokenizer(folder / "tokenizer.model")
+    prompt = encode_document(enc, "the cat sat").tolist()
+    stops = [enc._special_tokens[name] for name in names]
+    want = list(generate(model, prompt, 6, temperature=0))
+    ends = [i + 1 for i, token in enumerate(want) if token in stops]
+    want = want[:min(ends, default=6)]
+    assert said["prompt"] == prompt and said["stops"] == stops and said["pad"] == pad
+    assert said["new"] == want and said["new_in_batch"][:len(want)] == want
+    assert said["length"] == config.vocab_size and all(said["texts"])
+    assert said["chat"] == ("<|one|><user>hi<|two|>" if kind == "specials of its own" else None)
+
+
+def with_settings(folder, ranks: list[bytes], pattern: str = DIGITS_PATTERN) -> list[str]:
+    """Another pattern, special tokens in front of the ranks and behind them, a template. Returns the stop tokens."""
+    special = {"<|zero|>": 0, "<|one|>": 1, "<|two|>": 2}
+    special |= {f"<|behind{i}|>": 3 + len(ranks) + i for i in range(253)}
+    lines = [f"{base64.b64encode(token).decode()} {3 + rank}" for rank, token in enumerate(ranks)]
+    (folder / "tokenizer.model").write_text("\n".join(lines) + "\n")
+    stops = ["<|two|>", "<|behind7|>"]
+    save_settings(folder / "tokenizer_settings.json", Settings(pattern, special, "<|one|>", stops, TEMPLATE))
+    return stops
+
+
+@needs_transformers
+@pytest.mark.parametrize("name", PATTERNS)
+def test_ids_of_other_tokenizers(tmp_path, name):
+    """Catches Llama 3's pattern or BOS for a tokenizer that has its own, and special tokens that get other ids because
+    they lie in front of the ranks."""
+    from transformers import AutoTokenizer
+    config = dataclasses.replace(GQA, vocab_size=560)
+    save_llama(tmp_path / "raw", config, random_llama(config).state_dict())
+    text = "".join(HARD_TEXT) + "the cat sat on the mat and the dog ate the cake" * 3
+    with_settings(tmp_path / "raw", train_bpe([text], 560), PATTERNS[name])
+    exporting.main(["--model", str(tmp_path / "raw"), "--format", "hf", "--out", str(tmp_path / "hf")])
+    theirs, enc = AutoTokenizer.from_pretrained(tmp_path / "hf"), load_tokenizer(tmp_path / "raw/tokenizer.model")
+    for text in HARD_TEXT:
+        assert theirs.encode(text) == encode_document(enc, text).tolist() or "<|" in text, text
+        assert theirs.decode(theirs.encode(text, add_special_tokens=False)) == text
+    for special, i in enc._special_tokens.items():
+        assert theirs.convert_tokens_to_ids(special) == i and theirs.encode(special, add_special_tokens=False) == [i]
+
+
+def test_chat_templates(tmp_path, capsys):
+    """Catches a template of the command line that loses to the tokenizer's own, and one with no tokenizer beside it."""
+    make_supernet(tmp_path / "flex", GQA)
+    (tmp_path / "chat.jinja").write_text(TEMPLATE)
+    argv = ["--model", str(tmp_path / "flex"), "--budget", "0.6", "--format", "hf", "--out", str(tmp_path / "hf")]
+    exporting.main(argv)
+    assert "chat_template" not in json.loads((tmp_path / "hf/tokenizer_config.json").read_text())
+    exporting.main([*argv, "--chat-template", str(tmp_path / "chat.jinja")])
+    assert json.loads((tmp_path / "hf/tokenizer_config.json").read_text())["chat_template"] == TEMPLATE
+    before = files_of(tmp_path / "hf")
+    (tmp_path / "flex/tokenizer.model").unlink()
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        exporting.main([*argv, "--chat-template", str(tmp_path / "chat.jinja")])
+    note, error = capsys.readouterr().err.splitlines()
+    assert note.startswith("note: ") and error.startswith("error: --chat-template") and "tokenizer" in error
+    assert files_of(tmp_path / "hf") == before
+
+
 @needs_transformers
 def test_long_positions(tmp_path):
     """Catches scaled RoPE that agrees on the first positions only: one head, positions up to 9,000."""
-    from transformers import AutoModelForCausalLM
     config = dataclasses.replace(GQA, n_layers=1, n_heads=1, n_kv_heads=1, head_dim=16, rope_factor=8.0)
     model, _ = written(tmp_path / "hf", config)
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32).eval()
+    theirs = their_llama(tmp_path / "hf")
     tokens = tokens_for(model.config, 1, 9000)
     with torch.no_grad():
         assert close(theirs(tokens).logits[:, -50:], model(tokens)[0][:, -50:], 1e-3)
@@ -102,12 +248,11 @@ def test_token_ids_are_tiktokens(tmp_path):
 @pytest.mark.parametrize("shape", ["gqa", "tied", "mha"])
 def test_an_export_is_the_supernet(tmp_path, shape):
     """Invariant 2, the independent reader. Catches modulation that is not folded into what others read."""
-    from transformers import AutoModelForCausalLM
     model, router = make_supernet(tmp_path / "flex", SHAPES[shape])
     for budget in (1.0, 0.6):
         out, subnet = export_at(tmp_path / "flex", budget, format="hf")
         assert out == tmp_path / f"flex-{budget:.2f}-hf"
-        theirs, tokens = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32), tokens_for(model.config)
+        theirs, tokens = their_llama(out), tokens_for(model.config)
         with torch.no_grad():
             want = model(tokens, subnet=subnet, factors=deployed(router, budget)[1])[0]
             assert close(theirs(tokens).logits, want, 1e-4)
@@ -116,13 +261,12 @@ def test_an_export_is_the_supernet(tmp_path, shape):
 @needs_transformers
 def test_shards_and_dtypes(tmp_path, monkeypatch):
     """Catches an index that names the wrong file, and bf16 written as something else."""
-    from transformers import AutoModelForCausalLM
     monkeypatch.setattr(hf.write_weights, "__defaults__", (20_000,))
     model, _ = written(tmp_path / "hf", SHAPES["tied"], torch.bfloat16)
     index = json.loads((tmp_path / "hf/model.safetensors.index.json").read_text())
     files = {p.name for p in (tmp_path / "hf").glob("*.safetensors")}
     assert set(index["weight_map"].values()) == files and len(files) > 3 and "lm_head.weight" not in index["weight_map"]
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype="auto")
+    theirs = their_llama(tmp_path / "hf")
     state = theirs.state_dict()
     assert state["lm_head.weight"].dtype == torch.bfloat16
     for name, w in model.state_dict().items():
@@ -190,7 +334,10 @@ def test_their_arithmetic_gives_the_same(tmp_path, shape):
     assert close(model(tokens)[0].double(), their_logits(tmp_path / "hf", tokens), 1e-4)
     c, g = (json.loads((tmp_path / "hf" / name).read_text()) for name in ("config.json", "generation_config.json"))
     for said in (c, g):
-        assert (said["bos_token_id"], said["eos_token_id"]) == (enc._special_tokens[BOS], enc._special_tokens[END])
+        assert said["bos_token_id"] == enc._special_tokens[BOS] and said["transformers_version"] == "5.0.0"
+    assert c["eos_token_id"] == enc._special_tokens[END]
+    assert g["eos_token_id"] == [enc._special_tokens[name] for name in (END, "<|eom_id|>", "<|eot_id|>")]
+    assert g["pad_token_id"] == enc._special_tokens["<|finetune_right_pad_id|>"]
     assert c["model_type"] == ("mistral" if "mistral" in shape else "llama")
     assert c["vocab_size"] == 560 and c["intermediate_size"] == 80 and c["hidden_size"] == model.config.dim
     assert c["max_position_embeddings"] == (32 if READ[shape].rope_factor == 1 else 131072)
