@@ -90,16 +90,31 @@ def steps_down(full: int, smallest: float, unit: int) -> range:
     return range(full, end - 1, -step)
 
 
+def head_step(config: LlamaConfig) -> int:
+    """Numbers of query heads on offer are multiples of this: one in every KV group.
+
+    MHA has no groups. There a large Llama moves in eights, if that leaves four choices, else in
+    fours or twos: so many GPUs of tensor parallelism can share the heads of every slice."""
+    groups = kv_groups(config)
+    if groups > 1 or config.dim < 1024:
+        return groups
+    for step in (8, 4, 2):
+        if config.n_heads % step == 0 and config.n_heads >= 4 * step:
+            return step
+    return 1
+
+
 def default_choices(config: LlamaConfig) -> dict[str, range]:
-    """Width from all to half, MLP from all to a quarter, heads per KV group from all to one, depth
-    from all to half. Width and MLP move in multiples of 256; in a small Llama, of head_dim."""
+    """Width from all to half, MLP from all to a quarter, heads per KV group from all to one (in
+    MHA: to a quarter or less), depth from all to half. Width and MLP move in multiples of 256; in a
+    small Llama, of head_dim."""
     unit = config.head_dim
     if config.dim >= 1024:
         unit = 256
-    groups = kv_groups(config)
+    step = head_step(config)
     half = (config.n_layers + 1) // 2
     return dict(dim=steps_down(config.dim, 0.5, unit),
-                n_heads=range(groups, config.n_heads + 1, groups),
+                n_heads=range(step, config.n_heads + 1, step),
                 ffn_dim=steps_down(config.ffn_dim, 0.25, unit),
                 n_layers=range(half, config.n_layers + 1))
 

@@ -11,8 +11,9 @@ A smaller Llama without training: "Search for Efficient Large Language Models" (
   evolution     which layers, how many heads and neurons in each, which ones     evolution.py
   reformation   least squares: wo and w2 make up for what is gone                reform.py
 
-Every candidate meets the budget, to the last neuron. The hidden size and the embeddings stay, as in
-the paper (Shen et al.). search/README.md tells where we differ from it, and why.
+Every candidate meets the budget, to the last neuron (--uniform: to the last multiple of neurons).
+The hidden size and the embeddings stay, as in the paper (Shen et al.). search/README.md tells where
+we differ from it, and why.
 """
 import argparse
 import hashlib
@@ -28,6 +29,7 @@ from plumbing.checkpoint import (
     RESUME,
     WEIGHTS,
     load_llama,
+    matrix_dtype,
     resume_state,
     save_llama,
     save_tensors,
@@ -55,7 +57,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--generations", type=int, default=12, help="the paper: 50")
     add("--population", type=int, default=40, help="candidates per generation (the paper: 100)")
     add("--reform", action=argparse.BooleanOptionalAction, default=True, help="least squares at the end")
-    add("--uniform", action="store_true", help="one size for all layers")
+    add("--uniform", action="store_true",
+        help="one size for all layers, neurons in multiples of 256 (in a small Llama of 32)")
     add("--fitness-windows", type=int, default=16, help="training windows that rank candidates")
     add("--calibration-windows", type=int, default=128, help="others, for score and reformation")
     add("--report-windows", type=int, default=128, help="validation windows of the table at the end")
@@ -189,7 +192,7 @@ def main(argv=None) -> None:
              "not torchrun")
     config = read_config(args.llama)
     check_shape(config, source)
-    check_budget(config, args.budget)
+    check_budget(config, args.budget, args.uniform)
     check_out(out, source)
     check_same_tokenizer(source, args.data)
     windows = disjoint_windows(args, config, args.seed)
@@ -198,6 +201,7 @@ def main(argv=None) -> None:
     device = device_of(args.device)
     torch.set_float32_matmul_precision("highest")            # Grams in TF32 would have 10 bits
     model = load_llama(source, device, dtype=None).requires_grad_(False)
+    model = model.to(matrix_dtype(model))                    # a file may have norms of another dtype
     settings = dict(vars(args))
     for free in ("resume", "out", "device", "report_windows"):  # may differ when a search goes on
         del settings[free]

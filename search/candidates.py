@@ -6,8 +6,9 @@ A candidate becomes a slice by sorting: arranged() copies the model and puts fir
 So a candidate runs, is cut out and is written as any other slice.
 
 A candidate meets its budget by repair, never by rejection. A mutation or a crossover may make
-anything. Bounds.repaired() then takes it to the budget from below, to the last neuron (with one
-size for all layers: to the last neuron in each).
+anything. Bounds.repaired() then takes it to the budget from below, to the last neuron. With one
+size for all layers, neurons come in multiples that runtimes like (neuron_unit below), and the
+budget is met from below to the last multiple in each layer.
 
 The ranges of sizes are those of Shen et al., "Search for Efficient Large Language Models" (NeurIPS
 2024). `python -m search` runs it all.
@@ -22,6 +23,7 @@ import torch
 from export import fold
 from importance import sort_
 from model import Llama, LlamaConfig, SubNet
+from plumbing.checkpoint import matrix_dtype
 from plumbing.errors import fail
 from space import cost, kv_groups, n_params, random_generator
 
@@ -80,7 +82,7 @@ def arranged(model: Llama, c: Candidate) -> Llama:
 def cut_out(model: Llama, c: Candidate) -> Llama:
     """The candidate as a Llama of its own, in the model's dtype."""
     subnet = c.subnet(model.config)
-    dtype = model.norm.weight.dtype
+    dtype = matrix_dtype(model)
     state = fold(arranged(model, c), subnet, dtype=dtype)
     return Llama.from_state(subnet.config(model.config), state)
 
@@ -89,17 +91,30 @@ def cut_out(model: Llama, c: Candidate) -> Llama:
 # the budget
 
 
-def fewest(config: LlamaConfig) -> tuple[int, int, int]:
-    """The fewest layers, heads and neurons of a candidate: half, one per KV group, a tenth."""
+def neuron_unit(config: LlamaConfig) -> int:
+    """Neurons come in multiples of this where all layers have one size: llama.cpp's K-quants take
+    rows in multiples of 256, its Q8_0 and Q4_0 of 32. The larger, if a layer holds eight of it;
+    in toys, 1."""
+    for unit in (256, 32):
+        if config.ffn_dim >= 8 * unit:
+            return unit
+    return 1
+
+
+def fewest(config: LlamaConfig, uniform: bool = False) -> tuple[int, int, int]:
+    """The fewest layers, heads and neurons of a candidate: half, one per KV group, a tenth.
+
+    uniform: one size for all layers, so neurons are a multiple of neuron_unit()."""
     layers = (config.n_layers + 1) // 2
     heads = kv_groups(config)
-    neurons = -(-config.ffn_dim // 10)                       # rounded up
+    unit = neuron_unit(config) if uniform else 1
+    neurons = -(-config.ffn_dim // (10 * unit)) * unit       # rounded up
     return layers, heads, neurons
 
 
-def check_budget(config: LlamaConfig, budget: float) -> None:
+def check_budget(config: LlamaConfig, budget: float, uniform: bool = False) -> None:
     """fail() where no candidate meets the budget."""
-    layers, heads, neurons = fewest(config)
+    layers, heads, neurons = fewest(config, uniform)
     subnet = SubNet.uniform(config.dim, range(layers), heads, neurons)
     smallest = cost(config, subnet)
     possible = max(0.5, smallest + 5e-5)                     # it is printed with four digits
@@ -141,7 +156,7 @@ class Bounds:
         self.limit = int(self.budget * full * (1 + 1e-12))   # parameters
         self.groups = kv_groups(self.config)
         self.in_group = self.config.n_heads // self.groups   # query heads in each KV group
-        self.fewest_layers, _, self.fewest_neurons = fewest(self.config)
+        self.fewest_layers, _, self.fewest_neurons = fewest(self.config, self.uniform)
 
     @classmethod
     def from_scores(cls, config: LlamaConfig, budget: float, scores, uniform=False) -> "Bounds":
@@ -233,7 +248,10 @@ class Bounds:
         high = self.config.ffn_dim
         total = min(total, high * len(neurons))
         if self.uniform:
-            return torch.full_like(neurons, total // len(neurons))
+            size = total // len(neurons)
+            if size < high:                                  # all of them are what the source has
+                size -= size % neuron_unit(self.config)
+            return torch.full_like(neurons, size)
         # Bisection for the factor: the sum grows with it.
         least = 0.0
         most = high / neurons.min().item()

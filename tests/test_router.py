@@ -147,6 +147,14 @@ def test_choices_are_slices_of_the_shape():
     assert choices["ffn_dim"] == list(range(4096, 14337, 1024))  # from a quarter, in whole steps
     assert choices["n_layers"] == list(range(16, 33))           # from a half
     assert len(Space(llama_8b).members) == 6732
+    llama2_7b = dataclasses.replace(llama_8b, n_kv_heads=32, ffn_dim=11008)
+    for heads, kv_heads, dim, want in [(32, 32, 4096, [8, 16, 24, 32]), (40, 40, 5120, [8, 16, 24, 32, 40]),
+                                       (52, 52, 6656, list(range(4, 53, 4))), (16, 16, 1024, [4, 8, 12, 16]),
+                                       (12, 12, 1536, [2, 4, 6, 8, 10, 12]), (14, 14, 1792, list(range(2, 15, 2))),
+                                       (6, 6, 1024, list(range(1, 7))), (32, 32, 512, list(range(1, 33))),
+                                       (24, 8, 3072, [8, 16, 24])]:
+        config = dataclasses.replace(llama2_7b, n_heads=heads, n_kv_heads=kv_heads, dim=dim)
+        assert choices_for(config)["n_heads"] == want  # MHA: in steps that 8, 4 or 2 GPUs share
     asked = choices_for(GQA, {"dim": [40, 32, 40]})
     assert asked == choices_for(GQA) | {"dim": [32, 40, 48]}
 

@@ -1,6 +1,7 @@
 """The search folder: against slow and obvious versions, and through kills."""
 import dataclasses
 import json
+import math
 import shutil
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ import export
 import plumbing.checkpoint as checkpoint
 import sample
 import search.__main__ as search
+import search.candidates as candidates
 import search.evolution as evolution
 import search.reform as reform
 from data.shards import Shards, write_shard
@@ -21,7 +23,7 @@ from plumbing.checkpoint import load_llama, load_tensors, save_llama
 from search.candidates import Bounds, Candidate, arranged, check_budget, cut_out, resized, swapped
 from search.evolution import crossed, disjoint_windows, mutated
 from search.reform import DAMP, correction, reform_, unit_scores
-from space import kv_groups, n_params, random_generator
+from space import cost, kv_groups, n_params, random_generator
 from tests.helpers import (
     GQA,
     MHA,
@@ -137,6 +139,41 @@ def test_every_candidate_meets_the_budget(config, uniform):
             if uniform:
                 assert len(set(subnet.ffn_dim)) == 1
                 assert len(set(subnet.n_heads)) == 1
+
+
+@pytest.mark.parametrize("ffn_dim,unit", [(255, 1), (256, 32), (300, 32), (2047, 32), (2048, 256), (2300, 256)])
+@pytest.mark.parametrize("config", [GQA, MHA], ids=["gqa", "mha"])
+def test_uniform_neurons_come_in_multiples(config, ffn_dim, unit, capsys):
+    """Catches neurons that llama.cpp's quantisations have no block for, a size that is rounded up and goes over the
+    budget, one that is rounded down twice or to nothing, and the source's own size rounded where it fits."""
+    config = dataclasses.replace(config, dim=24, ffn_dim=ffn_dim)
+    full = n_params(config, SubNet.full(config))
+    least = unit * math.ceil(ffn_dim / 10 / unit)
+    smallest = cost(config, SubNet.uniform(24, [0, 1], kv_groups(config), least))
+    check_budget(config, smallest, uniform=True)
+    with one_line_error(capsys, f"{least} neurons"):
+        check_budget(config, smallest - 1e-6, uniform=True)
+    sizes = set()
+    for budget in (smallest, 0.4, 0.55, 0.7, 0.85, 0.999, 1.0):
+        bounds = bounds_for(config, budget, uniform=True)
+        rng = random_generator(budget)
+        made = [bounds.start()]
+        for k in range(5):
+            made.append(mutated(bounds, made[k // 2], rng, depth=0.7, ratio=0.5, mask=0.5))
+            made.append(crossed(bounds, made[-1], made[k // 2], rng))
+        for c in made:
+            subnet = c.subnet(config)
+            size = subnet.ffn_dim[0]
+            assert set(subnet.ffn_dim) == {size} and len(set(subnet.n_heads)) == 1
+            assert size >= least and (size % unit == 0 or size == ffn_dim)
+            room = budget * full - n_params(config, subnet)
+            larger = min(size - size % unit + unit, ffn_dim)
+            step = 3 * config.dim * (larger - size) * len(subnet.layers)
+            assert room > -1e-6 and (room < step or size == ffn_dim), (budget, subnet)
+            sizes.add(size)
+    assert len(sizes) > 3 and ffn_dim in sizes
+    loose = bounds_for(config, 0.55).start().subnet(config)  # layers that may differ: to the last neuron
+    assert 0.55 * full - n_params(config, loose) < 3 * config.dim
 
 
 def test_half_of_the_layers_is_the_fewest(capsys):
@@ -877,13 +914,19 @@ def test_a_folder_that_the_other_programs_read(desk, tmp_path, capsys):
         export.main(["--model", raw, "--format", "hf"])
 
 
-def test_uniform_goes_to_hugging_face(desk, tmp_path):
-    """Catches --uniform that is not: --format hf must take it."""
+def test_uniform_goes_to_hugging_face(desk, tmp_path, monkeypatch, capsys):
+    """Catches --uniform that is not: --format hf must take it; and a budget that only layers of several sizes meet."""
     search.main([*flags(desk, tmp_path / "u"), "--uniform"])
     config = load_llama(tmp_path / "u").config
     assert isinstance(config.ffn_dim, int) and isinstance(config.n_heads, int)
     export.main(["--model", str(tmp_path / "u"), "--format", "hf", "--out", str(tmp_path / "hf")])
     assert json.loads((tmp_path / "hf/config.json").read_text())["intermediate_size"] == config.ffn_dim
+    full = load_llama(desk / "base").config
+    layers, heads, neurons = candidates.fewest(full)
+    smallest = cost(full, SubNet.uniform(full.dim, range(layers), heads, neurons))
+    monkeypatch.setattr(candidates, "neuron_unit", lambda config: neurons + 1)
+    with one_line_error(capsys, "smallest sub-network", f"{neurons + 1} neurons"):
+        search.main([*flags(desk, tmp_path / "small", smallest), "--uniform"])
 
 
 def test_bf16_stays_bf16(desk, tmp_path):
@@ -895,6 +938,17 @@ def test_bf16_stays_bf16(desk, tmp_path):
     for p in small.parameters():
         assert p.dtype == torch.bfloat16
         assert p.isfinite().all()
+
+
+def test_norms_of_another_dtype(desk, tmp_path):
+    """Catches a traceback, or an fp32 Llama written, where a file has bf16 matrices and norms in fp32."""
+    shutil.copytree(desk / "base", tmp_path / "base")
+    weights = tmp_path / "base/consolidated.00.pth"
+    state = {name: w if "norm" in name else w.bfloat16() for name, w in load_tensors(weights).items()}
+    torch.save(state, tmp_path / "mixed.pth")
+    (tmp_path / "mixed.pth").replace(weights)
+    search.main([*flags(desk, tmp_path / "out"), "--llama", str(tmp_path / "base")])
+    assert {p.dtype for p in load_llama(tmp_path / "out", dtype=None).parameters()} == {torch.bfloat16}
 
 
 KILLS = """
