@@ -788,7 +788,6 @@ BUGS = {
             "layers that differ are called a plain Llama"),
         Bug("        if len(shape) == 1:\n", "        if False:\n",
             "norms are rounded to the matrices' dtype"),
-        Bug("        file.truncate(end)\n", "        pass\n", "the last tensor is not padded"),
         Bug("writer.add_eot_token_id(ends[-1])", "writer.add_eot_token_id(ends[0])",
             "a chat does not stop at the end of a turn"),
         Bug("writer.add_add_bos_token(True)", "writer.add_add_bos_token(False)",
