@@ -146,7 +146,7 @@ def test_a_bfloat16_supernet_is_folded_in_fp32(tmp_path):
     export asks for, and an export whose dtype is not the supernet's where none is asked for."""
     make_supernet(tmp_path / "flex", GQA)
     weights = tmp_path / "flex" / "consolidated.00.pth"
-    torch.save({name: w.bfloat16() for name, w in torch.load(weights).items()}, weights)
+    torch.save({name: w.bfloat16() for name, w in torch.load(weights, weights_only=True).items()}, weights)
     model = load_llama(tmp_path / "flex")  # bf16 values, in fp32
     for flags, dtype in [([], torch.bfloat16), (["--dtype", "float32"], torch.float32)]:
         out = tmp_path / str(dtype)
@@ -376,7 +376,7 @@ def test_norms_do_not_decide_the_dtype(tmp_path, capsys):
     """Catches an export in fp32, twice as large, of a bf16 Llama whose norms, or whose last norm, are in fp32."""
     make_supernet(tmp_path / "flex", GQA)
     weights = tmp_path / "flex" / "consolidated.00.pth"
-    state = {name: w if "norm" in name else w.bfloat16() for name, w in torch.load(weights).items()}
+    state = {name: w if "norm" in name else w.bfloat16() for name, w in torch.load(weights, weights_only=True).items()}
     torch.save(state, weights)
     exporting.main(["--model", str(tmp_path / "flex"), "--budget", "0.5"])
     got = load_tensors(tmp_path / "flex-0.50" / "consolidated.00.pth")
