@@ -16,8 +16,8 @@ There are four things to do after training:
     fold     multiply the modulation's factors into wo and w2          below: fold
     write    a folder or a file that appears all at once               plumbing/
 
-The result computes what the supernet computes at that budget, and is a Llama folder like the one
-training began with.
+The result computes what the supernet computes at that budget. In Meta's layout it is a folder like
+the one that training began with.
 """
 import argparse
 from pathlib import Path
