@@ -39,6 +39,7 @@ from data.prepare import open_data
 from importance import rank, sort_
 from model import Llama, LlamaConfig
 from plumbing.checkpoint import RESUME, load_llama, resume_state
+from plumbing.duration import say_duration
 from plumbing.family import FLEX, restore_router, router_state
 from plumbing.files import make_folder
 from plumbing.memory import plan_table
@@ -467,6 +468,7 @@ def main(argv=None) -> None:
     else:
         config = read_config(args.llama)
     space = space_of(args, config)
+    say_duration(config, args, device)
 
     if args.llama is None:
         mend = f"give --out in another parent folder, start from it as it is with --llama {base}"

@@ -44,6 +44,7 @@ TESTS = {
     "plumbing/parallel.py": "train shard survive",
     "plumbing/run.py": "survive train",
     "plumbing/memory.py": "memory",
+    "plumbing/duration.py": "duration bench results",
     "plumbing/progress.py": "train",
     "plumbing/settings.py": "train",
     "plumbing/tables.py": "eval train",
@@ -930,7 +931,7 @@ BUGS = {
             "        row[\"loss\"] = evaluate(family.model, val, subnet)[0]\n",
             "the loss before training is the trained model's"),
     ],
-    "bench/flops.py": [
+    "plumbing/duration.py": [
         Bug("    attention = n_heads * config.head_dim * seq_len\n",
             "    attention = config.n_layers * config.dim * seq_len\n",
             "attention is counted by the width where heads do not make it"),

@@ -12,7 +12,7 @@ import statistics
 import sys
 from pathlib import Path
 
-from bench.flops import train_flops
+from plumbing.duration import train_flops
 from plumbing.errors import Parser, fail
 from plumbing.files import atomic_write
 from plumbing.params import PARAMS, read_config

@@ -26,9 +26,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import train
-from bench.flops import train_flops
 from bench.slices import add_shape, shape_of
 from model import Llama, LlamaConfig, SubNet, apply_rope, rope_frequencies
+from plumbing.duration import train_flops
 from plumbing.errors import Parser
 from plumbing.latency import seconds
 from plumbing.parallel import autocast, device_of

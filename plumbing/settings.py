@@ -15,18 +15,22 @@ from plumbing.params import read_config
 from plumbing.sharding import SHARDINGS
 from space import AXES, Space, n_params
 
-# Llamas under SMALL non-embedding parameters get the demo's settings, others the paper's.
+# Llamas under SMALL non-embedding parameters get the demo's settings, others the paper's. --laptop is for a real Llama of
+# some 100M parameters on two CPU cores: an hour, 225k tokens.
 SMALL = 100e6
 DEMO = dict(steps=450, batch_tokens=1024, seq_len=128, lr=1e-3, eval_windows=128,
             calibration_windows=64, eval_every=150, save_every=150)
 PAPER = dict(steps=28800, batch_tokens=128 * 4096, seq_len=4096, lr=4e-5, eval_windows=64,
              calibration_windows=128, eval_every=1000, save_every=1000)
+LAPTOP = dict(budgets=[1.0, 0.9, 0.8, 0.6], steps=110, batch_tokens=512, seq_len=256, lr=2e-4, router_lr=5.7e-3,
+              modulation_lr=1.4e-3, kd=0.5, depth_by="influence", eval_windows=32, calibration_windows=32,
+              eval_every=55, save_every=10, log_every=5)
 
 MAY_BE_ZERO = {"seed", "extra_budgets", "weight_decay", "soft_prob", "kd", "penalty", "warmup", "router_start"}
 SHARES = {"warmup", "router_start", "soft_prob", "soft_end", "kd", "tau_end"}  # between 0 and 1
 
 # A resumed run may differ in these always, and in those of OVERRIDES with --override.
-MAY_DIFFER = {"resume", "override", "out", "shard", "activation_checkpointing", "device", "micro_batch", "eval_every",
+MAY_DIFFER = {"resume", "override", "laptop", "out", "shard", "activation_checkpointing", "device", "micro_batch", "eval_every",
               "save_every", "log_every", "max_bad_steps", "compile", "dry_run", "ranks"}
 OVERRIDES = {"steps", "base_steps", "lr", "base_lr", "router_lr", "modulation_lr", "clip", "weight_decay"}
 OF_BASE = ("base_steps", "base_lr", "seed", "batch_tokens", "seq_len", "clip", "weight_decay", "warmup")
@@ -42,6 +46,9 @@ def parse_args(argv=None, description=__doc__) -> argparse.Namespace:
     add_schedule(p)
     add_machine(p)
     args = p.parse_args(argv)
+    if args.laptop:
+        p.set_defaults(**LAPTOP)  # a flag that is given still counts
+        args = p.parse_args(argv)
     derive(args)
     check(args)
     return args
@@ -72,6 +79,8 @@ def add_method(p: argparse.ArgumentParser) -> None:
 def add_schedule(p: argparse.ArgumentParser) -> None:
     """How long, how much a step, and at which rates."""
     add = p.add_argument
+    add("--laptop", action="store_true", help="with --llama: settings for a Llama of some 100M parameters on two CPU "
+        f"cores, an hour: {' '.join(f'{k}={v}' for k, v in LAPTOP.items())}")
     add("--steps", type=int, default=-1, help="elastic steps (demo 450, paper 28800)")
     add("--base-steps", type=int, default=1200, help="steps of the demo's dense stage")
     add("--batch-tokens", type=int, default=-1, help="global batch in tokens, per budget and step")
@@ -142,6 +151,9 @@ def derive(args: argparse.Namespace) -> None:
 def check(args: argparse.Namespace) -> None:
     """What can be refused is refused here, before anything is trained: fail()."""
     check_ranges(args)
+    if args.laptop and args.llama is None:
+        fail("--laptop found, without --llama; expected a Llama to start from: python train.py --laptop --llama out/llama "
+             "--data data/mytext (the demo, python train.py, is small as it is)")
     several = len(args.budgets) > 1
     if several and args.soft_prob > 0 and args.soft_end <= args.router_start:
         fail(f"--soft-end {args.soft_end:g} found, --router-start is {args.router_start:g}; expected a larger one: "

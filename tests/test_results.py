@@ -12,9 +12,9 @@ import pytest
 
 import plumbing.settings
 from bench import results
-from bench.flops import train_flops
 from data.prepare import prepare
 from model import LlamaConfig
+from plumbing.duration import train_flops
 from plumbing.params import PARAMS, params_json
 from tests.helpers import one_line_error
 from tests.processes import ROOT, run

@@ -1,0 +1,82 @@
+"""
+How long a run will take, said before it starts: the FLOPs of its steps, over those that this
+machine does in a second.
+"""
+import argparse
+import time
+
+import torch
+
+from model import LlamaConfig, SubNet
+from plumbing.errors import note
+from plumbing.parallel import WORLD, autocast, say
+from space import n_params
+
+DAYS = 3  # a run on a CPU that takes longer is most likely not what was meant
+
+
+def train_flops(config: LlamaConfig, seq_len: int, share: float = 1.0) -> float:
+    """FLOPs of a training pass per token when a share of the blocks runs.
+
+    6 for each parameter (2 forward, 4 backward); none for the look-up in tok_embeddings. Causal
+    attention adds 6 * layers * heads * head_dim * seq_len."""
+    blocks = n_params(config, SubNet.full(config))
+    n_heads = sum(config.per_layer("n_heads"))
+    attention = n_heads * config.head_dim * seq_len
+    output = config.vocab_size * config.dim
+    return 6 * (share * (blocks + attention) + output)
+
+
+def run_flops(config: LlamaConfig, args: argparse.Namespace) -> float:
+    """FLOPs of the elastic steps of a run, over all ranks: slices that cost all of their budget,
+    soft passes as many as are expected, and the teacher's forwards."""
+    several = len(args.budgets) > 1 and args.router in ("constrained", "penalty")
+    # The share of soft passes falls from soft_prob to 0 between router_start and soft_end.
+    soft = args.soft_prob * max(0.0, args.soft_end - args.router_start) / 2 if several else 0.0
+    drawn = [(1 + min(args.budgets)) / 2] * args.extra_budgets  # uniform between these two
+    flops = 0.0
+    for budget in [*args.budgets, *drawn]:
+        soft_here = soft if budget < 1 else 0.0
+        flops += train_flops(config, args.seq_len, soft_here + (1 - soft_here) * budget)
+        if args.kd > 0 and budget < 1:
+            flops += train_flops(config, args.seq_len) / 3  # a forward
+    return flops * args.batch_tokens * args.steps
+
+
+def machine_flops(device: torch.device, size: int = 1024, rounds: int = 5) -> float:
+    """FLOP/s of a matrix product on this device now, in training's precision: the best of some
+    rounds."""
+    a = torch.ones(size, size, device=device)
+    best = float("inf")
+    with autocast(device):
+        for _ in range(rounds):
+            start = time.perf_counter()
+            (a @ a)[0, 0].item()  # .item() waits for a GPU
+            best = min(best, time.perf_counter() - start)
+    return 2 * size ** 3 / best
+
+
+def readable(seconds: float) -> str:
+    """1 day, 2.3 hours: one unit, as people say it."""
+    for unit, length in (("years", 365 * 86400), ("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 1.5 * length:
+            return f"{seconds / length:.2g} {unit}" if seconds < 10 * length else f"{seconds / length:,.0f} {unit}"
+    return f"{seconds:.0f} seconds"
+
+
+def say_duration(config: LlamaConfig, args: argparse.Namespace, device: torch.device) -> None:
+    """A line of what is ahead; on a CPU that has no chance, a second one with the flag that helps."""
+    seconds = expected_seconds(config, args, device)
+    passes = len(args.budgets) + args.extra_budgets
+    where = f"{device.type}" if WORLD == 1 else f"{WORLD} {device.type} ranks"
+    say(f"{args.steps:,} steps of {passes} x {args.batch_tokens:,} tokens: {readable(seconds)} at "
+        f"least, at what this {where} multiplies now")
+    if device.type == "cpu" and seconds > DAYS * 86400 and not args.laptop:
+        note("the defaults from 100M parameters on are the paper's, made for many GPUs; on a CPU, "
+             "--laptop trains on 225k tokens, in an hour for a Llama of 135M parameters")
+
+
+def expected_seconds(config: LlamaConfig, args: argparse.Namespace, device: torch.device) -> float:
+    """What the elastic steps take at least, in seconds: the machine never does better than its
+    matrix product. Toys take longer, for what is not multiplication."""
+    return run_flops(config, args) / (machine_flops(device) * WORLD)
