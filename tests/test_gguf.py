@@ -277,6 +277,70 @@ def test_one_tensor_at_a_time(tmp_path):
 
 
 # -----------------------------------------------------------------------------
+# llama.cpp itself: pip install xllamacpp
+
+
+needs_llama_cpp = pytest.mark.skipif(
+    not (installed("gguf") and installed("xllamacpp")), reason="pip install gguf xllamacpp")
+
+
+class LlamaCpp:
+    """llama.cpp's server over a file, in this process."""
+
+    def __init__(self, path):
+        from xllamacpp import CommonParams, Server, ggml_type, llama_flash_attn_type
+        params = CommonParams()
+        params.model.path = str(path)
+        params.n_ctx = 512
+        params.n_parallel = params.cpuparams.n_threads = 1
+        params.warmup = False
+        params.cache_type_k = params.cache_type_v = ggml_type.GGML_TYPE_F32
+        params.flash_attn_type = llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        self.server = Server(params)
+
+    def log_probs(self, prompt: str | list[int], n: int) -> torch.Tensor:
+        """log p of every token, (n,), behind a prompt: text, or ids as they are. The bias makes it say "a", for half
+        a character would not be said at all; the probabilities are from before the bias."""
+        said = self.server.handle_completions(dict(
+            prompt=prompt, n_predict=1, n_probs=n, temperature=0, cache_prompt=False, logit_bias=[["a", 1000]]))
+        found = torch.full((n,), float("nan"))
+        for token in said["choices"][0]["logprobs"]["content"][0]["top_logprobs"]:
+            found[token["id"]] = token["logprob"]
+        return found
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize("shape", WRITTEN)
+def test_llama_cpp_computes_the_same(tmp_path, shape):
+    """Catches a file that the package's reader takes and llama.cpp does not, keys that it understands in another way,
+    and another tokenizer: log-probabilities behind ids and behind text."""
+    model, _ = exported(tmp_path, dataclasses.replace(WRITTEN[shape], context=128))
+    theirs = LlamaCpp(tmp_path / "raw-1.00.gguf")
+    V = model.config.vocab_size
+    enc = load_tokenizer(tmp_path / "raw/tokenizer.model", V)
+    text = "the cat's 12345 naïve mats\n\n  def x(日本): 🐈"
+    for prompt in (tokens_for(model.config)[0].tolist(), text):
+        ids = prompt if isinstance(prompt, list) else encode_document(enc, prompt).tolist()
+        with torch.no_grad():
+            want = model(torch.tensor([ids]))[0][0, -1].log_softmax(-1)
+        assert (theirs.log_probs(prompt, V) - want).abs().max() < 2e-6 * want.abs().max()
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize("dtype, within", [("float16", 3e-3), ("bfloat16", 3e-2), ("q8_0", 3e-2)])
+@pytest.mark.parametrize("shape", ["blocks of 32", "heads and neurons"])
+def test_llama_cpp_computes_about_the_same_in_fewer_bits(tmp_path, shape, dtype, within):
+    """Catches a dtype that llama.cpp does not compute with, and scales of blocks that it reads in another way."""
+    model, _ = exported(tmp_path, WRITTEN[shape], "--dtype", dtype)
+    tokens = tokens_for(model.config)[:1]
+    with torch.no_grad():
+        want = model(tokens)[0][0, -1].log_softmax(-1)
+    found = LlamaCpp(tmp_path / "raw-1.00.gguf").log_probs(tokens[0].tolist(), model.config.vocab_size)
+    difference = (found - want).abs().max()
+    assert difference < within * want.abs().max()
+
+
+# -----------------------------------------------------------------------------
 # tokenizer
 
 
