@@ -28,6 +28,7 @@ TESTS = {
     "eval.py": "eval train",
     "sample.py": "sample",
     "data/llama.py": "llama",
+    "data/llama_tokenizer.py": "llama",
     "data": "shards prepare tokenizer eval train",
     "tasks": "tasks",
     "search": "search",
@@ -475,6 +476,8 @@ BUGS = {
             "    return positions\n", "the window of a scaled Llama is the one it reads"),
         Bug("            return float(str(np.float32(value)))", "            return value",
             "norm_eps of a GGUF file is 9.99e-06"),
+    ],
+    "data/llama_tokenizer.py": [
         Bug("    if -1 in made or made != sorted(made):\n", "    if -1 in made:\n",
             "a tokenizer whose ids do not grow along its merges is kept"),
         Bug("        if merged(list(token), priority) != [token]:\n", "        if False:\n",

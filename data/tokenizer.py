@@ -10,8 +10,8 @@ The file has a line "base64(token) rank" for each token, ranks 0..n-1. 256 speci
 n..n+255; they are not in the file.
 
 Other Llamas have other patterns and special tokens: tokenizer_settings.json beside the file says them
-(Settings below; data/llama.py writes it). The ranks are then the ids that the model knows the tokens
-by, and the special tokens lie wherever they leave room.
+(Settings below; data/llama_tokenizer.py writes it). The ranks are then the ids that the model knows
+the tokens by, and the special tokens lie wherever they leave room.
 
     python data/prepare.py                   # trains one on this Python's standard library (CPU, 10 s)
 """

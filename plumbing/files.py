@@ -4,8 +4,11 @@ Files and folders that appear whole or not at all.
 A file goes to a temporary name, is fsynced and renamed. A new folder is filled beside its place,
 then renamed into it. So a reader never sees half of either, and a full disk or a power cut leaves
 what was there before.
+
+read_json is for files that others wrote: they may be missing, cut short or something else.
 """
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -13,6 +16,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from plumbing.errors import fail
+
+DAMAGED = "it is cut short or damaged; copy it again from its source"
 
 
 @contextlib.contextmanager
@@ -92,3 +97,16 @@ def nothing_half_written(what: str):
         fail(f"{what} was interrupted; nothing of it was kept; run the same command again")
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def read_json(path: Path) -> dict:
+    """A file that holds a JSON object, or fail()."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("no object")
+        return content
+    except FileNotFoundError:
+        fail(f"{path} is missing: copy it from its source")
+    except (ValueError, RecursionError) as error:
+        fail(f"{path}: expected a JSON object, found something else ({error}): {DAMAGED}")

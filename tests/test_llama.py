@@ -1,5 +1,5 @@
-"""data/llama.py: a Llama from a Hugging Face folder or a GGUF file computes what it did there, and reads text as it
-did; what is none, or lies, ends in one line."""
+"""data/llama.py, data/llama_tokenizer.py: a Llama from a Hugging Face folder or a GGUF file computes what it did there,
+and reads text as it did; what is none, or lies, ends in one line."""
 import dataclasses
 import functools
 import importlib.util
@@ -16,6 +16,7 @@ import torch
 import data.llama as llama
 import data.tokenizer as bpe
 import plumbing.hf as hf
+from data.llama_tokenizer import HARD_TEXT
 from model import LlamaConfig
 from plumbing.checkpoint import load_llama, load_tensors, save_llama
 from plumbing.params import read_config
@@ -305,7 +306,7 @@ PROSE = TEXT + "a  b   c\n\n  d" * 3 + (ROOT / "LICENSE").read_text()
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]  # the first ids
 DIGITS = {"type": "Digits", "individual_digits": True}
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-SAMPLES = [TEXT, llama.HARD_TEXT, "  5 55   555\n 5\n\n 6", "", "a!!b! !!\x04!c\x13 d", "\U000e0067 x\U000f0000",
+SAMPLES = [TEXT, HARD_TEXT, "  5 55   555\n 5\n\n 6", "", "a!!b! !!\x04!c\x13 d", "\U000e0067 x\U000f0000",
            "1" * 40, "x\ud800y", "  " * 40 + "\n7\r\n", "<|im_start|>user"]
 
 
@@ -390,7 +391,7 @@ def test_ids_are_the_sources(tmp_path):
         assert bpe.encode_document(enc, text).tolist() == [0, *want]
     assert enc.decode([1]) == "<|im_start|>" and enc.absent == bytes(sorted(ABSENT))
     assert enc.settings == bpe.tokenizer_settings(out / "tokenizer.model") == bpe.Settings(
-        llama.DIGITS_PATTERN, {name: i for i, name in enumerate(SPECIAL)}, "<|endoftext|>", ["<|im_end|>"],
+        bpe.DIGITS_PATTERN, {name: i for i, name in enumerate(SPECIAL)}, "<|endoftext|>", ["<|im_end|>"],
         "{{ messages }}")
 
 
@@ -524,7 +525,7 @@ def test_one_pattern_cuts_as_the_steps_do():
     letters = list("ab1²Ⅷ ''s\n\t\r.,!é東\u3000\xa0") + ["'ll", "  ", "\r\n"]
     for _ in range(3000):
         text = "".join(draw.choice(letters, 12))
-        assert regex.findall(llama.DIGITS_PATTERN, text) == cut(text), repr(text)
+        assert regex.findall(bpe.DIGITS_PATTERN, text) == cut(text), repr(text)
 
 
 # -----------------------------------------------------------------------------
@@ -716,10 +717,11 @@ def test_smollm2_is_what_transformers_reads(tmp_path):
     theirs.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
     prose = (ROOT / "README.md").read_text() + (ROOT / "RESULTS.md").read_text()
-    code = (ROOT / "model.py").read_text() + (ROOT / "data/llama.py").read_text().replace("<|", "< |")
+    files = ("model.py", "data/llama.py", "data/llama_tokenizer.py")
+    code = "".join((ROOT / file).read_text() for file in files).replace("<|", "< |")
     verse = "\n".join("  " * (i % 3) + line for i, line in enumerate((ROOT / "LICENSE").read_text().split(", ")))
     hard = [text for text in SAMPLES if "<|" not in text and "\ud800" not in text]
-    for text in (prose, code, verse, *hard, llama.HARD_TEXT.replace("<|", "< |")):
+    for text in (prose, code, verse, *hard, HARD_TEXT.replace("<|", "< |")):
         assert bpe.encode_text(enc, text).tolist() == theirs.encode(text, add_special_tokens=False).ids
 
     reference = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
