@@ -1,66 +1,42 @@
 """tasks/: the numbers of lm-evaluation-harness, request by request and metric by metric.
 
-The harness's own tasks run through its own evaluator on its own Hugging Face model; only the address of their data is
-replaced, by local files in the same form. Needs lm_eval: pip install -r requirements-interop.txt.
+The harness's own tasks run through its own evaluator on its own Hugging Face model (bench/harness.py). Needs lm_eval: pip install -r requirements-interop.txt.
 """
 import dataclasses
 import importlib.util
 import json
 import math
-import os
 from pathlib import Path
 
 import pytest
 
 import eval as evaluation
+from bench import harness
 from data.tokenizer import TOKENIZER, load_tokenizer
 from plumbing.family import open_family
 from tasks.likelihood import requests_of, score
 from tasks.questions import TASKS, load_task
-from tests.helpers import GQA, export_at, make_supernet
-from tests.tiny_tasks import SUBJECTS, rows_of_tasks, write_hf, write_jsonl, write_raw
+from tests.helpers import GQA, export_at, make_supernet, one_line_error
+from tests.tiny_tasks import SUBJECTS, rows_of_tasks, write_raw
 
 pytestmark = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("lm_eval", "transformers")),
     reason="lm_eval is not installed: pip install -r requirements-interop.txt")
 WINDOW, BUDGET = 960, 0.5
-os.environ.setdefault("HF_HUB_OFFLINE", "1"), os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
-os.environ.setdefault("DISABLE_MULTIPROC", "1"), os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
-
-def their_tasks(folder) -> list[dict]:
-    """The harness's configurations, with local files in the place of their data sets."""
-    def local(task, **files):
-        return dict(task=task, dataset_path="json", dataset_name=None, dataset_kwargs=dict(
-            data_files={split: str(folder / f"{name}.jsonl") for split, name in files.items()}))
-    found = [local("arc_easy", test="arc_easy/test", validation="arc_easy/test", train="arc_easy/test"),
-             local("lambada_openai", test="lambada_openai/test"),
-             local("piqa", validation="piqa/validation", train="piqa/validation"),
-             local("winogrande", validation="winogrande/validation", train="winogrande/validation"),
-             local("hellaswag", validation="hellaswag/validation", train="hellaswag/train") | dict(num_fewshot=10)]
-    mmlu = [local(f"mmlu_{s}", test=f"mmlu_{s}_test", dev=f"mmlu_{s}_dev") | dict(num_fewshot=5) for s in SUBJECTS]
-    # Only members of a group are looked up by name in the harness's own files, and only groups inside it may aggregate.
-    return [dict(group="local", task=found + [dict(group="subjects", task=mmlu, aggregate_metric_list=[
-        dict(metric="acc", aggregation="mean", weight_by_size=True)])])]
 
 
 @pytest.fixture(scope="module", params=[None, 150], ids=["window", "short window"])
 def both(request, tmp_path_factory):
     """The same slice of a supernet, scored by the harness from its export: (folder, --seq-len, theirs)."""
     path = tmp_path_factory.mktemp("lm_eval")
-    os.environ["HF_HOME"] = str(path / "home")
-    from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
-    rows = rows_of_tasks()
-    write_raw(path / "raw", rows), write_hf(path / "hf", rows)
-    for split, key in (("test", "mmlu"), ("dev", "mmlu dev")):  # a file a subject, for the harness
-        for s in SUBJECTS:
-            write_jsonl(path / f"hf/mmlu_{s}_{split}.jsonl", [r for r in rows[key] if r["subject"] == s])
+    write_raw(path / "raw", rows_of_tasks())
     make_supernet(path / "flex", dataclasses.replace(GQA, context=WINDOW))
     export_at(path / "flex", BUDGET, path / "slim", format="hf")
-    model = HFLM(pretrained=str(path / "slim"), device="cpu", dtype="float32", batch_size=8, max_length=request.param)
-    assert model.max_length == request.param or WINDOW
-    theirs = simple_evaluate(model=model, tasks=their_tasks(path / "hf"), log_samples=True)
+    (path / "rows").mkdir()
+    tasks = harness.local_tasks(list(TASKS), path / "raw", path / "rows")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HOME", str(path / "home"))
+        theirs = harness.harness_results(str(path / "slim"), tasks, request.param, samples=True)
     return path, request.param, theirs
 
 
@@ -103,7 +79,7 @@ def test_every_metric_is_the_harness_one(both, capsys, name):
     evaluation.main(["--model", str(path / "flex"), "--budgets", str(BUDGET), "--tasks", name, "--task-dir",
                      str(path / "raw"), "--json"] + (["--seq-len", str(window)] if window else []))
     ours = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"][0]["tasks"][name]
-    found = theirs["results"]["local::subjects" if name == "mmlu" else name]
+    found = theirs["results"]["local::mmlu_subjects" if name == "mmlu" else name]
     figures = {key.split(",")[0]: value for key, value in found.items() if key.endswith(",none")}
     assert {"acc", "acc_stderr"} <= figures.keys() <= ours.keys()
     for key, value in figures.items():
@@ -125,3 +101,19 @@ def test_all_subjects_are_introduced_as_the_harness_does():
     for subject, header in headers.items():
         assert header == ("The following are multiple choice questions (with answers) about "
                           f"{subject.replace('_', ' ')}.\n\n")
+
+
+def test_the_command_line(both, capsys):
+    """Catches a program that gives other figures than the harness, and one that goes on where it cannot."""
+    path, window, theirs = both
+    names = ["piqa", "arc_easy"]
+    capsys.readouterr()
+    harness.main([str(path / "slim"), "--tasks", *names, "--task-dir", str(path / "raw"), "--limit", "9",
+                  *(["--seq-len", str(window)] if window else [])])
+    said = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert list(said["tasks"]) == names and said["seconds"] > 0 and said["memory"] > 2 ** 27
+    first = [sample["acc"] for sample in theirs["samples"]["piqa"] if sample["doc_id"] < 9]
+    assert said["tasks"]["piqa"]["acc"] == pytest.approx(sum(first) / 9)
+    assert said["tasks"]["arc_easy"].keys() >= {"acc", "acc_stderr", "acc_norm"}
+    with one_line_error(capsys, "config.json", "--format hf"):
+        harness.main([str(path / "raw")])

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 import eval as evaluation
+from bench.harness import FILES, published_rows
 from data.tokenizer import BOS, TOKENIZER, load_tokenizer
 from plumbing.checkpoint import load_llama
 from plumbing.family import open_family
@@ -87,6 +88,15 @@ def test_log_likelihoods_are_the_slow_ones(desk, name, window):
 def without_places(questions: list[Question]) -> list[Question]:
     """The questions without the lines that they came from."""
     return [question._replace(where="") for question in questions]
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_the_harness_is_given_hugging_faces_rows(desk, name):
+    """Catches a published file that bench/harness.py rewrites into other rows than Hugging Face's."""
+    for split, names in FILES.get(name, {}).items():
+        want = [json.loads(line) for line in (desk / "hf" / name / names[1]).read_text().split("\n")[:-1]]
+        assert [dict(row) for row in published_rows(name, split, desk / "raw" / name)] == want
+        assert [dict(row) for row in published_rows(name, split, desk / "hf" / name)] == want
 
 
 @pytest.mark.parametrize("name", TASKS)
