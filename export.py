@@ -148,7 +148,9 @@ def main(argv=None) -> None:
     # All are routed before anything is written: a budget that cannot be had stops here.
     members = [family.slice_member(budget, unit) for budget in budgets]
     if args.dry_run:
-        print(sizes_table(full, budgets, [member.subnet for member in members], dtype, context))
+        subnets = [member.subnet for member in members]
+        trained = family.trained_budgets(unit)
+        print(sizes_table(full, budgets, subnets, dtype, context, trained))
         return
     if args.out and len(budgets) > 1:
         fail(f"--out {args.out} is one place for {len(budgets)} budgets; leave --out out: each "

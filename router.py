@@ -300,7 +300,7 @@ class Router(nn.Module):
             budget = sizes.mean().item()
 
         # Our router takes the best member of F(b).
-        rows = self.between(budget, rows)
+        rows = self.near_trained(budget, rows)
         best = self.best_row(budget, rows)
         return space.subnet(space.members[best])
 
@@ -310,27 +310,32 @@ class Router(nn.Module):
         z = onehot @ self.logits(budget)
         return rows[z.argmax()]
 
-    def between(self, budget: float, rows: torch.Tensor) -> torch.Tensor:
-        """Between two trained budgets: those of these rows whose sizes lie between the sizes of the
-        two trained slices, or nearest to that. At any other budget: all of these rows.
+    def near_trained(self, budget: float, rows: torch.Tensor) -> torch.Tensor:
+        """Those of these rows whose sizes training has prepared, or that are nearest to them.
 
-        Between trained budgets the logits are interpolated. They may combine sizes that never ran
-        together: such a slice was seen to be 0.1 nats worse than a smaller one."""
+            at a trained budget     all rows
+            between two of them     sizes between those of the two trained slices, on every axis
+            under the smallest      sizes no larger than the smallest trained slice's
+
+        Where no step ran, the logits are interpolated or extrapolated. They may combine sizes that
+        never ran together: between trained budgets such a slice was seen to be 0.1 nats worse than
+        a smaller one, under them up to 0.6 nats worse than the best that fits."""
         smaller = [b for b in self.budgets if b < budget]
         larger = [b for b in self.budgets if b > budget]
-        if budget in self.budgets or not smaller or not larger:
+        if budget in self.budgets or not larger:
             return rows
 
         space = self.space
 
-        # The slices of the two trained neighbours span a range of sizes on every axis.
+        # The slices of the trained neighbours span a range of sizes on every axis.
+        neighbours = smaller[-1:] + larger[:1]
         ends = []
-        for neighbour in (smaller[-1], larger[0]):
+        for neighbour in neighbours:
             fits = space.feasible(neighbour)
             best = self.best_row(neighbour, fits)
             ends.append(space.members[best])
-        ends = torch.stack(ends)                      # 2, 4
-        lowest = ends.amin(0)
+        ends = torch.stack(ends)                      # 1 or 2, 4
+        lowest = ends.amin(0) if smaller else torch.zeros_like(ends[0])
         highest = ends.amax(0)
 
         # How far a member is outside: fractions of the full sizes, summed over the axes.

@@ -20,10 +20,10 @@ import torch
 
 from model import Llama, LlamaConfig, SubNet
 from plumbing.checkpoint import load_llama, load_tensors
-from plumbing.errors import fail
+from plumbing.errors import fail, note
 from plumbing.latency import load_latency
 from router import Router
-from space import Space
+from space import Space, cost
 
 FLEX = "flex.pt"
 FLEXTRON = "flextron.pt"
@@ -53,6 +53,7 @@ class Family:
         self.saved = {}
         self.router = None
         self.flextron = None
+        self.noted = set()  # budgets that a note was printed about
         if (self.folder / FLEX).exists():
             self.saved = load_tensors(self.folder / FLEX)
             self.router = self.restored(FLEX, restore_router, model.config)
@@ -77,6 +78,7 @@ class Family:
         if self.flextron:
             from flextron.deployed import deploy
             network = deploy(self.flextron, self.folder, asked, unit)
+            self.note_untrained(asked, unit)
             return Member(network, network.subnet)
         if self.router is None:
             if asked != 1:
@@ -84,7 +86,20 @@ class Family:
                      f"train.py's; python train.py --llama {self.folder} makes one")
             return Member(self.model, self.model.full)
         subnet = self.router.route(asked, self.latencies(asked) if unit == "latency" else None)
+        # A time says nothing of what was trained; the parameters that it buys do.
+        self.note_untrained(asked if unit == "params" else cost(self.model.config, subnet) + self.router.space.delta)
         return Member(self.model, subnet, self.router.factors(subnet))
+
+    def note_untrained(self, asked: float, unit: str = "params") -> None:
+        """Says on stderr, once for a budget, that it is under all that were trained."""
+        trained = self.trained_budgets(unit)
+        if not trained or asked >= min(trained) or asked in self.noted:
+            return
+        self.noted.add(asked)
+        program = "train.py --budgets" if self.router else "-m flextron --targets"
+        budgets = " ".join(f"{b:g}" for b in sorted({*trained, round(asked, 2)}, reverse=True))
+        note(f"{asked:.3g} is under {min(trained):g}, the smallest budget that {self.folder} was trained at: expect "
+             f"a worse model than its size could be; to train further down: python {program} {budgets}")
 
     def slice_member(self, asked: float, unit: str = "params") -> Member:
         """member(), as one slice; fail() where every token takes its own width."""
@@ -109,7 +124,8 @@ class Family:
             return [1.0, *self.saved["targets"]]
         if self.router is None:
             return [1.0]
-        return [b for b in TABLE_BUDGETS if b >= self.router.space.costs.min()]
+        smallest = min(self.router.budgets, default=0)  # what is under it comes only if it is asked for
+        return [b for b in TABLE_BUDGETS if b >= max(smallest, self.router.space.costs.min())]
 
     def trained_budgets(self, unit: str = "params") -> list[float]:
         """Those that training ran, in this unit; [] for a plain Llama."""

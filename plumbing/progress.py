@@ -80,5 +80,6 @@ def show_family(args, base: str, orders: dict, val, device) -> None:
         row |= dict(got=cost(model.config, subnet), params=n_params(model.config, subnet), dim=subnet.dim,
                     n_heads=subnet.n_heads, ffn_dim=subnet.ffn_dim, layers=subnet.layers)
     say("\n" + before_after_table(rows, args.budgets, val[1].numel()))
-    say(f"\nNext:  python export.py --model {args.out} --budget 0.5\n       python eval.py --model {args.out}\n"
-        f"       python sample.py --model {args.out} --budget 0.5")
+    budget = max(0.5, min(args.budgets))
+    say(f"\nNext:  python export.py --model {args.out} --budget {budget:g}\n       python eval.py --model {args.out}\n"
+        f"       python sample.py --model {args.out} --budget {budget:g}")

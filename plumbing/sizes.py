@@ -13,14 +13,13 @@ import re
 import sys
 from pathlib import Path
 
-
 from model import LlamaConfig, SubNet
 from plumbing.errors import fail
 from plumbing.family import FLEX, Family
 from plumbing.gguf import Q8_0
 from plumbing.hf import model_class
 from plumbing.latency import LATENCY_FILE, load_latency
-from plumbing.tables import spread
+from plumbing.tables import legend, mark, spread
 from space import cost, n_params
 
 DRY_RUN_BUDGETS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
@@ -179,19 +178,23 @@ def asked_of(family: Family, budget: float, subnet: SubNet, unit: str) -> str:
 
 
 def sizes_table(full: LlamaConfig, budgets: list[float], subnets: list[SubNet], dtype,
-                context: int) -> str:
-    """What slices would be: a line per budget, and what the last three columns mean."""
-    lines = [f"{'budget':>7} {'got':>6} {'dim':>6} {'heads':>5} {'ffn':>6} {'layers':>6} {'parameters':>15} "
+                context: int, trained: list[float] = ()) -> str:
+    """What slices would be: a line per budget, its mark (tables.py), and what the last three columns
+    mean."""
+    lines = [f"{'budget':>8} {'got':>6} {'dim':>6} {'heads':>5} {'ffn':>6} {'layers':>6} {'parameters':>15} "
              f"{'with embeddings':>16} {'weights, GB':>12} {f'KV of {context:,} tokens, GB':>27} {'quants':>7} "
              f"{'TP':>6} {'HF':>8}"]
     for budget, s in zip(budgets, subnets):
         shape = s.config(full)
         weights = weight_bytes(full, s, dtype) / 1e9
         cache = cache_bytes(full, s, dtype, context) / 1e9
-        lines.append(f"{budget:7.3f} {cost(full, s):6.3f} {s.dim:6d} {spread(s.n_heads):>5} {spread(s.ffn_dim):>6} "
+        lines.append(f"{budget:7.3f}{mark(budget, trained)} {cost(full, s):6.3f} {s.dim:6d} {spread(s.n_heads):>5} {spread(s.ffn_dim):>6} "
                      f"{len(s.layers):6d} {n_params(full, s):15,} {n_params(full, s, embeddings=True):16,} "
                      f"{weights:12.3f} {cache:27.3f} {quantisations(shape):>7} {parallel_degrees(shape):>6} "
                      f"{class_of_transformers(shape):>8}")
+    marks = legend(budgets, trained)
+    if marks:
+        lines.append(f"({marks.removeprefix('; ')})")
     lines.append("(quants: llama.cpp's that every matrix fits: Q8_0 and Q4_0, rows in multiples of 32; K, of 256. "
                  "TP: how many GPUs\ncan share heads, KV heads and neurons. HF: the class of transformers; - where "
                  "layers differ, for --format gguf)")

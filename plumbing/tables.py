@@ -7,12 +7,26 @@ import math
 from plumbing.parallel import rank0_first, say
 
 
+def mark(budget: float, trained: list[float]) -> str:
+    """* for a budget that was trained, ! for one under all of those, a blank between them."""
+    if budget in trained:
+        return "*"
+    return "!" if trained and budget < min(trained) else " "
+
+
+def legend(budgets: list[float], trained: list[float]) -> str:
+    """What the marks of a table mean, for the end of its headline; "" where nothing was trained."""
+    text = "; * trained" if trained else ""
+    if any(mark(budget, trained) == "!" for budget in budgets):
+        text += ", ! under all that were"
+    return text
+
+
 def row_label(row: dict, trained: list[float]) -> str:
-    """The first column: the budget, with a star if it was trained; "base" for a row of --base."""
+    """The first column: the budget and its mark; "base" for a row of --base."""
     if row.get("base"):
         return f"{'base':>6} "
-    star = "*" if row["budget"] in trained else " "
-    return f"{row['budget']:6.2f}{star}"
+    return f"{row['budget']:6.2f}{mark(row['budget'], trained)}"
 
 
 def spread(sizes) -> str:
@@ -30,7 +44,8 @@ def spread(sizes) -> str:
 def loss_table(rows: list[dict], context: int, trained: list[float]) -> str:
     """Sizes and loss, a line a budget."""
     lines = [f"{'budget':>7} {'got':>6} {'dim':>5} {'heads':>5} {'ffn':>6} {'layers':>6} {'parameters':>14} "
-             f"{'with emb.':>14} {'loss':>7} {'ppl':>8}   ({rows[0]['tokens']:,} tokens, windows of {context})"]
+             f"{'with emb.':>14} {'loss':>7} {'ppl':>8}   ({rows[0]['tokens']:,} tokens, windows of {context}"
+             f"{legend([row.get('budget', 1.0) for row in rows], trained)})"]
     for r in rows:
         lines.append(f"{row_label(r, trained)} {r['got']:6.3f} {r['dim']:5d} {spread(r['n_heads']):>5} "
                      f"{spread(r['ffn_dim']):>6} {len(r['layers']):6d} {r['params']:14,} {r['params_total']:14,} "

@@ -9,6 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import bench.speed as speed
 import eval as evaluation
+import export
+import sample
 from bench.speed import Peak
 from data.heldout import text_windows
 from data.shards import write_shard
@@ -127,13 +129,41 @@ def test_shards_are_scored_without_text(tmp_path, capsys):
     ids = np.random.default_rng(0).integers(0, 560, 65)
     write_shard(tmp_path / "val_000000.bin", ids, 560), write_shard(tmp_path / "train_000000.bin", ids[::-1], 560)
     rows = score(capsys, "--model", tmp_path, "--data", tmp_path, "--seq-len", 16, "--batch", 3)["rows"]
-    smallest = router.space.costs.min()
-    assert [r["budget"] for r in rows] == [b for b in (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4) if b >= smallest]
+    assert [r["budget"] for r in rows] == [1.0, 0.9, 0.8, 0.7, 0.6, 0.5], "down to the smallest that was trained"
     for row in rows[::3]:
         loss, n = slow_loss(model, ids.tolist(), 16, *deployed(router, row["budget"]))
         assert abs(row["loss"] - loss) < 1e-4 * loss and row["tokens"] == n == 64
     few = score(capsys, "--model", tmp_path, "--data", tmp_path, "--seq-len", 16, "--windows", 2, "--budgets", 1)
     assert few["rows"][0]["tokens"] == 32
+
+
+def test_budgets_under_all_trained_ones_are_marked(tmp_path, capsys):
+    """Catches a size that no step prepared and that is offered like any other: in every program's table or on its
+    stderr, once for a budget, with what trains further down; and a warning where training was."""
+    model, router = make_supernet(tmp_path / "flex", GQA)     # trained at 1 and 0.5
+    (tmp_path / "text").write_text(TEXT, encoding="utf-8")
+    flags = ["--model", str(tmp_path / "flex")]
+    mend = "python train.py --budgets 1 0.5 0.4"
+
+    def said(main, *more) -> str:
+        capsys.readouterr()
+        main([*flags, *map(str, more)])
+        out, err = capsys.readouterr()
+        assert err.count("is under 0.5, the smallest budget") == err.count("python train.py --budgets 1 0.5 ") <= 1
+        return out + err
+
+    text = said(evaluation.main, "--text", tmp_path / "text", "--seq-len", 16, "--budgets", 1, 0.7, 0.5, 0.4)
+    assert mend in text and "; * trained, ! under all that were)" in text
+    assert all(cell in text for cell in ("  1.00* ", "  0.70  ", "  0.50* ", "  0.40! "))
+    text = said(evaluation.main, "--text", tmp_path / "text", "--seq-len", 16, "--budgets", 0.7, 0.5)
+    assert "note: " not in text and "; * trained)" in text
+    text = said(export.main, "--dry-run", "--budget", 0.5, 0.4)
+    assert mend in text and "  0.500* " in text and "  0.400! " in text and "(* trained, ! under" in text
+    assert mend in said(export.main, "--budget", 0.4, "--out", tmp_path / "small")
+    assert mend in said(sample.main, "--budget", 0.4, "--max-new-tokens", 1)
+    assert "note: " not in said(sample.main, "--budget", 0.5, "--max-new-tokens", 1)
+    few = n_params(model.config, router.route(0.2), embeddings=True)
+    assert "is under 0.5, the smallest budget" in said(export.main, "--params", few, "--out", tmp_path / "few")
 
 
 def test_per_layer_shapes_are_listed(tmp_path, capsys):
@@ -164,7 +194,7 @@ def test_table_of_losses():
                  loss=1000.0, tokens=64)]
     header, first, second = loss_table(rows, 16, [0.75, 1.0]).splitlines()
     names = ["budget", "got", "dim", "heads", "ffn", "layers", "parameters", "with", "emb.", "loss", "ppl"]
-    assert header.split()[:11] == names and "(64 tokens, windows of 16)" in header
+    assert header.split()[:11] == names and "(64 tokens, windows of 16; * trained)" in header
     assert first.split() == ["0.80", "0.750", "40", "4", "13-80", "3", "12,345", "23,456", "2.500", "12.18"]
     assert second.split() == ["0.75*", "0.700", "32", "2", "20", "2", "1,234", "3,456", "1000.000", "inf"]
     base, = loss_table([rows[0] | dict(base="out/base")], 16, []).splitlines()[1:]
