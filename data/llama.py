@@ -4,6 +4,8 @@ A Llama from elsewhere -> a raw Llama folder, which train.py, eval.py and all el
     python data/llama.py Llama-3.2-1B --out out/llama        a Hugging Face folder
     python data/llama.py smollm2.gguf --out out/smollm2      a GGUF file: pip install gguf
 
+A GGUF file in parts is named by its first: NAME-00001-of-00003.gguf; the others lie beside it.
+
 Three things are translated, and each is refused by name where it is more than a Llama:
 
     the shape      config.json, or a GGUF file's header -> params.json
@@ -19,6 +21,7 @@ Nothing of a source is executed, and every length in it is checked before it is 
 import json
 import math
 import mmap
+import re
 import struct
 import sys
 from dataclasses import replace
@@ -32,12 +35,13 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data.llama_tokenizer import (Bpe, NoTokenizer, gguf_tokenizer, hf_tokenizer, save_tokenizer_of,
                                   tokenizer_or_reason)
-from model import Llama, LlamaConfig, rope_frequencies
+from model import Llama, LlamaConfig, one_if_equal, rope_frequencies
 from plumbing.checkpoint import LLAMA_FILES, check_target, save_llama
 from plumbing.errors import Parser, fail, note
 from plumbing.files import DAMAGED, new_folder, nothing_half_written, read_json
 from plumbing.hf import NAMES, OUTSIDE
-from plumbing.params import PARAMS, check_shape
+from plumbing.params import PARAMS, PER_LAYER, check_shape
+from plumbing.tables import spread
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PLAIN = "expected a plain text Llama; take another model"
@@ -79,19 +83,29 @@ def map_file(path: Path) -> mmap.mmap:
 
 def checked(config: LlamaConfig, path: Path) -> LlamaConfig:
     """The config, if its sizes make a model; else fail()."""
+    sizes = [config.dim, config.n_layers, config.head_dim, config.vocab_size, config.context]
+    for name in PER_LAYER:
+        value = getattr(config, name)
+        sizes += value if isinstance(value, tuple) else [value]
     try:
-        sizes = [config.dim, config.n_layers, config.n_heads, config.n_kv_heads, config.head_dim,
-                 config.ffn_dim, config.vocab_size, config.context]
         if not all(type(size) is int for size in sizes):
-            raise ValueError(f"a size is no whole number: {sizes}")
+            raise ValueError(f"a size is no whole number: {str(sizes)[:200]}")
         if max(*sizes, 10_000 * config.n_layers) > MAX_SIZE:
-            raise ValueError(f"a size of {max(sizes)}")
+            raise ValueError(f"a size of {str(max(sizes))[:40]}")
         check_shape(config)
     except (ValueError, TypeError, ZeroDivisionError) as error:
         fail(f"{path} is not the shape of a Llama ({error}): {PLAIN}")
-    if not all(math.isfinite(x) and x > 0 for x in (config.norm_eps, config.rope_theta)):
-        fail(f"{path}: norm_eps {config.norm_eps}, rope_theta {config.rope_theta}: {PLAIN}")
     return config
+
+
+def number(value, key: str) -> float:
+    """The number under a key, as a float. ValueError for anything else: a text, 10**400."""
+    if type(value) not in (int, float):
+        raise ValueError(f"{key} is {str(value)[:40]!r}, expected a number")
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{key} is a number of {len(str(value))} digits")
 
 
 # -----------------------------------------------------------------------------
@@ -133,10 +147,11 @@ def hf_config(path: Path, c: dict) -> LlamaConfig:
             n_kv_heads=c.get("num_key_value_heads") or heads,
             head_dim=c.get("head_dim") or c["hidden_size"] // heads,
             ffn_dim=c["intermediate_size"], vocab_size=c["vocab_size"],
-            norm_eps=float(c.get("rms_norm_eps", 1e-6)), rope_theta=theta, rope_factor=factor,
+            norm_eps=number(c.get("rms_norm_eps", 1e-6), "rms_norm_eps"),
+            rope_theta=theta, rope_factor=factor,
             tied=bool(c.get("tie_word_embeddings", False)),
             context=window_of(context, factor)), path)
-    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         fail(f"{path} is not the config.json of a Llama ({type(error).__name__}: {error}): "
              f"{DAMAGED}")
 
@@ -144,19 +159,20 @@ def hf_config(path: Path, c: dict) -> LlamaConfig:
 def hf_rope(path: Path, c: dict) -> tuple[float, float]:
     """(theta, factor) of RoPE. It stands in rope_parameters since transformers 5, in rope_theta and
     rope_scaling before, and in a file for both in both."""
+    plain_theta = c.get("rope_theta", 10000.0)
     said = set()
     for rope in (c.get("rope_parameters"), c.get("rope_scaling")):
         if not rope:
             continue
-        theta = float(rope.get("rope_theta", c.get("rope_theta", 10000.0)))
-        said.add((theta, llama3_factor(path, rope)))
+        theta = rope.get("rope_theta", plain_theta)
+        said.add((number(theta, "rope_theta"), llama3_factor(path, rope)))
     if len(said) > 1:
         fail(f"{path}: rope_parameters and rope_scaling contradict each other: {DAMAGED}")
     partial = [c.get("partial_rotary_factor"),
                (c.get("rope_parameters") or {}).get("partial_rotary_factor")]
     if any(p not in (None, 1, 1.0) for p in partial):
         fail(f"{path} has partial_rotary_factor, RoPE on a part of each head: {PLAIN}")
-    return said.pop() if said else (float(c.get("rope_theta", 10000.0)), 1.0)
+    return said.pop() if said else (number(plain_theta, "rope_theta"), 1.0)
 
 
 def llama3_factor(path: Path, rope: dict) -> float:
@@ -169,7 +185,10 @@ def llama3_factor(path: Path, rope: dict) -> float:
     if kind != "llama3" or ends != (1, 4, SCALED_FROM):
         fail(f"{path} scales RoPE by {str(rope)[:120]}, expected none, or llama3 with "
              f"low_freq_factor 1, high_freq_factor 4, {SCALED_FROM} positions: {PLAIN}")
-    return float(rope["factor"])
+    factor = number(rope["factor"], "the factor of RoPE")
+    if not 1 <= factor < math.inf:
+        raise ValueError(f"the factor of RoPE is {factor}, expected 1 or more")
+    return factor
 
 
 def window_of(positions: int, factor: float) -> int:
@@ -397,6 +416,8 @@ def read_gguf(path: Path) -> tuple[dict, dict[str, Stored]]:
             shape = tuple(cursor.number("Q") for _ in range(min(n_axes, 5)))
             infos[name] = (shape[::-1], cursor.number("I"), cursor.number("Q"))
         alignment = values.get("general.alignment", 32)
+        if type(alignment) is not int or alignment < 1:
+            raise ValueError(f"general.alignment is {alignment!r}")
         start = -(-cursor.at // alignment) * alignment
         if len(infos) != n_tensors:
             raise ValueError("two tensors of one name")
@@ -425,13 +446,38 @@ def gguf_package():
         fail("reading a GGUF file needs a package: pip install gguf")
 
 
-def open_gguf(path: Path) -> Source:
-    """A .gguf file with the arch llama."""
+def read_parts(path: Path) -> tuple[dict, dict[str, Stored]]:
+    """A GGUF file, or all parts of one. The first part has the values, each has some tensors."""
     values, tensors = read_gguf(path)
+    count = values.get("split.count", 1)
+    if type(count) is not int:
+        fail(f"{path} has the split.count {str(count)[:40]!r}, expected a number: {DAMAGED}")
+    if count <= 1:
+        return values, tensors
+    match = re.fullmatch(rf"(.*)-\d{{5}}-of-{count:05d}\.gguf", path.name)
+    name = match[1] if match else "NAME"
+    if path.name != f"{name}-00001-of-{count:05d}.gguf" or values.get("split.no") != 0:
+        fail(f"{path} is one of {count} parts, which are found by their names: expected the first, "
+             f"{name}-00001-of-{count:05d}.gguf")
+    for i in range(1, count):
+        part = path.with_name(f"{name}-{i + 1:05d}-of-{count:05d}.gguf")
+        said, more = read_gguf(part)
+        if (said.get("split.no"), said.get("split.count")) != (i, count):
+            fail(f"{part} does not say that it is part {i + 1} of {count}: {DAMAGED}")
+        twice = tensors.keys() & more.keys()
+        if twice:
+            fail(f"{part}: {min(twice)} is in another part too: {DAMAGED}")
+        tensors |= more
+    return values, tensors
+
+
+def open_gguf(path: Path) -> Source:
+    """A .gguf file with the arch llama, or deci, whose layers may differ in heads and neurons."""
+    values, tensors = read_parts(path)
     frequencies = tensors.pop("rope_freqs.weight", None)
     config = gguf_config(path, values, tied="output.weight" not in tensors)
     if frequencies is not None:
-        config = with_factor(path, config, tensor_of(frequencies))
+        config = with_factor(path, config, frequencies)
     names = meta_names(config.n_layers, GGUF_NAMES, GGUF_OUTSIDE, "blk")
     tensors = renamed(path, config, tensors, names)
     bpe, reason = tokenizer_or_reason(gguf_tokenizer, path, values)
@@ -441,15 +487,17 @@ def open_gguf(path: Path) -> Source:
 def gguf_config(path: Path, values: dict, tied: bool) -> LlamaConfig:
     """A GGUF file's values -> LlamaConfig, whose RoPE is not scaled yet."""
     arch = values.get("general.architecture")
-    if arch != "llama":
-        fail(f"{path} is of the architecture {str(arch)[:40]!r}, expected llama: {PLAIN}")
-    if values.get("split.count", 1) > 1:
-        fail(f"{path} is one part of {values['split.count']}: join them with llama-gguf-split "
-             "--merge")
+    if arch not in ("llama", "deci"):
+        fail(f"{path} is of the architecture {str(arch)[:40]!r}, expected llama or deci: {PLAIN}")
 
     def value(key, *default):
-        key = f"llama.{key}"
-        return values.get(key, *default) if default else values[key]
+        key = f"{arch}.{key}"
+        found = values.get(key, *default) if default else values[key]
+        if not isinstance(found, list):
+            return found
+        # A list: one value for each layer.
+        whole = len(found) == values[f"{arch}.block_count"]
+        return one_if_equal(found) if whole else tuple(found)
 
     try:
         heads = value("attention.head_count")
@@ -470,20 +518,23 @@ def gguf_config(path: Path, values: dict, tied: bool) -> LlamaConfig:
             n_kv_heads=value("attention.head_count_kv", heads), head_dim=head_dim,
             ffn_dim=value("feed_forward_length"),
             vocab_size=value("vocab_size", None) or len(values["tokenizer.ggml.tokens"]),
-            norm_eps=float(value("attention.layer_norm_rms_epsilon")),
-            rope_theta=float(value("rope.freq_base", 10000.0)), tied=tied, context=context), path)
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+            norm_eps=number(value("attention.layer_norm_rms_epsilon"), "layer_norm_rms_epsilon"),
+            rope_theta=number(value("rope.freq_base", 10000.0), "rope.freq_base"), tied=tied,
+            context=context), path)
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
         fail(f"{path} is not the header of a Llama ({type(error).__name__}: {error}): {DAMAGED}")
 
 
-def with_factor(path: Path, config: LlamaConfig, divisors: torch.Tensor) -> LlamaConfig:
+def with_factor(path: Path, config: LlamaConfig, stored: Stored) -> LlamaConfig:
     """The config with scaled RoPE: llama.cpp stores what each frequency is divided by, from 1 for
     the fastest to the factor for the slowest."""
     plain = rope_frequencies(config)
-    if divisors.shape == plain.shape:
+    if stored.shape == plain.shape:
+        divisors = tensor_of(stored).float()
         factor = round(divisors.max().item(), 4)
         scaled = replace(config, rope_factor=factor, context=window_of(config.context, factor))
-        if torch.allclose(plain / divisors, rope_frequencies(scaled), rtol=1e-4):
+        same = torch.allclose(plain / divisors, rope_frequencies(scaled), rtol=1e-4)
+        if same and 1 <= factor < math.inf:
             return scaled
     fail(f"{path} scales RoPE otherwise than Llama 3 (rope_freqs.weight): {PLAIN}")
 
@@ -577,6 +628,8 @@ def convert(path: Path, out: Path, dtype: torch.dtype | None = None) -> str:
             try:
                 n = save_tokenizer_of(source.tokenizer, temporary, source.config.vocab_size)
                 said = f"; the tokenizer gives its source's ids on {n:,} tokens of hard text"
+                if source.tokenizer.no_template:
+                    said += f"; no chat template: {source.tokenizer.no_template}"
             except NoTokenizer as error:
                 reason = str(error)
         state = state_of(source, dtype)
@@ -588,8 +641,8 @@ def convert(path: Path, out: Path, dtype: torch.dtype | None = None) -> str:
     numbers = sum(w.numel() for w in state.values())
     dtypes = "/".join(sorted({str(w.dtype).removeprefix("torch.") for w in state.values()}))
     return (f"{out}: {numbers:,} parameters in {dtypes}, {c.n_layers} layers, dim {c.dim}, "
-            f"{c.n_heads} heads, {c.n_kv_heads} KV heads, {c.ffn_dim} neurons, "
-            f"{c.vocab_size:,} tokens{said}")
+            f"{spread(c.n_heads)} heads, {spread(c.n_kv_heads)} KV heads, "
+            f"{spread(c.ffn_dim)} neurons, {c.vocab_size:,} tokens{said}")
 
 
 def main(argv=None) -> None:

@@ -14,13 +14,14 @@ third, the lowest id first. That gives the same ids for every text if
     the ids grow along the list of merges, and
     every token is what the list makes of its own letters.
 
-Both are checked for all tokens; and on a hard text, tiktoken's ids are compared with those of a
-plain BPE over the source's own list.
+Both are checked for all tokens (the proof: check_merges); and on a hard text, tiktoken's ids are
+compared with those of a plain BPE over the source's own list.
 
 A tokenizer that fails is left out, with a reason (NoTokenizer), and so is one that is more than
 tokenizer.model can say: SentencePiece and WordPiece, a normalizer, dropout, words outside of the
 merges, cuts into pre-tokens that no one pattern here makes, other ids than the model's rows. Files
 that are damaged end the program: fail().
+A chat template that is no text is left out alone: no_template.
 """
 import math
 from pathlib import Path
@@ -43,7 +44,8 @@ class NoTokenizer(Exception):
 
 class Bpe(NamedTuple):
     """A byte-level BPE. vocab: token in GPT-2's letters -> id. steps: regular expressions, each of
-    which cuts what the one before it left. whole: is a pre-token that is a token never merged?"""
+    which cuts what the one before it left. whole: is a pre-token that is a token never merged?
+    no_template: why the source's chat template is left out; "" where it is not."""
     vocab: dict[str, int]
     merges: list[tuple[str, str]]
     steps: list[str]
@@ -52,6 +54,7 @@ class Bpe(NamedTuple):
     bos: str
     eos: list[str]
     chat_template: str | None
+    no_template: str
 
 
 def tokenizer_or_reason(read, *where) -> tuple[Bpe | None, str]:
@@ -98,11 +101,11 @@ def hf_tokenizer(folder: Path, config: dict) -> Bpe:
             raise ValueError("an id is no number")
         if model.get("unk_token") and not set(LETTERS) <= vocab.keys():
             raise NoTokenizer("it has a token for bytes that are no tokens")
-        bos, eos, template = hf_ends(t, beside, config, special)
-        if template is None and (folder / "chat_template.jinja").is_file():
-            template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        bos, eos = hf_ends(t, beside, config, special)
+        template, no_template = hf_template(folder, beside["tokenizer_config.json"])
         return Bpe(vocab, pairs_in(model["merges"]), hf_steps(t.get("pre_tokenizer")),
-                   bool(model.get("ignore_merges")), special, bos, eos, template)
+                   bool(model.get("ignore_merges")), special, bos, eos, template,
+                   no_template)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         fail(f"{path} is not the tokenizer.json of a BPE, it lacks vocab, merges or more "
              f"({type(error).__name__}: {error}): {DAMAGED}")
@@ -144,35 +147,77 @@ def hf_steps(pre_tokenizer: dict | None) -> list[str]:
     return steps
 
 
-def hf_ends(t: dict, beside: dict, config: dict,
-            special: dict) -> tuple[str, list[str], str | None]:
-    """(the token in front of a text, those that end one, chat template)."""
+def hf_ends(t: dict, beside: dict, config: dict, special: dict) -> tuple[str, list[str]]:
+    """(the token in front of a text, those that end one)."""
     said = beside["tokenizer_config.json"]
-    name_of = {i: name for name, i in special.items()}
     starts = []
     processor = t.get("post_processor") or {}
     for part in processor.get("processors", [processor]):
         if part.get("type") == "TemplateProcessing":
             first = part["single"][0]
             starts += [first["SpecialToken"]["id"]] if "SpecialToken" in first else []
-    starts += [text_of(said.get("bos_token")), name_of.get(config.get("bos_token_id"))]
+    starts += [text_of(said.get("bos_token")), name_of(config.get("bos_token_id"), special)]
 
     stops = []
     for source in (config, beside["generation_config.json"]):
         ids = source.get("eos_token_id")
-        stops += [name_of.get(i) for i in (ids if isinstance(ids, list) else [ids])]
+        stops += [name_of(i, special) for i in (ids if isinstance(ids, list) else [ids])]
     stops.append(text_of(said.get("eos_token")))
     eos = list(dict.fromkeys(name for name in stops if name in special))
+    return first_of(starts + eos, special), eos
 
-    template = said.get("chat_template")
-    if isinstance(template, list):  # several, by name
-        template = {entry["name"]: entry["template"] for entry in template}.get("default")
-    return first_of(starts + eos, special), eos, template
+
+def name_of(i, special: dict) -> str | None:
+    """The name of the special token with this id. A file may say anything."""
+    for name, known in special.items():
+        if type(i) is int and i == known:
+            return name
+    return None
 
 
 def text_of(token) -> str | None:
     """A token of tokenizer_config.json: a text, or an object with its text."""
-    return token.get("content") if isinstance(token, dict) else token
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) else None
+
+
+def hf_template(folder: Path, said: dict) -> tuple[str | None, str]:
+    """(chat template, ""), or (None, why it is left out; "" if there is none). said:
+    tokenizer_config.json."""
+    template = said.get("chat_template")
+    if isinstance(template, list):  # several, by name
+        for entry in template:
+            if isinstance(entry, dict) and entry.get("name") == "default":
+                template = entry.get("template")
+                break
+    template, reason = readable_template(template, "chat_template in tokenizer_config.json")
+    file = folder / "chat_template.jinja"
+    if template is None and file.is_file():
+        try:
+            return file.read_text(encoding="utf-8"), ""
+        except UnicodeDecodeError:
+            return None, f"{file.name} is not UTF-8"
+    return template, reason
+
+
+def readable_template(template, where: str) -> tuple[str | None, str]:
+    """(chat template, ""), or (None, why it is left out; "" if there is none)."""
+    if template is None:
+        return None, ""
+    if not isinstance(template, str):
+        return None, f"{where} is no text, nor a list with one named default"
+    if not is_unicode(template):
+        return None, f"{where} is no Unicode: half of a surrogate pair"
+    return template, ""
+
+
+def is_unicode(text: str) -> bool:
+    """Can it be written? JSON may hold half of a surrogate pair, \\ud800, UTF-8 may not."""
+    try:
+        text.encode()
+        return True
+    except UnicodeEncodeError:
+        return False
 
 
 def first_of(names: list, special: dict) -> str:
@@ -226,9 +271,10 @@ def gguf_tokenizer(path: Path, values: dict) -> Bpe:
             raise NoTokenizer("two of its tokens have one name")
         name_of = {i: name for name, i in special.items()}
         eos = list(dict.fromkeys(name_of[i] for i in stops if i in name_of))
+        template, no_template = readable_template(values.get("tokenizer.chat_template"),
+                                                  "tokenizer.chat_template")
         return Bpe(vocab, pairs_in(value("merges")), GGUF_STEPS[pre], pre in GGUF_WHOLE, special,
-                   first_of([name_of.get(bos), *eos], special), eos,
-                   values.get("tokenizer.chat_template"))
+                   first_of([name_of.get(bos), *eos], special), eos, template, no_template)
     except (TypeError, ValueError, AttributeError) as error:
         fail(f"{path}: its tokenizer lacks tokens, merges or more ({error}): {DAMAGED}")
 
@@ -278,7 +324,11 @@ def settings_of(bpe: Bpe, ranks: dict[bytes, int], vocab_size: int) -> Settings:
         raise NoTokenizer("two tokens have one id")
     if bpe.bos not in special or not set(bpe.eos) <= special.keys():
         raise NoTokenizer("the model has no row for the token that begins or ends a text")
-    special |= unused_names(set(range(vocab_size)) - set(ids))
+    for name in special:
+        if not is_unicode(name):
+            raise NoTokenizer(f"its special token {name[:40]!r} is no Unicode")
+    taken = special.keys() | bpe.vocab.keys()
+    special |= unused_names(set(range(vocab_size)) - set(ids), taken)
     special = dict(sorted(special.items(), key=lambda item: item[1]))
     return Settings(one_pattern(bpe.steps), special, bpe.bos, bpe.eos, bpe.chat_template)
 
@@ -318,13 +368,21 @@ def bytes_of(token: str) -> bytes:
 
 
 def check_merges(bpe: Bpe) -> None:
-    """NoTokenizer unless tiktoken's rule gives what the list of merges gives: see the top of this
-    file."""
+    """NoTokenizer unless tiktoken's rule gives what the list of merges gives for every text.
+
+    The proof. Let p and q stand side by side while the list is worked off, and let pq be a token.
+    No merge has crossed the ends of pq, so inside of it the list did what it does to pq alone. If
+    pq alone becomes one token, its last two parts are p and q: the pair is in the list, and no
+    other pair that makes pq ever stands in a text. If it does not (all_listed), the pair is in the
+    list as well and would make it: then p and q never stand so. Hence both rules see the same
+    pairs, and the order of the ids is the order of these pairs in the list."""
     made = [bpe.vocab.get(left + right, -1) for left, right in bpe.merges]
     if -1 in made or made != sorted(made):
         raise NoTokenizer("its ids do not grow along its merges")
     priority = {pair: i for i, pair in reversed(list(enumerate(bpe.merges)))}
     for token in bpe.vocab:
+        if not all(letter in bpe.vocab for letter in token):
+            raise NoTokenizer(f"its token {token[:40]!r} has a byte that is no token")
         if bpe.whole and all_listed(token, bpe.vocab, priority):
             continue  # both rules know the same ways to it
         if merged(list(token), priority) != [token]:

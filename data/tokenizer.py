@@ -20,7 +20,7 @@ import heapq
 import json
 from collections import Counter, defaultdict
 from pathlib import Path
-from typing import Iterable, NamedTuple
+from typing import Container, Iterable, NamedTuple
 
 import numpy as np
 import regex
@@ -95,7 +95,7 @@ def load_tokenizer(path: str | Path, vocab_size: int | None = None) -> tiktoken.
     if vocab_size is not None and not 0 <= vocab_size - n_vocab < PADDING:
         fail(f"{path}: {n_vocab} tokens, the model in {path.parent} has {vocab_size}: {MEND}")
     unused = range(n_vocab, vocab_size or n_vocab)
-    settings.special_tokens.update(unused_names(unused))
+    settings.special_tokens.update(unused_names(unused, settings.special_tokens))
     try:
         enc = tiktoken.Encoding(str(path), pat_str=settings.pattern, mergeable_ranks=ranks,
                                 special_tokens=settings.special_tokens)
@@ -106,9 +106,21 @@ def load_tokenizer(path: str | Path, vocab_size: int | None = None) -> tiktoken.
     return enc
 
 
-def unused_names(ids: Iterable[int]) -> dict[str, int]:
-    """Names for ids that are no tokens."""
-    return {f"<|unused_{i}|>": i for i in ids}
+def unused_names(ids: Iterable[int], taken: Container[str] = ()) -> dict[str, int]:
+    """Names for ids that are no tokens: <|unused_ID|>, in more brackets where a token has that
+    name."""
+    names = {}
+    for i in ids:
+        name = f"<|unused_{i}|>"
+        while name in taken:
+            name = f"<{name}>"
+        names[name] = i
+    return names
+
+
+def is_unused(name: str, i: int) -> bool:
+    """Is it a name that unused_names gives this id?"""
+    return name.strip("<>") == f"|unused_{i}|"
 
 
 def read_ranks(path: Path) -> dict[bytes, int]:
@@ -167,7 +179,8 @@ def read_settings(path: Path) -> Settings:
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         fail(f"{path}: expected pattern, special_tokens, bos, eos, chat_template in JSON, found another "
              f"file ({error}): {MEND_SETTINGS}")
-    return settings
+    # Where nothing is said to end a document, the BOS of the next one does.
+    return settings._replace(eos=settings.eos or [settings.bos])
 
 
 def save_settings(path: str | Path, settings: Settings) -> None:

@@ -22,7 +22,7 @@ import regex
 import tiktoken
 import torch
 
-from data.tokenizer import PATTERNS, unused_names
+from data.tokenizer import PATTERNS, is_unused
 from model import Llama, LlamaConfig, rope_frequencies
 from plumbing.errors import fail, note
 from plumbing.files import atomic_write
@@ -162,8 +162,7 @@ def add_tokenizer(writer, enc: tiktoken.Encoding) -> None:
     types = {rank: gguf.TokenType.NORMAL for rank in tokens}
     for name, i in enc._special_tokens.items():
         tokens[i] = name
-        unused = name in unused_names([i])
-        types[i] = gguf.TokenType.UNUSED if unused else gguf.TokenType.CONTROL
+        types[i] = gguf.TokenType.UNUSED if is_unused(name, i) else gguf.TokenType.CONTROL
     ids = range(enc.n_vocab)
     writer.add_tokenizer_model("gpt2")  # byte-level BPE
     writer.add_tokenizer_pre(pre_tokenizer(enc._pat_str))

@@ -10,6 +10,7 @@ context from the model that has this shape, the vocabulary from the weights. Our
 of it.
 """
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -62,7 +63,7 @@ def read_config(folder) -> LlamaConfig:
         config = config_of(p)
         check_shape(config)
         return config
-    except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
         fail(f"{path} is not the params.json of a Llama ({type(error).__name__}: {error}); expected JSON with dim, "
              "n_layers, n_heads, vocab_size; copy it again from its source")
 
@@ -132,8 +133,12 @@ def config_of(p: dict) -> LlamaConfig:
     rope_factor = 1.0
     if p.get("use_scaled_rope"):
         small = (dim, n_layers) in {(2048, 16), (3072, 28)}  # Llama 3.2 text; else 3.1 and 3.3
-        said = p.get("rope_factor") or p.get("rope_scaling_factor")
-        rope_factor = float(said or (32.0 if small else 8.0))
+        said = p.get("rope_factor")
+        if said is None:
+            said = p.get("rope_scaling_factor")
+        if said is None:
+            said = 32.0 if small else 8.0
+        rope_factor = float(said)
     context = p.get("context") or published_context(p)
     return LlamaConfig(
         dim=dim, n_layers=n_layers, n_heads=n_heads, n_kv_heads=n_kv_heads, head_dim=head_dim, ffn_dim=ffn_dim,
@@ -171,7 +176,7 @@ def is_llama_1(p: dict) -> bool:
 
 
 def check_shape(config: LlamaConfig) -> None:
-    """ValueError where sizes contradict each other."""
+    """ValueError where sizes contradict each other, or a number is none to compute with."""
     sizes = [config.dim, config.n_layers, config.head_dim, config.vocab_size, config.context]
     for name in PER_LAYER:
         values = config.per_layer(name)
@@ -184,6 +189,12 @@ def check_shape(config: LlamaConfig) -> None:
         raise ValueError(f"heads of {config.head_dim} channels cannot be rotated in pairs")
     if any(h % kv for h, kv in zip(config.per_layer("n_heads"), config.per_layer("n_kv_heads"))):
         raise ValueError(f"{config.n_heads} query heads do not divide among {config.n_kv_heads} KV heads")
+    for name in ("norm_eps", "rope_theta", "rope_factor"):
+        value = getattr(config, name)
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name} is {value}")
+    if config.rope_factor < 1:
+        raise ValueError(f"rope_factor is {config.rope_factor}, expected 1 or more")
 
 
 # -----------------------------------------------------------------------------

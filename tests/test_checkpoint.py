@@ -266,7 +266,12 @@ PARAMS_MISTAKES = {
     "odd heads": lambda f: rewrite(f, lambda p: p | dict(head_dim=7)),
     "heads that do not divide": lambda f: rewrite(f, lambda p: p | dict(n_kv_heads=3)),
     "a list too short": lambda f: rewrite(f, lambda p: p | dict(ffn_dim=[80, 80])),
-    "text for the layers": lambda f: rewrite(f, lambda p: p | dict(n_layers="4"))}
+    "text for the layers": lambda f: rewrite(f, lambda p: p | dict(n_layers="4")),
+    "a huge number": lambda f: rewrite(f, lambda p: p | dict(rope_theta=10**400)),
+    "no epsilon": lambda f: rewrite(f, lambda p: p | dict(norm_eps=0)),
+    "infinite theta": lambda f: rewrite(f, lambda p: p | dict(rope_theta=float("inf"))),
+    **{f"factor {factor}": lambda f, factor=factor: rewrite(f, lambda p: p | dict(
+        use_scaled_rope=True, rope_factor=factor)) for factor in (0, 0.5, -8.0, float("nan"), float("inf"))}}
 WEIGHTS_MISTAKES = {
     "no weights": lambda f: (f / "consolidated.00.pth").unlink(),
     "empty": lambda f: cut(f, 0), "cut at the start": lambda f: cut(f, 0.01), "cut short": lambda f: cut(f, 0.9),

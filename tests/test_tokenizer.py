@@ -175,6 +175,8 @@ def test_settings_say_what_the_file_does_not(tmp_path):
     assert not bpe.same_tokenizer(tmp_path, tmp_path / "other") and bpe.same_tokenizer(tmp_path, tmp_path / "copy")
     bpe.save_settings(tmp_path / "copy" / bpe.SETTINGS, enc.settings._replace(chat_template="x", eos=[]))
     assert bpe.same_tokenizer(tmp_path, tmp_path / "copy")
+    # A source that names no end: the BOS of the next document is one. Every reader finds some.
+    assert bpe.tokenizer_settings(tmp_path / "copy/tokenizer.model").eos == ["<|b|>"]
     bpe.save_settings(tmp_path / "copy" / bpe.SETTINGS, enc.settings._replace(pattern=r"\p{L}|\P{L}"))
     assert not bpe.same_tokenizer(tmp_path, tmp_path / "copy")
 
