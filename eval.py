@@ -42,7 +42,7 @@ from plumbing.params import max_positions
 from plumbing.tables import say_results, say_speed, say_widths
 from space import cost, n_params
 
-TOKENS = 4096  # in one forward: their logits take 2 GB with Llama 3's vocabulary
+TOKENS = 4096  # in one forward
 
 # -----------------------------------------------------------------------------
 # the loss

@@ -47,7 +47,7 @@ def listen(hook, modules, model: Llama, windows: Tensor, batch: int) -> None:
     handles = [module.register_forward_hook(hook) for module in modules]
     try:
         for tokens in windows.split(batch):
-            model(tokens)
+            model.states(tokens)
     finally:
         for handle in handles:
             handle.remove()
@@ -107,6 +107,13 @@ def with_layers(model: Llama, layers: list[int]) -> SubNet:
     return SubNet(full.dim, layers, n_heads, ffn_dim)
 
 
+def squared_logits(states: Tensor, gram: Tensor) -> Tensor:
+    """The sum of the squares of all logits, (), without making one: |W x|^2 = x' (W' W) x.
+
+    states: x, (B, T, dim), in fp32; gram: W' W of the output matrix, (dim, dim)."""
+    return ((states @ gram) * states).sum()
+
+
 @torch.no_grad()
 def layers_by_logits(model: Llama, windows: Tensor, batch: int = 8) -> list[int]:
     """Layers, best first, by what their removal does to the logits on windows (S, T).
@@ -115,18 +122,20 @@ def layers_by_logits(model: Llama, windows: Tensor, batch: int = 8) -> list[int]
     Elastic, a successor of LLaMaFlex.)
     That is about n_layers^2 / 2 forward passes.
     """
+    output = model.output.weight.float()  # vocab_size, dim
+    gram = output.T @ output              # dim, dim
     kept = list(range(model.config.n_layers))
     removed = []
     while len(kept) > 1:
         # the damage that each removal does, relative to the full model's logits
         damage = {layer: 0.0 for layer in kept}
         for tokens in windows.split(batch):
-            full, _ = model(tokens)
-            size = full.square().sum()
+            full = model.states(tokens).float()
+            size = squared_logits(full, gram)
             for layer in kept:
                 rest = [other for other in kept if other != layer]
-                without, _ = model(tokens, subnet=with_layers(model, rest))
-                change = (without - full).square().sum()
+                without = model.states(tokens, with_layers(model, rest)).float()
+                change = squared_logits(without - full, gram)
                 damage[layer] += (change / size).item()
         worst = min(kept, key=damage.get)
         kept.remove(worst)

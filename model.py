@@ -454,7 +454,52 @@ class Block(nn.Module):
 
 
 # -----------------------------------------------------------------------------
+# the loss: logits are the largest tensor of all, so no more than a chunk of them exists
+
+LOSS_TOKENS = 1024  # in a chunk: its logits take half a GB with Llama 3's vocabulary
+
+
+def token_losses(x, output, targets, reference=None):
+    """Losses of n tokens in nats, by their logits. x: (n, dim), normed; output: (vocab_size, dim).
+
+    Cross-entropy with targets (n,): (n,). With the reference (states, output matrix) of a teacher:
+    (2, n), the second being KL(teacher || here)."""
+    logits = F.linear(x, output).float()  # n, vocab_size
+    ce = F.cross_entropy(logits, targets, reduction="none")
+    if reference is None:
+        return ce
+    with torch.no_grad():
+        teacher = F.linear(*reference).float().log_softmax(-1)
+    kl = F.kl_div(logits.log_softmax(-1), teacher, reduction="none", log_target=True)
+    return torch.stack([ce, kl.sum(-1)])
+
+
+def losses_in_chunks(x, output, targets, reference=None):
+    """token_losses() of states (B, T, dim), chunk by chunk: (B, T), or (2, B, T).
+
+    A chunk's logits are made, used and forgotten; the backward makes them again."""
+    n = targets.numel()
+    x = x.flatten(0, 1)  # n, dim
+    parts = []
+    for start in range(0, n, LOSS_TOKENS):
+        rows = slice(start, start + LOSS_TOKENS)
+        args = [x[rows], output, targets.flatten()[rows]]
+        if reference is not None:
+            states, matrix = reference
+            args.append((states.flatten(0, 1)[rows], matrix))
+        if n > LOSS_TOKENS and torch.is_grad_enabled():
+            parts.append(checkpoint(token_losses, *args, use_reentrant=False))
+        else:
+            parts.append(token_losses(*args))
+    losses = torch.cat(parts, dim=-1)
+    return losses.unflatten(-1, targets.shape)
+
+
+# -----------------------------------------------------------------------------
 # the model
+
+LAST = (slice(None), -1)          # for forward's `at`: the last position of every sequence
+NOWHERE = (slice(0), slice(None))  # ... and none at all, where only a cache is filled
 
 
 class Llama(nn.Module):
@@ -519,12 +564,12 @@ class Llama(nn.Module):
             self._sin = angles.sin().to(device)[:, None]
         return self._cos[start:end], self._sin[start:end]
 
-    def forward(self, tokens, targets=None, subnet=None, gates=None, factors=None, cache=None):
-        """Runs the slice `subnet` (default: all of it) on tokens (B, T).
+    def states(self, tokens, subnet=None, gates=None, factors=None, cache=None):
+        """The residual stream (B, T, dim) at its end, normed, after the slice `subnet` (default: all
+        of it) has read tokens (B, T).
 
-        targets: (B, T); gates: Gates; factors: (n_layers, 2), from router.py's Modulation;
-        cache: KVCache. Each may be None. Returns the logits (B, T, vocab_size) in fp32, and the
-        mean cross-entropy in nats, which is None without targets.
+        gates: Gates; factors: (n_layers, 2), from router.py's Modulation; cache: KVCache. Each may
+        be None.
         """
         B, T = tokens.shape
         if subnet is None:
@@ -559,16 +604,28 @@ class Llama(nn.Module):
         if cache is not None:
             cache.length += T
 
-        # the last reader of the stream: a norm with the channel gates, and the output matrix
-        x = self.norm(x, None if gates is None else gates.dim)  # <-- 5. gates
-        output = self.output.weight[:, :subnet.dim]             # <-- 1. elastic width
-        logits = F.linear(x, output).float()  # B, T, vocab_size
+        # a last norm, with the channel gates
+        return self.norm(x, None if gates is None else gates.dim)  # <-- 5. gates
 
-        # next-token loss
-        loss = None
+    def forward(self, tokens, targets=None, subnet=None, gates=None, factors=None, cache=None,
+                at=None, reference=None):
+        """Runs a slice on tokens (B, T): see states. Returns logits, or a loss.
+
+        Without targets: (logits in fp32, None). The logits are of all positions, (B, T, vocab_size),
+        or of those that `at`, an index into (B, T), names.
+
+        With targets (B, T): (None, the mean cross-entropy in nats). With the reference (states,
+        output matrix) of another Llama, a teacher, its place is taken by two means, (2,): the
+        cross-entropy and KL(teacher || here).
+        """
+        x = self.states(tokens, subnet, gates, factors, cache)  # B, T, dim
+        output = self.output.weight[:, :x.size(-1)]             # <-- 1. elastic width
         if targets is not None:
-            loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-        return logits, loss
+            losses = losses_in_chunks(x, output, targets, reference)
+            return None, losses.mean((-2, -1))
+        if at is not None:
+            x = x[at]
+        return F.linear(x, output).float(), None
 
     def slices(self, subnet: SubNet) -> dict[str, Tensor]:
         """The state dict of `subnet` as a Llama of its own, layers renumbered.

@@ -17,7 +17,7 @@ from typing import Iterator
 import torch
 
 from data.tokenizer import encode_document, load_tokenizer
-from model import KVCache
+from model import LAST, KVCache
 from plumbing.checkpoint import TOKENIZER
 from plumbing.errors import Parser, fail
 from plumbing.family import open_family
@@ -39,7 +39,8 @@ def generate(model, prompt: list[int], n: int, subnet=None, factors=None, temper
     cache = KVCache(len(prompt) + n)
     tokens = torch.tensor([prompt], device=device)  # 1, T
     for _ in range(n):
-        logits = model(tokens, subnet=subnet, factors=factors, cache=cache)[0][0, -1]  # vocab
+        logits, _ = model(tokens, subnet=subnet, factors=factors, cache=cache, at=LAST)
+        logits = logits[0]  # vocab
         token = pick(logits, temperature, top_k, generator)
         tokens = token.view(1, 1)
         yield token.item()

@@ -33,7 +33,6 @@ from pathlib import Path
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
 from data.prepare import open_data
 from importance import rank, sort_
@@ -230,13 +229,12 @@ def pass_loss(wrapped, tokens, targets, teacher, kd: float, **slice_kwargs):
     """(loss, cross-entropy) of one micro-batch; with a teacher the loss is (1 - kd) CE + kd
     KL(teacher || slice)."""
     with autocast(tokens.device):
-        logits, ce = wrapped(tokens, targets, **slice_kwargs)
         if teacher is None:
+            ce = wrapped(tokens, targets, **slice_kwargs)[1]
             return ce, ce
         with torch.no_grad():
-            reference = teacher(tokens)[0].log_softmax(-1).flatten(0, 1)  # B*T, vocab
-    prediction = logits.log_softmax(-1).flatten(0, 1)                     # B*T, vocab
-    kl = F.kl_div(prediction, reference, log_target=True, reduction="batchmean")
+            reference = (teacher.states(tokens), teacher.output.weight)
+        ce, kl = wrapped(tokens, targets, reference=reference, **slice_kwargs)[1]
     return (1 - kd) * ce + kd * kl, ce
 
 

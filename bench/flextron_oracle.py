@@ -15,11 +15,10 @@ import argparse
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 
 from data.shards import Shards
 from eval import evaluate
-from model import Llama, SubNet
+from model import Llama, SubNet, losses_in_chunks
 from plumbing.errors import Parser, check_at_least_one, fail
 from plumbing.family import FLEXTRON, Family, open_family
 from space import cost
@@ -94,8 +93,9 @@ def collect_batch(model: Llama, x, y, narrow: SubNet, wide: SubNet) -> Tokens:
 
 def token_losses(model: Llama, x: torch.Tensor, y: torch.Tensor, subnet: SubNet) -> torch.Tensor:
     """Cross-entropy of every token in nats, (B*T,)."""
-    logits = model(x, subnet=subnet)[0]
-    return F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none")
+    states = model.states(x, subnet)
+    output = model.output.weight[:, :subnet.dim]
+    return losses_in_chunks(states, output, y).flatten()
 
 
 def fit_gain(tokens: Tokens) -> torch.Tensor:

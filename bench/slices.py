@@ -24,7 +24,7 @@ from typing import Callable, NamedTuple
 import torch
 
 from bench.speed import native_llama
-from model import Gates, Llama, LlamaConfig, SubNet
+from model import LAST, Gates, Llama, LlamaConfig, SubNet
 from plumbing.errors import Parser, fail
 from plumbing.family import open_family
 from plumbing.latency import seconds
@@ -136,8 +136,8 @@ def time_generation(model: Llama, found: dict, tokens: torch.Tensor, rounds: int
         text = list(prompt)
         for _ in range(new):
             with autocast(device):
-                logits = model(torch.tensor([text], device=device), subnet=subnet)[0]
-            text.append(logits[0, -1].argmax().item())
+                logits = model(torch.tensor([text], device=device), subnet=subnet, at=LAST)[0]
+            text.append(logits[0].argmax().item())
 
     subnets = {}
     for (budget, way), variant in found.items():

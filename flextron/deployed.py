@@ -45,11 +45,11 @@ class Deployed:
         self.tokens = 0   # that chose so far
         self.counts = {}  # per axis (L, K): how many of them took each size
 
-    def __call__(self, tokens, targets=None, subnet=None, factors=None, cache=None):
+    def __call__(self, tokens, targets=None, subnet=None, factors=None, cache=None, at=None):
         """As Llama.forward. subnet and factors are ignored: the target says what runs."""
         if self.subnet is not None:
-            return self.flextron.model(tokens, targets, subnet=self.subnet, cache=cache)
-        logits, loss, self.picks = self.flextron(tokens, targets, self.target, cache=cache)
+            return self.flextron.model(tokens, targets, subnet=self.subnet, cache=cache, at=at)
+        logits, loss, self.picks = self.flextron(tokens, targets, self.target, cache=cache, at=at)
         n = tokens.numel()
         self.tokens += n
         for axis, share in self.flextron.shares_of(self.picks).items():

@@ -32,7 +32,7 @@ import torch.nn.functional as F
 
 from flextron.routers import ELASTIC, Noise, Pick, Routers
 from flextron.segments import attend, feed
-from model import Llama, LlamaConfig, SubNet
+from model import Llama, LlamaConfig, SubNet, losses_in_chunks
 from plumbing.latency import some
 from space import choices_for, cost, kv_groups, n_params
 
@@ -242,9 +242,9 @@ class Flextron(nn.Module):
         gate = F.one_hot(choice, K) + soft - soft.detach()           # one_hot, with soft's gradient
         return Pick(axis, choice.expand(B, T), gate, soft, logits.softmax(-1))
 
-    def forward(self, tokens, targets=None, target: float = 1.0, noise: Noise | None = None,
-                masked: bool = False, cache=None, price: float | None = None):
-        """tokens (B, T) -> (logits (B, T, vocab), mean cross-entropy in nats or None, picks).
+    def states(self, tokens, target: float = 1.0, noise: Noise | None = None,
+               masked: bool = False, cache=None, price: float | None = None):
+        """tokens (B, T) -> (the residual stream at its end, normed (B, T, dim), picks).
 
         masked: the full width under gates, through which routers get their gradient. Otherwise
         segments: the same function at the cost of what was chosen. noise: of a training pass.
@@ -281,11 +281,19 @@ class Flextron(nn.Module):
             x = x + y
         if cache is not None:
             cache.length += T
-        logits = model.output(model.norm(x)).float()
-        loss = None
+        return model.norm(x), picks
+
+    def forward(self, tokens, targets=None, target: float = 1.0, noise: Noise | None = None,
+                masked: bool = False, cache=None, price: float | None = None, at=None):
+        """states(), and then, as Llama.forward: (logits, None, picks), or, with targets (B, T),
+        (None, the mean cross-entropy in nats, picks)."""
+        x, picks = self.states(tokens, target, noise, masked, cache, price)
+        output = self.model.output.weight
         if targets is not None:
-            loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-        return logits, loss, picks
+            return None, losses_in_chunks(x, output, targets).mean(), picks
+        if at is not None:
+            x = x[at]
+        return F.linear(x, output).float(), None, picks
 
     def mean_cost(self, picks: list[Pick]) -> torch.Tensor:
         """() the expected cost of a training pass, over what its routers draw from."""

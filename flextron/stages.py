@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from flextron.network import Flextron
 from flextron.routers import ELASTIC, Noise
-from model import SubNet
+from model import SubNet, losses_in_chunks
 from plumbing.parallel import autocast
 from space import random_generator
 
@@ -220,9 +220,10 @@ def surrogate_step(flextron: Flextron, surrogate: Surrogate, shards, step: int, 
             # the forward of what was chosen, and the full model's; no weight wants a gradient
             noise = noise_of(step, target, part, args)
             with autocast(device):
-                logits, _, picks = flextron(x, target=target, noise=noise)
-                full = flextron.model(x)[0]
-                excess = token_losses(logits.detach(), y) - token_losses(full, y)  # B, T
+                states, picks = flextron.states(x, target, noise)
+                output = flextron.model.output.weight
+                full = flextron.model.states(x)
+                excess = losses_in_chunks(states.detach(), output, y) - losses_in_chunks(full, output, y)  # B, T
             # rows for S: of tokens, or of whole sequences
             soft = torch.cat([pick.soft for pick in picks], dim=-1)                # B, T or 1, 2L * K
             rows = excess
@@ -253,9 +254,3 @@ def surrogate_step(flextron: Flextron, surrogate: Surrogate, shards, step: int, 
         error=surrogate.error,
         updated=trusted,
     )
-
-
-def token_losses(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy of every token in nats, (B, T)."""
-    losses = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none")
-    return losses.view(y.shape)

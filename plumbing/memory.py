@@ -14,7 +14,7 @@ import argparse
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from model import Llama, LlamaConfig, SubNet
+from model import LOSS_TOKENS, Llama, LlamaConfig, SubNet
 from plumbing.errors import fail
 from plumbing.params import published_tying, read_config
 from plumbing.sharding import SHARDINGS
@@ -81,11 +81,14 @@ def plan(config: LlamaConfig, args: argparse.Namespace, ranks: int, bf16: bool) 
     block = largest_block(config)
     outside = n - n_params(config, full) + config.dim  # embeddings, output, last norm
     batch = min(args.micro_batch, args.batch_tokens // args.seq_len // ranks)
-    logits = 4 * batch * args.seq_len * config.vocab_size
+    tokens = batch * args.seq_len
+    logits = 4 * min(tokens, LOSS_TOKENS) * config.vocab_size  # of a chunk
     soft = args.soft_prob > 0 and len(args.budgets) > 1
     activations = activation_bytes(config, batch, args.seq_len, bf16, args.activation_checkpointing, soft)
-    activations += 2 * logits  # two gradients of the softmax; its output is among what is kept
-    teacher = 4 * n + 3 * logits if args.kd > 0 else 0
+    # Two gradients of the softmax. Its output is among what is kept, if there is one chunk only; if
+    # there are several, they are made again one by one.
+    activations += (2 if tokens <= LOSS_TOKENS else 3) * logits
+    teacher = 4 * n + 3 * logits + 4 * tokens * config.dim if args.kd > 0 else 0
     rows = []
     for kind in SHARDINGS:
         split = ranks if kind == "fsdp" else 1

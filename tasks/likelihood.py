@@ -15,7 +15,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from data.tokenizer import encode_document
-from model import KVCache, Llama
+from model import NOWHERE, KVCache, Llama
 from plumbing.errors import fail
 from plumbing.parallel import RANK, WORLD, autocast
 from tasks.questions import Question
@@ -150,8 +150,8 @@ def batches_of(requests: list[Request], batch: int | None) -> list[list[int]]:
 # log-likelihoods
 
 
-def row_logits(model: Llama, requests: list[Request], subnet, factors) -> torch.Tensor:
-    """Logits of all rows of a batch behind its prefix: (rows, rest, vocab).
+def logits_at(model: Llama, requests: list[Request], subnet, factors, at) -> torch.Tensor:
+    """Logits of a batch at n places, (n, vocab). at: (rows, positions behind the prefix), n each.
 
         prefix  BOS, what the choices of a question share |     one row a question -> KV cache, copied
         rest                                              | first choice  PAD PAD      causal attention
@@ -170,20 +170,19 @@ def row_logits(model: Llama, requests: list[Request], subnet, factors) -> torch.
             shared = [request.rows[0][:prefix] for request in requests]
             shared = torch.tensor(shared).to(device)  # (requests, prefix)
             cache = KVCache(longest)
-            model(shared, subnet=subnet, factors=factors, cache=cache)
+            model(shared, subnet=subnet, factors=factors, cache=cache, at=NOWHERE)
             copies = torch.tensor([len(request.rows) for request in requests], device=device)
             for layer, (keys, values) in list(cache.layers.items()):
                 keys = keys.repeat_interleave(copies, 0)  # (rows, ...)
                 values = values.repeat_interleave(copies, 0)
                 cache.layers[layer] = keys, values
-        logits, _ = model(rest, subnet=subnet, factors=factors, cache=cache)
-    return logits  # (rows, rest, vocab)
+        logits, _ = model(rest, subnet=subnet, factors=factors, cache=cache, at=at)
+    return logits
 
 
 @torch.no_grad()
 def log_likelihoods(model: Llama, requests: list[Request], subnet=None, factors=None):
     """For each request, for each choice: (log p of its tokens in nats, was each of them the argmax)."""
-    logits = row_logits(model, requests, subnet, factors)
     # Where each target is predicted, and how many targets each choice has.
     prefix = shortest_prefix(requests)
     rows = []
@@ -200,8 +199,8 @@ def log_likelihoods(model: Llama, requests: list[Request], subnet=None, factors=
             sizes.append(len(tokens))
         first += len(request.rows)
     # Each target's log p, and whether it is the most likely token there.
+    logits = logits_at(model, requests, subnet, factors, (rows, positions))  # (targets, vocab)
     targets = torch.tensor(targets, device=logits.device)  # (targets,)
-    logits = logits[rows, positions]  # (targets, vocab)
     greedy = logits.argmax(-1) == targets  # (targets,)
     log_p = logits.log_softmax(-1)
     log_p = log_p.gather(1, targets[:, None])[:, 0]  # (targets,)

@@ -147,8 +147,9 @@ def test_segments_are_the_mask(shape):
     f = random_flextron(SHAPES[shape])
     x = tokens_for(f.model.config)
     with torch.no_grad():
-        logits, loss, picks = f(x, x, 0.6)
-        masked, masked_loss, _ = f(x, x, 0.6, masked=True)
+        logits, _, picks = f(x, target=0.6)
+        masked = f(x, target=0.6, masked=True)[0]
+        loss, masked_loss = f(x, x, 0.6)[1], f(x, x, 0.6, masked=True)[1]
     for axis in ELASTIC:
         chosen = torch.cat([pick.choice.flatten() for pick in picks if pick.axis == axis])
         assert len(chosen.unique()) > 1, f"{axis}: one choice proves little"

@@ -55,12 +55,14 @@ def test_a_teacher_is_its_weights_and_three_times_the_logits():
     """Catches a plan in which a teacher has no logits: with a large vocabulary they are most of it. Its logits, their
     softmax, and its product with the student's are there at once."""
     config = dataclasses.replace(GQA, vocab_size=50_000)
-    teacher = {}
-    for kd in ("0", "0.5"):
-        args = settings.parse_args(["--kd", kd, "--seq-len", "32", "--batch-tokens", "256"])
-        teacher[kd] = memory.plan(config, args, 1, bf16=False)[0]["teacher"]
-    logits = 4 * 256 * 50_000
-    assert teacher == {"0": 0, "0.5": 4 * n_params(config, SubNet.full(config), embeddings=True) + 3 * logits}
+    weights = 4 * n_params(config, SubNet.full(config), embeddings=True)
+    for tokens, in_chunk in ((256, 256), (4096, 1024)):
+        teacher = {}
+        for kd in ("0", "0.5"):
+            args = settings.parse_args(["--kd", kd, "--seq-len", "32", "--batch-tokens", str(tokens)])
+            teacher[kd] = memory.plan(config, args, 1, bf16=False)[0]["teacher"]
+        logits, states = 4 * in_chunk * 50_000, 4 * tokens * config.dim
+        assert teacher == {"0": 0, "0.5": weights + 3 * logits + states}
 
 
 def test_what_the_forward_keeps():

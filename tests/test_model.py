@@ -7,9 +7,13 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import model as elastic
 from model import (
+    LAST,
     NO_GATES,
+    NOWHERE,
     Gates,
     KVCache,
     Llama,
@@ -87,10 +91,88 @@ def test_forward_equals_an_independent_llama(shape):
     and a loss that shifts the targets, which are shifted already, or is not the mean in nats."""
     model, tokens, targets = random_llama(SHAPES[shape]), tokens_for(SHAPES[shape]), tokens_for(SHAPES[shape], seed=2)
     want = reference_logits(model.state_dict(), model.config, tokens)
-    logits, loss = model(tokens, targets)
+    logits, loss = model(tokens)[0], model(tokens, targets)[1]
     assert close(logits.double(), want)
     p = want.softmax(-1).gather(-1, targets[..., None])
     assert loss.item() == pytest.approx(-p.log().mean().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("shape", ["gqa", "tied"])
+@pytest.mark.parametrize("chunk", [1000, 5])
+@pytest.mark.parametrize("distilled", [False, True])
+def test_the_loss_in_chunks_is_the_plain_formula(monkeypatch, shape, chunk, distilled):
+    """Catches a token that is lost between chunks, a chunk beside another's targets or teacher, a KL that is the other
+    way round, a mean of means, and a gradient that misses one of them: to 1e-6, of a slice, with every weight's."""
+    monkeypatch.setattr(elastic, "LOSS_TOKENS", chunk)
+    config = SHAPES[shape]
+    model, teacher = random_llama(config), random_llama(config, seed=5).requires_grad_(False)
+    tokens, targets = tokens_for(config), tokens_for(config, seed=2)  # 51 of them, no multiple of 5
+    subnet = subnets(config)["all"]
+    weights = [p for _, p in model.named_parameters()]
+
+    logits = model(tokens, subnet=subnet)[0]
+    want = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    reference = None
+    if distilled:
+        log_p = teacher(tokens)[0].log_softmax(-1)
+        kl = (log_p.exp() * (log_p - logits.log_softmax(-1))).sum(-1).mean()
+        want = torch.stack([want, kl])
+        reference = (teacher.states(tokens), teacher.output.weight)
+    no_logits, found = model(tokens, targets, subnet=subnet, reference=reference)
+    assert no_logits is None and found.shape == want.shape and close(found, want, 1e-6)
+    mix = torch.tensor([0.3, 0.7]) if distilled else torch.tensor(1.0)
+    gradients = torch.autograd.grad((found * mix).sum(), weights, allow_unused=True)
+    wanted = torch.autograd.grad((want * mix).sum(), weights, allow_unused=True)
+    assert sum(g is not None for g in gradients) > 10
+    for got, true in zip(gradients, wanted, strict=True):
+        assert (got is None) == (true is None) and (true is None or close(got, true, 1e-6))
+
+
+def test_no_more_logits_than_a_chunk(monkeypatch):
+    """Catches logits of a whole batch, in the forward or kept for the backward, with a teacher and without, where only
+    a loss is wanted; and any where none are."""
+    monkeypatch.setattr(elastic, "LOSS_TOKENS", 8)
+    V = 1009
+    config = dataclasses.replace(GQA, vocab_size=V)
+    model, teacher = random_llama(config), random_llama(config, seed=5)
+    tokens = tokens_for(config, batch=3)  # 3 x 17
+    largest = []
+
+    class Largest(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            made = function(*args, **(kwargs or {}))
+            for t in made if isinstance(made, (tuple, list)) else [made]:
+                if isinstance(t, torch.Tensor) and t.dim() and t.size(-1) == V and t.shape != (config.dim, V):
+                    largest.append(t.numel() // V)
+            return made
+
+    kept = []
+    reference = (teacher.states(tokens).detach(), teacher.output.weight.detach())
+    with Largest():
+        for given in (None, reference):
+            with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+                loss = model(tokens, tokens, reference=given)[1]
+            loss.sum().backward()
+    assert 0 < max(largest) <= 8
+    assert not [shape for shape in kept if shape and shape[-1] == V and shape != (config.dim, V)]
+    largest.clear()
+    with Largest(), torch.no_grad():
+        model(tokens, cache=KVCache(20), at=NOWHERE)
+        model.states(tokens)
+        assert max(largest, default=0) == 0
+        model(tokens, at=LAST)
+        assert max(largest) == 3
+
+
+def test_logits_at_some_positions():
+    """Catches an index into the wrong axis."""
+    model, tokens = random_llama(GQA), tokens_for(GQA, batch=3)
+    every = model(tokens)[0]
+    assert close(model(tokens, at=LAST)[0], every[:, -1])
+    assert model(tokens, at=NOWHERE)[0].shape == (0, tokens.size(1), GQA.vocab_size)
+    rows, positions = [2, 0, 2], [1, 5, 0]
+    found = model(tokens, at=(rows, positions))[0]
+    assert close(found, torch.stack([every[r, t] for r, t in zip(rows, positions)]))
 
 
 @pytest.mark.parametrize("shape", ["gqa", "mha"])
@@ -104,7 +186,8 @@ def test_soft_gates_equal_an_independent_llama(shape):
     factors = (1 + 0.3 * torch.randn(config.n_layers, 2, generator=generator)).requires_grad_()
     want = reference_logits(model.state_dict(), config, tokens, gates, factors)
     want_loss = F.cross_entropy(want.flatten(0, 1), targets.flatten())
-    logits, loss = model(tokens, targets, gates=gates, factors=factors)
+    logits = model(tokens, gates=gates, factors=factors)[0]
+    loss = model(tokens, targets, gates=gates, factors=factors)[1]
     assert close(logits.double(), want)
     learned = [*gates, factors]
     for got, true in zip(torch.autograd.grad(loss, learned), torch.autograd.grad(want_loss, learned)):
@@ -355,7 +438,8 @@ def test_dtypes_under_autocast(name):
     for more in (dict(), dict(factors=factors), dict(gates=soft_gates(GQA)),
                  dict(gates=soft_gates(GQA), factors=factors)):
         with torch.autocast("cpu", torch.bfloat16):
-            logits, loss = model(tokens, tokens, subnet=subnet, **more)
+            logits = model(tokens, subnet=subnet, **more)[0]
+            loss = model(tokens, tokens, subnet=subnet, **more)[1]
         assert (logits.dtype, loss.dtype) == (torch.float32, torch.float32)
         assert torch.equal(logits, bf16_logits(model, tokens, subnet, **more)), list(more)
 

@@ -357,7 +357,7 @@ def test_the_table_shows_the_papers_metrics(desk, capsys):
     assert head.split() == ["budget", "got", "parameters", "mmlu", "hellaswag", "average"]
     acc = row["tasks"]["mmlu"]["acc"]
     acc_norm = row["tasks"]["hellaswag"]["acc_norm"]
-    assert first.split()[:3] == ["1.00*", "1.000", "1,234"] and second.split()[0] == "0.70"
+    assert first.split()[:3] == ["1.00*", "1.000", "1,234"] and second.split()[0] == "0.70!"
     assert first.split()[3].startswith(f"{acc:.4f}±") and first.split()[4].startswith(f"{acc_norm:.4f}±")
     assert first.split()[5] == f"{(acc + acc_norm) / 2:.4f}"
 
