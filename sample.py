@@ -19,16 +19,16 @@ import torch
 from data.tokenizer import encode_document, load_tokenizer
 from model import LAST, KVCache
 from plumbing.checkpoint import TOKENIZER
-from plumbing.errors import Parser, fail
+from plumbing.errors import Parser, fail, note
 from plumbing.family import open_family
 from plumbing.parallel import default_device, device_of
 
 
 @torch.no_grad()
 def generate(model, prompt: list[int], n: int, subnet=None, factors=None, temperature: float = 0.8,
-             top_k: int = 0, seed: int = 0) -> Iterator[int]:
+             top_k: int = 0, seed: int = 0, window: int | None = None) -> Iterator[int]:
     """Yields n token ids after `prompt`. temperature 0: the likeliest token always. top_k 0: all
-    tokens may come.
+    tokens may come. window: the oldest tokens are forgotten, so that never more are read at once.
 
     The prompt goes through the model once. After it every step feeds one token, the rest is in the
     KV cache."""
@@ -36,14 +36,21 @@ def generate(model, prompt: list[int], n: int, subnet=None, factors=None, temper
     generator = torch.Generator(device=device).manual_seed(seed)
     if factors is not None:
         factors = factors.to(device)
-    cache = KVCache(len(prompt) + n)
-    tokens = torch.tensor([prompt], device=device)  # 1, T
+    longest = min(window or len(prompt) + n, len(prompt) + n)
+    cache = KVCache(longest)
+    read = list(prompt)  # all tokens so far
+    tokens = read        # those that the cache has not seen
     for _ in range(n):
-        logits, _ = model(tokens, subnet=subnet, factors=factors, cache=cache, at=LAST)
-        logits = logits[0]  # vocab
-        token = pick(logits, temperature, top_k, generator)
-        tokens = token.view(1, 1)
-        yield token.item()
+        # The window is full: its later half is read again, from position 0 on.
+        if cache.length + len(tokens) > longest:
+            tokens = read[-max(1, longest // 2):]
+            cache = KVCache(longest)
+        x = torch.tensor([tokens], device=device)  # 1, T
+        logits, _ = model(x, subnet=subnet, factors=factors, cache=cache, at=LAST)
+        token = pick(logits[0], temperature, top_k, generator).item()
+        tokens = [token]
+        read.append(token)
+        yield token
 
 
 def pick(logits: torch.Tensor, temperature: float, top_k: int, generator) -> torch.Tensor:
@@ -72,6 +79,19 @@ def stream(tokens: Iterator[int], tokenizer, ends: tuple[int, ...]) -> int:
     return n
 
 
+def fit(prompt: list[int], n: int, window: int, beyond: bool) -> tuple[list[int], int]:
+    """(prompt, how many new tokens) of which a window holds all; with `beyond`, as many new ones as
+    asked. Says on stderr if the start of the prompt had to go."""
+    if len(prompt) >= window:
+        kept = max(1, window // 2)
+        note(f"the prompt's {len(prompt):,} tokens do not fit into the window of {window:,}: its "
+             f"last {kept:,} are read")
+        prompt = prompt[-kept:]
+    if not beyond:
+        n = min(n, window - len(prompt))
+    return prompt, n
+
+
 def parse_args(argv=None) -> argparse.Namespace:
     """The flags."""
     p = Parser("python sample.py", __doc__)
@@ -81,10 +101,12 @@ def parse_args(argv=None) -> argparse.Namespace:
                      help="fraction of the full model's non-embedding parameters")
     ask.add_argument("--latency", type=float,
                      help="instead: fraction of the full model's time on this machine")
-    p.add_argument("--prompt", default="def ", help="text to go on from")
+    p.add_argument("--prompt", default="def", help="text to go on from")
     p.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token")
     p.add_argument("--top-k", type=int, default=50, help="sample among the k likeliest; 0: all")
     p.add_argument("--max-new-tokens", type=int, default=200)
+    p.add_argument("--beyond", action="store_true", help="go on behind the window that the model "
+                   "was trained on, by forgetting the oldest tokens")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--device", choices=["cpu", "cuda"], default=default_device())
     args = p.parse_args(argv)
@@ -104,16 +126,22 @@ def main(argv=None) -> None:
         member = family.member(args.latency, unit="latency")
     tokenizer = load_tokenizer(Path(args.model) / TOKENIZER, family.model.config.vocab_size)
     settings = tokenizer.settings
+    window = family.model.config.context
     prompt = encode_document(tokenizer, args.prompt).tolist()
+    prompt, n_new = fit(prompt, args.max_new_tokens, window, args.beyond)
 
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # for a terminal that lacks a character
     print(args.prompt, end="", flush=True)
     start = time.perf_counter()
-    tokens = generate(member.model, prompt, args.max_new_tokens, member.subnet, member.factors,
-                      args.temperature, args.top_k, args.seed)
+    tokens = generate(member.model, prompt, n_new, member.subnet, member.factors,
+                      args.temperature, args.top_k, args.seed, window)
     # A document ends with the BOS of the next one in our data, with a token of its own in Meta's.
     ends = {tokenizer.encode_single_token(name) for name in (settings.bos, *settings.eos)}
     n = stream(tokens, tokenizer, ends)
     print(f"{n} tokens, {n / (time.perf_counter() - start):.1f} tok/s", file=sys.stderr)
+    if n == n_new < args.max_new_tokens:
+        note(f"stopped where the window of {window:,} tokens ends; --beyond goes on")
 
 
 if __name__ == "__main__":

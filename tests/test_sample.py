@@ -48,6 +48,45 @@ def test_greedy_with_cache_equals_recomputation(shape, name):
     assert len(set(tokens)) > 5, "it only repeats itself: a test of little"
 
 
+def test_beyond_the_window_the_oldest_tokens_are_forgotten():
+    """Catches positions that run past the window, a token that is lost or read twice where it moves on, and a seed that
+    starts again: recomputed from the tokens that a window of 12 holds."""
+    model = random_llama(GQA)
+    tokens, start = list(PROMPT), 0
+    with torch.no_grad():
+        for _ in range(40):
+            if len(tokens) - start > 12:
+                start = len(tokens) - 6
+            tokens.append(model(torch.tensor([tokens[start:]]))[0][0, -1].argmax().item())
+    assert list(generate(model, PROMPT, 40, temperature=0, window=12)) == tokens[len(PROMPT):]
+    assert list(generate(model, PROMPT, 7, temperature=0, window=12)) == list(generate(model, PROMPT, 7, temperature=0))
+
+
+def test_the_window_ends_the_text(tmp_path, capsys):
+    """Catches text from positions that no training has seen, a stop without a word, a prompt that is cut without one,
+    and --beyond that stops. The window is 32 tokens, BOS included."""
+    make_supernet(tmp_path, dataclasses.replace(GQA, context=32))
+    tokenizer = load_tokenizer(tmp_path / "tokenizer.model")
+    prompt = "the cat sat on the mat"
+    n = 1 + len(tokenizer.encode(prompt))
+
+    def said(*more) -> tuple[int, str]:
+        capsys.readouterr()
+        sample.main(["--model", str(tmp_path), "--prompt", prompt, "--temperature", "0", "--device", "cpu", *more])
+        err = capsys.readouterr().err
+        return int(err.split()[err.split().index("tokens,") - 1]), err
+
+    found, err = said()
+    assert found == 32 - n and "the window of 32 tokens ends; --beyond" in err
+    found, err = said("--max-new-tokens", str(32 - n))
+    assert found == 32 - n and "note" not in err
+    found, err = said("--max-new-tokens", "90", "--beyond")
+    assert found == 90 and "note" not in err
+    prompt = "the cat " * 40
+    found, err = said("--max-new-tokens", "5")
+    assert found == 5 and "its last 16 are read" in err
+
+
 def test_sampling_follows_the_softmax():
     """Catches a temperature that multiplies, a top-k that keeps k + 1 or samples outside it."""
     model = random_llama(GQA)
@@ -94,7 +133,7 @@ def test_export_and_supernet_say_the_same(tmp_path, capsys):
 
 def test_main_prints_the_prompt_and_what_follows(tmp_path, capsys):
     """Catches a prompt without BOS, printed twice or not at all, and special tokens of a prompt taken as such."""
-    model, router = make_supernet(tmp_path, GQA)
+    model, router = make_supernet(tmp_path, dataclasses.replace(GQA, context=64))
     tokenizer, prompt = load_tokenizer(tmp_path / "tokenizer.model"), "the dog <|begin_of_text|> né"
     bos = tokenizer.encode_single_token(BOS)
     ids = list(generate(model, [bos, *tokenizer.encode(prompt, disallowed_special=())], 12, *deployed(router, 0.6),
