@@ -191,20 +191,17 @@ def run(args: argparse.Namespace, device) -> dict:
     rows = []
     for budget, member in zip(budgets, members):
         rows.append(row_of(family, member, budget, pairs, tasks, args))
-    result = dict(model=str(args.model), context=context, rows=rows)
+    trained = family.trained_budgets(unit)
+    result = dict(model=str(args.model), context=context, trained=trained, rows=rows)
     if base:
         row = row_of(None, Member(base, base.full), 1.0, pairs, tasks, args)
         result["base"] = row | dict(base=str(args.base))
     if family.flextron:
         first_window = pairs[0][0][0].tolist() if args.text else None
         say_widths(members, rows, first_window, tokenizer)
-    trained = family.trained_budgets(unit)
     say_results(result, trained, tasks, window)
     if args.speed:
         say_speed(result, members, trained, window, args.batch or 8, device)
-    if args.plot and RANK == 0:
-        from bench.plot import plot
-        plot(args.plot, rows, result.get("base"), trained or [1.0], str(args.model))
     return result
 
 
@@ -255,8 +252,21 @@ def main(argv=None) -> None:
     result = run(args, setup(args.device))
     if args.json and RANK == 0:
         # JSON has no NaN.
-        print(json.dumps(json.loads(json.dumps(result), parse_constant=lambda name: None)))
+        print(json.dumps(json.loads(json.dumps(result), parse_constant=lambda name: None)), flush=True)
+    # The picture comes last: what was measured is out, whatever becomes of it.
+    if args.plot and RANK == 0:
+        draw(args.plot, result)
     finish()
+
+
+def draw(path: str, result: dict) -> None:
+    """The picture of --plot, or fail()."""
+    from bench.plot import plot
+    try:
+        plot(path, result["rows"], result.get("base"), result["trained"] or [1.0], result["model"])
+    except OSError as error:
+        fail(f"--plot {path} cannot be written ({error.strerror or error}); the tables above are "
+             "whole; choose another place")
 
 
 if __name__ == "__main__":

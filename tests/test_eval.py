@@ -284,6 +284,17 @@ def test_plot_shows_every_budget(folders, capsys, monkeypatch):
     assert rows["base"]["loss"] in [line.get_ydata()[0] for line in axes.lines]
 
 
+def test_a_picture_that_cannot_be_written(folders, capsys, monkeypatch):
+    """Catches an evaluation that loses what it measured over its picture."""
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install matplotlib")
+    monkeypatch.chdir(folders)
+    with pytest.raises(SystemExit) as stop:
+        evaluation.main("--model flex --text good --seq-len 16 --json --plot good/out.png".split())
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2 and json.loads(out)["rows"][0]["loss"] > 0 and json.loads(out)["trained"] == [0.5, 1.0]
+    assert err.splitlines()[-1].startswith("error: --plot good/out.png cannot be written")
+
+
 def test_plot_without_matplotlib(folders, capsys, monkeypatch):
     """Catches a traceback at the end of a long evaluation, in place of a line at its start."""
     monkeypatch.chdir(folders)
