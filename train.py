@@ -344,12 +344,11 @@ def train(model, router, data, orders, settings: dict, args, device, tokenizer, 
         compile_blocks(teacher)
     wrapped = shard(model, args.shard, device)
     optimizers = make_optimizers(model, router, args)
-    start = bad = 0
+    start = 0
     if state is not None:
         for optimizer, moments in zip(optimizers, state["optimizers"]):
             load_optimizer_state(optimizer, moments)
         start = state["step"]
-        bad = state["bad"]
 
     def save(step: int) -> None:
         """All ranks gather, the first one writes."""
@@ -362,12 +361,12 @@ def train(model, router, data, orders, settings: dict, args, device, tokenizer, 
             flex = router_state(router, seq_len=args.seq_len, data=settings["data"],
                                 eval_windows=args.eval_windows)
         resume = dict(model=weights, flex=flex, optimizers=moments, step=step, orders=orders,
-                      settings=settings, bad=run.bad)  # run: the Run below
+                      settings=settings)
         write_checkpoint(args.out, resume, model.config, tokenizer, FLEX, flex)
 
     slower = f"--override {'--base-lr' if router is None else '--lr'} {args.lr / 2:g}"
     tokens = args.batch_tokens * (len(args.budgets) + args.extra_budgets)
-    with Run(args.out, args.steps, device, settings, start=start, bad=bad,
+    with Run(args.out, args.steps, device, settings, start=start,
              save_every=args.save_every, log_every=args.log_every,
              max_bad_steps=args.max_bad_steps, slower=slower, tokens=tokens) as run:
         for step in range(start, args.steps + 1):

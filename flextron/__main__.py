@@ -100,7 +100,7 @@ def set_rates(for_llama, for_routers, step: int, args: argparse.Namespace) -> No
 class Trained:
     """All that training changes: the Llama and its routers, their optimizers, the surrogate.
 
-    start, bad, updates: of a new run 0, of a resumed one what resume.pt held. updates: how many steps
+    start, updates: of a new run 0, of a resumed one what resume.pt held. updates: how many steps
     moved the routers."""
 
     def __init__(self, flextron: Flextron, args: argparse.Namespace, state: dict | None):
@@ -109,17 +109,15 @@ class Trained:
         sizes = sum(len(flextron.sizes[axis]) for axis in ELASTIC)
         self.surrogate = Surrogate(flextron.model.config.n_layers * sizes, args.seed)
         self.start = 0
-        self.bad = 0
         self.updates = 0
         if state is not None:
             self.for_llama.load_state_dict(state["optimizers"][0])
             self.for_routers.load_state_dict(state["optimizers"][1])
             self.surrogate.load(state["surrogate"])
             self.start = state["step"]
-            self.bad = state.get("bad", 0)
             self.updates = state["updates"]
 
-    def save(self, step: int, bad: int, settings: dict, args: argparse.Namespace) -> None:
+    def save(self, step: int, settings: dict, args: argparse.Namespace) -> None:
         """Writes resume.pt, the Llama and flextron.pt into args.out."""
         model = self.flextron.model
         routers = flextron_state(self.flextron, targets=args.targets, seq_len=args.seq_len,
@@ -130,7 +128,6 @@ class Trained:
             optimizers=[self.for_llama.state_dict(), self.for_routers.state_dict()],
             surrogate=self.surrogate.state(),
             step=step,
-            bad=bad,
             updates=self.updates,
             settings=settings,
         )
@@ -153,10 +150,10 @@ def train(flextron: Flextron, shards, val, settings: dict, args, device, state=N
             flextron.calibrate(calibration, finer(args.targets))
         elif step > args.elastic_steps:
             flextron.calibrate(calibration, args.targets)
-        trained.save(step, run.bad, settings, args)
+        trained.save(step, settings, args)
 
     slower = f"--override --lr {args.lr / 2:g} --router-lr {args.router_lr / 2:g}"
-    with Run(args.out, steps, device, settings, trained.start, trained.bad, args.save_every, args.log_every,
+    with Run(args.out, steps, device, settings, trained.start, args.save_every, args.log_every,
              args.max_bad_steps, slower) as run:
         for step in range(trained.start, steps + 1):
             run.checkpoint(step, save)

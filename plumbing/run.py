@@ -67,12 +67,19 @@ def resume_command() -> str:
 # a checkpoint
 
 
+class NotFinite(Exception):
+    """Weights that no later run could go on from."""
+
+
 def write_checkpoint(out, resume: dict, config, tokenizer: Path | None, name: str, routers: dict | None) -> None:
     """Writes resume.pt, then what it implies: the raw Llama folder and, if there are routers, the
     file `name`.
 
     resume.pt comes first because it suffices alone. resume["model"] is the Llama's state dict.
-    OSError if the disk is full: the last good resume.pt stays."""
+    OSError if the disk is full, NotFinite if a weight is no number: the last good resume.pt stays."""
+    spoilt = [name for name, weight in resume["model"].items() if not weight.isfinite().all()]
+    if spoilt:
+        raise NotFinite(f"{len(spoilt)} tensors, such as {spoilt[0]}, hold NaN or infinity")
     save_tensors(Path(out) / RESUME, resume)
     save_llama(out, config, resume["model"], tokenizer)
     if routers is not None:
@@ -90,13 +97,12 @@ def first_tokenizer(*folders) -> Path | None:
 
 
 class Run:
-    """One run into a folder. start: the step it begins at. bad: bad steps in a row before that (of
-    a resumed run).
+    """One run into a folder. start: the step it begins at.
 
     settings: what a resumed run compares, for the log. slower: the flag with a lower rate that
     mends a diverged run. tokens: what a step trains on, for the printed speed."""
 
-    def __init__(self, out, steps: int, device: torch.device, settings: dict, start: int = 0, bad: int = 0,
+    def __init__(self, out, steps: int, device: torch.device, settings: dict, start: int = 0,
                  save_every: int = 150, log_every: int = 10, max_bad_steps: int = 10, slower: str = "",
                  tokens: int = 0):
         self.out = Path(out)
@@ -104,7 +110,8 @@ class Run:
         self.device = device
         self.settings = settings
         self.start = start
-        self.bad = bad
+        self.saved = start  # the step of the last checkpoint
+        self.bad = 0        # steps in a row that were not finite
         self.save_every = save_every
         self.log_every = log_every
         self.max_bad_steps = max_bad_steps
@@ -147,22 +154,45 @@ class Run:
         """Calls save(step) where a checkpoint is due: every save_every steps, at the end, and when
         a signal came.
 
-        After a signal the program ends here with status 0. A disk that is full ends it with
-        fail()."""
+        A good checkpoint is replaced by a good one only: after bad steps nothing is saved, and a
+        run that ends with them ends with fail(). After a signal the program ends here with status
+        0. A disk that is full ends it with fail()."""
         last = step == self.steps
         stopped = self.asked_to_stop()
         if last or stopped or self.due(step, self.save_every):
-            try:
-                save(step)
-            except OSError as error:
-                fail(f"{self.out} at step {step} cannot be written ({error.strerror or error}); the last checkpoint "
-                     f"there is whole; make room, then:  {resume_command()}")
+            spoilt = self.try_to_save(step, save)
+            if spoilt and last:
+                fail(f"{self.out} is not saved at its last step: {spoilt}; {self.kept()}; lower the rate:  "
+                     f"{resume_command()} {self.slower}")
+            if spoilt:
+                self.say(step, f"not saved: {spoilt}; {self.kept()}")
             if dist.is_initialized():
                 dist.barrier()
         if stopped and not last:
-            say(f"stopped at step {step} of {self.steps}, saved in {self.out}; go on with:  {resume_command()}")
+            where = f"saved in {self.out}" if self.saved == step else self.kept()
+            say(f"stopped at step {step} of {self.steps}, {where}; go on with:  {resume_command()}")
             finish()
             raise SystemExit(0)
+
+    def try_to_save(self, step: int, save) -> str:
+        """Saves, or says why that would replace a good state by a bad one. A full disk: fail()."""
+        if self.bad:
+            return f"the last {self.bad} steps were not finite"
+        try:
+            save(step)
+        except NotFinite as error:
+            return str(error)
+        except OSError as error:
+            fail(f"{self.out} at step {step} cannot be written ({error.strerror or error}); {self.kept()}; make room, "
+                 f"then:  {resume_command()}")
+        self.saved = step
+        return ""
+
+    def kept(self) -> str:
+        """What --resume would go on from."""
+        if self.saved == 0:
+            return f"no checkpoint was written to {self.out}"
+        return f"the checkpoint of step {self.saved} in {self.out} stays"
 
     def asked_to_stop(self) -> bool:
         """Did SIGTERM or SIGINT reach any of the ranks?"""
@@ -187,8 +217,8 @@ class Run:
         self.bad += 1
         self.say(step, f"skipped: a loss or gradient is not finite ({self.bad} in a row)")
         if self.bad >= self.max_bad_steps:
-            fail(f"{self.bad} steps in a row, up to step {step}, had a loss or gradient that is not finite; the last "
-                 f"checkpoint in {self.out} stays; lower the rate:  {resume_command()} {self.slower}")
+            fail(f"{self.bad} steps in a row, up to step {step}, had a loss or gradient that is not finite; "
+                 f"{self.kept()}; lower the rate:  {resume_command()} {self.slower}")
         return False
 
     def log_step(self, step: int, text: str, mean: float, **entry) -> None:

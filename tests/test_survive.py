@@ -169,6 +169,37 @@ def test_a_bad_step_is_skipped(odd_start, tmp_path, monkeypatch, capsys):
     assert load_tensors(tmp_path / "flex/resume.pt")["step"] == 3
 
 
+@pytest.mark.parametrize("what", ["gradients", "weights"])
+def test_a_diverged_run_keeps_its_last_good_checkpoint(odd_start, tmp_path, monkeypatch, capsys, what):
+    """Catches a good checkpoint that is replaced after steps that were not finite, or by weights that are no numbers; a
+    message that promises another state; a run that ends so and ends well; and a mending command that does not mend."""
+    _, flags = odd_start
+    flags = flags + ["--out", str(tmp_path / "flex"), "--save-every", "2"]
+    step = train.train_step
+
+    def diverged(wrapped, model, router, shards, n, *rest, **more):
+        result = step(wrapped, model, router, shards, n, *rest, **more)
+        weight = next(model.parameters())
+        if n >= 3 and what == "gradients":
+            weight.grad[0, 0] = float("nan")
+        if n == 3 and what == "weights":  # the step itself is finite
+            weight.data[:] = float("inf")
+        return result
+
+    monkeypatch.setattr(train, "train_step", diverged)
+    with pytest.raises(SystemExit) as stop:
+        train.main(flags)
+    said = capsys.readouterr().err
+    error = said.splitlines()[-1]
+    assert stop.value.code == 2 and said.count("error") == 1
+    assert "not saved at its last step" in error and "the checkpoint of step 2" in error and "--override --lr" in error
+    assert "step     4/6 | not saved: " in said and ("NaN or infinity" in said) == (what == "weights")
+    assert load_tensors(tmp_path / "flex/resume.pt")["step"] == 2
+    monkeypatch.setattr(train, "train_step", step)
+    train.main(flags + ["--resume", "--override", "--lr", "1e-4"])
+    assert load_tensors(tmp_path / "flex/resume.pt")["step"] == 6
+
+
 def test_a_full_disk_keeps_the_last_checkpoint(demo, tmp_path, monkeypatch, capsys):
     """Catches a checkpoint that is lost because the next one has no room."""
     root, flags = demo

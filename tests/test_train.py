@@ -17,7 +17,7 @@ from model import Llama, LlamaConfig
 from plumbing.checkpoint import load_llama, load_tensors
 from plumbing.family import open_family
 from space import cost
-from tests.helpers import close
+from tests.helpers import close, one_line_error
 from tests.miniature import TINY, bytes_of, gradients, log, parts
 from tests.processes import run
 
@@ -595,6 +595,15 @@ def test_every_mode_runs_to_its_table(random_start, tmp_path, extra, capsys, mon
 
 # -----------------------------------------------------------------------------
 # flags and mistakes
+
+
+@pytest.mark.parametrize("flag", ["--lr", "--base-lr", "--router-lr", "--modulation-lr", "--clip", "--penalty",
+                                  "--kappa-end", "--weight-decay"])
+def test_nothing_is_infinite(capsys, flag):
+    """Catches a rate that makes every weight infinite with its first step."""
+    for value in ("inf", "nan", "1e999"):
+        with one_line_error(capsys, flag):
+            train.parse_args([flag, value])
 
 
 def test_settings_of_the_demo_and_of_the_paper(tmp_path):
