@@ -46,6 +46,7 @@ from plumbing.parallel import (
     RANK,
     WORLD,
     autocast,
+    default_device,
     finish,
     mean_over_ranks,
     rank0_first,
@@ -443,11 +444,19 @@ def train_family(args, base: str, router: Router, data, settings: dict, state, d
     show_family(args, base, orders, data[1], device)
 
 
+def dry_run(args) -> None:
+    """What a run will take: memory on every rank and, if this machine is what it will run on, time."""
+    print(plan_table(args))
+    if args.ranks == WORLD and args.device == default_device():
+        config = LlamaConfig() if args.llama is None else read_config(args.llama)
+        say_duration(config, args, torch.device(args.device))
+
+
 def main(argv=None) -> None:
     """data -> base -> rank, sort -> train -> table."""
     args = parse_args(argv, __doc__)
     if args.dry_run:
-        print(plan_table(args))
+        dry_run(args)
         return
     device = setup(args.device)
     say("settings: " + " ".join(f"{k}={v}" for k, v in vars(args).items() if v is not None))

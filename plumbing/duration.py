@@ -68,7 +68,7 @@ def say_duration(config: LlamaConfig, args: argparse.Namespace, device: torch.de
     """A line of what is ahead; on a CPU that has no chance, a second one with the flag that helps."""
     seconds = expected_seconds(config, args, device)
     passes = len(args.budgets) + args.extra_budgets
-    where = f"{device.type}" if WORLD == 1 else f"{WORLD} {device.type} ranks"
+    where = device.type if WORLD == 1 else f"{WORLD} {device.type} ranks"
     say(f"{args.steps:,} steps of {passes} x {args.batch_tokens:,} tokens: {readable(seconds)} at "
         f"least, at what this {where} multiplies now")
     if device.type == "cpu" and seconds > DAYS * 86400 and not args.laptop:
