@@ -10,11 +10,13 @@ the worst moment, when the backward of a pass at full width begins while gradien
 there. What CUDA and NCCL take for themselves comes on top.
 """
 import argparse
+from pathlib import Path
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from model import LOSS_TOKENS, Llama, LlamaConfig, SubNet
+from plumbing.checkpoint import open_shards
 from plumbing.errors import fail
 from plumbing.params import published_tying, read_config
 from plumbing.sharding import SHARDINGS
@@ -107,7 +109,10 @@ def plan_table(args: argparse.Namespace) -> str:
     if args.llama is None:
         config = LlamaConfig(context=args.seq_len)
     else:
-        config = published_tying(read_config(args.llama))
+        config = read_config(args.llama)
+        if any(Path(args.llama).glob("consolidated.*.pth")):  # the weights know whether they are tied
+            config = open_shards(args.llama, config)[2]
+        config = published_tying(config)
     if args.batch_tokens % (args.seq_len * args.ranks):
         fail(f"--batch-tokens {args.batch_tokens} found; expected whole sequences of --seq-len {args.seq_len}, equally "
              f"many for each of {args.ranks} ranks; try --batch-tokens {args.seq_len * 8 * args.ranks}")

@@ -111,3 +111,14 @@ def test_the_table_from_params_json_alone(tmp_path, capsys):
         train.main(["--llama", str(tmp_path / "per-layer"), "--dry-run"])
     with one_line_error(capsys, "3 ranks", "--batch-tokens"):
         train.main(["--llama", str(tmp_path), "--dry-run", "--ranks", "3"])
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_weights_that_are_there_say_whether_they_are_tied(tmp_path, capsys, tied):
+    """Catches a plan that counts the embeddings of a tied Llama twice: params.json does not say it, the weights do."""
+    config = dataclasses.replace(GQA, tied=tied)
+    save_llama(tmp_path, config, random_llama(config).state_dict())
+    assert "tied" not in json.loads((tmp_path / "params.json").read_text())
+    train.main(["--llama", str(tmp_path), "--dry-run"])
+    n = n_params(config, SubNet.full(config), embeddings=True)
+    assert f"; {n:,} parameters; " in capsys.readouterr().out
