@@ -30,7 +30,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from plumbing.checkpoint import RESUME, TOKENIZER, save_llama, save_tensors
-from plumbing.errors import fail
+from plumbing.errors import fail, note
 from plumbing.parallel import RANK, WORLD, Stop, finish, mean_over_ranks, say
 
 WARM_UP = 3  # first steps that the average time leaves out: caches are cold
@@ -134,11 +134,21 @@ class Run:
     def __exit__(self, *error) -> None:
         self.stop.__exit__(*error)
         self.bar.close()
-        self.log.close()
+        self.close_log()
 
     def record(self, **entry) -> None:
-        """Appends a line to log.jsonl."""
-        self.log.write(json.dumps(entry) + "\n")
+        """Appends a line to log.jsonl. A disk that is full costs the log, not the run."""
+        try:
+            self.log.write(json.dumps(entry) + "\n")
+        except OSError as error:
+            note(f"{self.out / 'log.jsonl'} cannot be written ({error.strerror or error}): the run goes on without it")
+            self.close_log()
+            self.log = open(os.devnull, "a")
+
+    def close_log(self) -> None:
+        """Closes the log; what it could not write is lost, and was said."""
+        with contextlib.suppress(OSError):
+            self.log.close()
 
     def say(self, step: int, text: str) -> None:
         """Prints a line that begins with the step."""

@@ -1,6 +1,7 @@
 """train.py on bad days: killed, asked to stop, out of room, with losses that are not finite, with other rates."""
 import copy
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -198,6 +199,21 @@ def test_a_diverged_run_keeps_its_last_good_checkpoint(odd_start, tmp_path, monk
     monkeypatch.setattr(train, "train_step", step)
     train.main(flags + ["--resume", "--override", "--lr", "1e-4"])
     assert load_tensors(tmp_path / "flex/resume.pt")["step"] == 6
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a disk that is always full: Linux has one")
+def test_a_full_disk_costs_the_log_alone(odd_start, tmp_path, capsys):
+    """Catches a run of weeks that dies at a line of its log, one that says so at every step, and other weights."""
+    root, flags = odd_start
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/log.jsonl").symlink_to("/dev/full")
+    said = {}
+    for name in ("full", "free"):
+        train.main(flags + ["--out", str(tmp_path / name)])
+        said[name] = capsys.readouterr().err
+    assert said["full"].count("log.jsonl cannot be written (No space left") == 1 and "note" not in said["free"]
+    weights = [load_tensors(tmp_path / name / "resume.pt")["model"] for name in said]
+    assert all(torch.equal(a, b) for a, b in zip(*(w.values() for w in weights), strict=True))
 
 
 def test_a_full_disk_keeps_the_last_checkpoint(demo, tmp_path, monkeypatch, capsys):
