@@ -40,7 +40,7 @@ from model import Llama, LlamaConfig
 from plumbing.checkpoint import RESUME, load_llama, resume_state
 from plumbing.duration import say_duration
 from plumbing.family import FLEX, restore_router, router_state
-from plumbing.files import make_folder
+from plumbing.locks import one_writer
 from plumbing.memory import plan_table
 from plumbing.parallel import (
     RANK,
@@ -452,21 +452,14 @@ def dry_run(args) -> None:
         say_duration(config, args, torch.device(args.device))
 
 
-def main(argv=None) -> None:
+def run_stages(args, base: str, device) -> None:
     """data -> base -> rank, sort -> train -> table."""
-    args = parse_args(argv, __doc__)
-    if args.dry_run:
-        dry_run(args)
-        return
-    device = setup(args.device)
-    say("settings: " + " ".join(f"{k}={v}" for k, v in vars(args).items() if v is not None))
     folder, shards, val = open_data(args)
     data = (shards, val.windows(args.eval_windows))
     data_id = dict(data=folder, fingerprint=shards.fingerprint())
     override = OVERRIDES if args.override else ()
 
     # A run that cannot go on is refused here, before the demo's base is trained.
-    base = base_folder(args)
     settings = settings_of(args, data_id)
     state = resume_state(args.out, settings, args.steps, args.resume, override)
     if args.llama is None:
@@ -480,13 +473,23 @@ def main(argv=None) -> None:
         mend = f"give --out in another parent folder, start from it as it is with --llama {base}"
         base_settings = settings_of_base(args, data_id)
         base_state = resume_state(base, base_settings, args.base_steps, args.resume, override, mend)
-        make_folder(args.out)
-        make_folder(base)
         train_base(args_of_base(args, base), config, data, base_settings, base_state, device,
                    first_tokenizer(folder))
-    make_folder(args.out)
     router = Router(space, args.router, args.seed, args.budgets)
     train_family(args, base, router, data, settings, state, device, first_tokenizer(base, folder))
+
+
+def main(argv=None) -> None:
+    """The command line."""
+    args = parse_args(argv, __doc__)
+    if args.dry_run:
+        dry_run(args)
+        return
+    device = setup(args.device)
+    say("settings: " + " ".join(f"{k}={v}" for k, v in vars(args).items() if v is not None))
+    base = base_folder(args)
+    with one_writer(args.out, *([] if args.llama else [base])):
+        run_stages(args, base, device)
     finish()
 
 

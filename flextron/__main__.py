@@ -47,8 +47,8 @@ from model import Llama, SubNet
 from plumbing.checkpoint import RESUME, load_llama, resume_state
 from plumbing.errors import Parser, check_at_least_one, fail
 from plumbing.family import FLEX, FLEXTRON
-from plumbing.files import make_folder
 from plumbing.latency import load_latency
+from plumbing.locks import one_writer
 from plumbing.parallel import WORLD, default_device, say, setup
 from plumbing.params import read_config
 from plumbing.run import Run, first_tokenizer, write_checkpoint
@@ -400,11 +400,8 @@ def show_targets(flextron: Flextron, val, args: argparse.Namespace) -> None:
         f"       python sample.py --model {args.out} --budget 0.6")
 
 
-def main(argv=None) -> None:
+def run_stages(args, device) -> None:
     """data -> rank, sort -> costs -> the three stages -> table."""
-    args = parse_args(argv)
-    device = setup(args.device)
-    say("settings: " + " ".join(f"{k}={v}" for k, v in vars(args).items() if v is not None))
     sizes = asked_sizes(args)
     folder, shards, val = open_data(args)
     val = val.windows(args.eval_windows)
@@ -415,7 +412,6 @@ def main(argv=None) -> None:
 
     # A Llama with routers: as resume.pt has them, or made ready.
     model = load_llama(args.llama, device)
-    make_folder(args.out)
     if state is None:
         if args.resume:
             say(f"{Path(args.out) / RESUME} does not exist: starting at step 0")
@@ -429,6 +425,15 @@ def main(argv=None) -> None:
 
     train(flextron, shards, val, settings, args, device, state)
     show_targets(flextron, val, args)
+
+
+def main(argv=None) -> None:
+    """The command line."""
+    args = parse_args(argv)
+    device = setup(args.device)
+    say("settings: " + " ".join(f"{k}={v}" for k, v in vars(args).items() if v is not None))
+    with one_writer(args.out):
+        run_stages(args, device)
 
 
 if __name__ == "__main__":

@@ -261,9 +261,6 @@ def resume_state(folder, settings: dict, steps: int, resume: bool, override=(), 
     further than `steps`, or if it stopped before its last step and is not to be resumed. mend: what
     else the user can do."""
     path = Path(folder) / RESUME
-    if resume:
-        for half in Path(folder).glob(".*.tmp"):  # of a process that was killed while it wrote
-            half.unlink(missing_ok=True)
     if not path.exists():
         return None
     state = load_tensors(path)

@@ -8,6 +8,7 @@ what was there before.
 read_json is for files that others wrote: they may be missing, cut short or something else.
 """
 import contextlib
+import glob
 import json
 import os
 import shutil
@@ -16,6 +17,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from plumbing.errors import fail
+from plumbing.locks import LOCK, locked, remove_if_dead, remove_leftovers, take
 
 DAMAGED = "it is cut short or damaged; copy it again from its source"
 
@@ -26,8 +28,11 @@ def atomic_write(path):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # same folder: the rename is atomic
+    for half in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        remove_if_dead(half)
     try:
         with open(temporary, "wb") as file:
+            take(file)
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -44,7 +49,8 @@ def new_folder(path, may_replace: set[str]):
     """Yields a temporary sibling of `path` to fill, then renames it to `path`.
 
     A folder that is there already is replaced only if it holds nothing but files named in
-    may_replace (names or globs); otherwise fail()."""
+    may_replace (names or globs); otherwise fail(). One process at a time (locks.py); what killed ones
+    left beside it is removed."""
     path = Path(path).resolve()
     if path.exists() and not only_holds(path, may_replace):
         fail(f"{path} exists and holds other things; expected a new folder or an earlier one of the same kind; "
@@ -52,35 +58,27 @@ def new_folder(path, may_replace: set[str]):
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.new-{os.getpid()}")
     old = path.with_name(f".{path.name}.old-{os.getpid()}")
-    temporary.mkdir()
-    try:
-        yield temporary
-        if path.exists():
-            os.replace(path, old)
+    with locked(path.with_name(f".{path.name}{LOCK}"), str(path)):
+        remove_leftovers(path)
+        temporary.mkdir()
         try:
-            os.replace(temporary, path)
-        except BaseException:
-            if old.exists():
-                os.replace(old, path)
-            raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+            yield temporary
+            if path.exists():
+                os.replace(path, old)
+            try:
+                os.replace(temporary, path)
+            except BaseException:
+                if old.exists():
+                    os.replace(old, path)
+                raise
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def only_holds(folder: Path, names: set[str]) -> bool:
     """Is this a folder in which every file matches one of the names or globs?"""
     return folder.is_dir() and all(any(fnmatch(file.name, name) for name in names) for file in folder.iterdir())
-
-
-def make_folder(path) -> None:
-    """mkdir -p of a folder that can be written to, or fail()."""
-    try:
-        Path(path).mkdir(parents=True, exist_ok=True)
-        if not os.access(path, os.W_OK):
-            raise PermissionError(13, "Permission denied")
-    except OSError as error:
-        fail(f"{path} cannot be made a folder ({error.strerror}); choose another --out")
 
 
 @contextlib.contextmanager

@@ -35,6 +35,7 @@ from plumbing.checkpoint import (
     save_tensors,
 )
 from plumbing.errors import Parser, check_at_least_one, fail
+from plumbing.locks import one_writer
 from plumbing.parallel import WORLD, default_device, device_of, say
 from plumbing.params import PARAMS, read_config
 from search.candidates import Bounds, check_budget, cut_out
@@ -206,15 +207,16 @@ def main(argv=None) -> None:
     for free in ("resume", "out", "device", "report_windows"):  # may differ when a search goes on
         del settings[free]
     settings["fingerprint"] = fingerprint(model, args.data)
-    state = resume_state(out, settings, args.generations, args.resume)
 
     # the search
-    try:
-        small = search(model, windows, args, settings, state)
-        save_llama(out, small.config, small.state_dict(), source / TOKENIZER)
-    except OSError as error:
-        reason = error.strerror or error
-        fail(f"{out} could not be written ({reason}); make room, and go on with --resume")
+    with one_writer(out):
+        state = resume_state(out, settings, args.generations, args.resume)
+        try:
+            small = search(model, windows, args, settings, state)
+            save_llama(out, small.config, small.state_dict(), source / TOKENIZER)
+        except OSError as error:
+            reason = error.strerror or error
+            fail(f"{out} could not be written ({reason}); make room, and go on with --resume")
     say(f"\nNext:  python eval.py --model {out}\n       python sample.py --model {out}")
 
 
