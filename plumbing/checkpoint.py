@@ -188,7 +188,8 @@ def load_llama(folder, device="cpu", dtype: torch.dtype | None = torch.float32) 
     """A raw Llama folder as a model; dtype None: as in the file.
 
     Tensors are read, merged and converted one by one, so memory holds the weights once. Output and
-    embeddings that are equal, or an output that is missing, make the model tied."""
+    embeddings that are equal, or an output that is missing, make the model tied. A weight that is
+    NaN or infinite: fail()."""
     _, axes, config = open_shards(folder, read_config(folder))
     layers = {}  # a layer's prefix -> the names of its tensors
     for name in axes:
@@ -202,10 +203,22 @@ def load_llama(folder, device="cpu", dtype: torch.dtype | None = torch.float32) 
                 continue
             parts = [shard[name] for shard in shards]
             merged = parts[0] if axes[name] is None else torch.cat(parts, dim=axes[name])
+            check_finite(merged, name, folder)
             state[name] = merged.to(device, dtype or merged.dtype)
     if config.tied:
         state["output.weight"] = state["tok_embeddings.weight"]
     return Llama.from_state(config, state).requires_grad_(True)
+
+
+def check_finite(weight: torch.Tensor, name: str, folder) -> None:
+    """Every number of a weight is one, or fail(): a loss would still be printed, and be wrong.
+
+    A sum is NaN or infinite if a part of it is, and takes no longer than reading."""
+    if weight.sum(dtype=torch.float32).isfinite() or weight.isfinite().all():
+        return
+    bad = weight.numel() - int(weight.isfinite().sum())
+    fail(f"{folder}: {bad:,} of {weight.numel():,} numbers in {name} are NaN or infinite; its training diverged, or "
+         "the file is damaged: copy it again from its source, or train again with a lower --lr")
 
 
 def save_llama(folder, config: LlamaConfig, state: dict, tokenizer=None) -> None:

@@ -719,3 +719,20 @@ def test_memory_while_merging(tmp_path):
     done = run("-c", code, tmp_path / "llama")
     assert done.returncode == 0, done.stderr[-2000:]
     assert size > 2.5e8 and int(done.stdout) < 1.4 * size, int(done.stdout) / size
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_weights_that_are_no_numbers(tmp_path, capsys, value, dtype):
+    """Catches a folder that diverged and is evaluated, sampled, exported or trained as if it had not: one number in one
+    tensor is enough. Large ones are numbers, though their sum is none in their dtype."""
+    model = random_llama(GQA)
+    state = {name: weight.detach().to(dtype) for name, weight in model.state_dict().items()}
+    state["layers.2.feed_forward.w1.weight"][:] = 6e4
+    save_llama(tmp_path / "good", GQA, state)
+    load_llama(tmp_path / "good", dtype=None)
+    state["layers.2.feed_forward.w1.weight"][3, 5] = value
+    save_llama(tmp_path / "bad", GQA, state)
+    for wanted in (torch.float32, None):
+        with one_line_error(capsys, "1 of", "layers.2.feed_forward.w1.weight", "NaN or infinite"):
+            load_llama(tmp_path / "bad", dtype=wanted)
