@@ -50,6 +50,7 @@ from plumbing.parallel import (
     finish,
     mean_over_ranks,
     rank0_first,
+    same_on_all_ranks,
     say,
     setup,
 )
@@ -281,12 +282,17 @@ def train_step(wrapped, model, router, shards, step, args, device, teacher=None)
     penalties = []
     passes = []
 
-    for i, budget in enumerate(budgets):
-        # 1. The router draws a slice for the budget.
+    # 1. The router draws a slice for every budget: the same one on all ranks.
+    choices = []
+    for budget in budgets:
         if router is None:
             choice = Choice(model.full)
         else:
             choice = router.sample(budget, step, tau, kappa, args.penalty)
+        choices.append(choice)
+    same_on_all_ranks(str([choice.subnet for choice in choices]), step)
+
+    for i, (budget, choice) in enumerate(zip(budgets, choices)):
         if choice.penalty is not None:
             penalties.append(choice.penalty / n)
 

@@ -863,6 +863,7 @@ BUGS = {
         Bug("if key not in weights)", ")", "the plan counts weights among the activations"),
     ],
     "plumbing/parallel.py": [
+        Bug("    if others:\n", "    if False:\n", "ranks that drew different slices go on"),
         Bug("        tensor /= WORLD\n", "        tensor /= 1\n",
             "sums over ranks are taken for means"),
     ],

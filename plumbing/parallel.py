@@ -9,6 +9,7 @@ import contextlib
 import os
 import signal
 import sys
+import zlib
 from datetime import timedelta
 
 import torch
@@ -57,6 +58,21 @@ def mean_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
         dist.all_reduce(tensor)
         tensor /= WORLD
     return tensor
+
+
+def same_on_all_ranks(drawn: str, step: int) -> None:
+    """fail() on all ranks if this text is not the same everywhere: ranks that run different slices
+    wait for one another, for ever under fsdp. One number from each rank."""
+    if not dist.is_initialized():
+        return
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    mine = torch.tensor([zlib.crc32(drawn.encode())], dtype=torch.int64, device=device)
+    found = [torch.zeros_like(mine) for _ in range(WORLD)]
+    dist.all_gather(found, mine)
+    others = [rank for rank, number in enumerate(found) if number.item() != found[0].item()]
+    if others:
+        fail(f"at step {step} the ranks {' '.join(map(str, others))} drew other slices than rank 0: their routers, seeds "
+             "or flags differ; start all ranks with one command, on machines of one kind, and go on with --resume")
 
 
 def rank0_first(work):

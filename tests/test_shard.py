@@ -116,6 +116,30 @@ def test_a_rank_that_dies_takes_the_others_along(alone, tmp_path):
     assert done.returncode != 0 and load_tensors(tmp_path / "flex/resume.pt")["step"] == 3
 
 
+APART = """
+import sys, train
+from router import Router
+sample = Router.sample
+def apart(self, budget, step, *rest):
+    return sample(self, budget, step + 1000 * (train.RANK == 1 and step == 2), *rest)
+Router.sample = apart
+train.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_ranks_that_draw_apart_end_at_once(alone, tmp_path, kind):
+    """Catches ranks that run different slices: under fsdp they wait for one another for ever, under ddp nobody
+    notices. The error names the step and the ranks."""
+    _, _, flags = alone
+    script = tmp_path / "apart.py"
+    script.write_text(APART)
+    done = run_afresh(script, *flags, "--shard", kind, "--out", tmp_path / "flex", ranks=2, timeout=60)
+    assert done.returncode != 0
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert errors == [errors[0]] and "at step 2 the ranks 1 drew other slices than rank 0" in errors[0]
+
+
 def test_activation_checkpointing_changes_nothing(alone):
     """Catches a recomputation under other gates or another slice."""
     root, _, flags = alone
