@@ -1,4 +1,5 @@
 """bench/: what is compared is the same computation; what is printed is what was measured."""
+import argparse
 import ast
 import dataclasses
 import json
@@ -6,7 +7,18 @@ import json
 import pytest
 import torch
 
-from bench import alone, before, big_export, latency, mutants, oracle, slices, speed, steps
+from bench import (
+    alone,
+    before,
+    big_export,
+    latency,
+    loss,
+    mutants,
+    oracle,
+    slices,
+    speed,
+    steps,
+)
 from bench.bugs import BUGS, Bug, files_of_tests
 from eval import evaluate
 from importance import rank, sort_
@@ -205,6 +217,15 @@ def test_every_way_runs_the_same_slice(shape):
         assert close(variant.model(x, **variant.arguments)[0], want), way
         variant.model(x, x, **variant.arguments)[1].backward()
     assert all(p.grad is not None for p in found[0.6, "exported"].model.parameters())
+
+
+@pytest.mark.parametrize("kd", [False, True])
+def test_the_plain_loss_is_the_one_in_chunks(monkeypatch, kd):
+    """Catches two ways that are timed side by side and compute different things."""
+    monkeypatch.setattr("model.LOSS_TOKENS", 7)
+    args = argparse.Namespace(tokens=20, vocab_size=99, dim=8, kd=kd)
+    (_, _, plain), (_, _, chunks) = (loss.measure(way, args) for way in ("plain", "chunks"))
+    assert plain == pytest.approx(chunks, rel=1e-6) and plain > 1
 
 
 def test_a_native_slice_has_the_dtype_of_its_device():

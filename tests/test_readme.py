@@ -54,6 +54,7 @@ FEWER = {
     "bench.token_time": "--dim 64 --rounds 1",
     "bench.flextron_oracle": "--windows 1",
     "bench.harness": "--limit 2",
+    "bench.loss": "--tokens 16 --vocab-size 99 --dim 8",
     "bench.mutants": "--list",  # tests/test_bench.py plants some
     "bench.ablation_search": FEW_CANDIDATES + " --budgets 0.6 --seeds 0",
 }
@@ -62,7 +63,7 @@ PROGRAMS = {
     "tasks.download", "plumbing.describe",
     "bench.slices", "bench.steps", "bench.oracle", "bench.latency", "bench.results", "bench.big_export",
     "bench.token_time", "bench.flextron_oracle", "bench.ablation_search", "bench.alone", "bench.before",
-    "bench.mutants", "bench.harness",
+    "bench.mutants", "bench.harness", "bench.loss",
 }
 
 
