@@ -279,23 +279,17 @@ def train_step(wrapped, model, router, shards, step, args, device, teacher=None)
     sequences = args.batch_tokens // args.seq_len  # per budget, over all ranks
     local = sequences // WORLD                     # this rank's share of them
     handover = Handover(device)
-    penalties = []
     passes = []
 
     # 1. The router draws a slice for every budget: the same one on all ranks.
-    choices = []
-    for budget in budgets:
-        if router is None:
-            choice = Choice(model.full)
-        else:
-            choice = router.sample(budget, step, tau, kappa, args.penalty)
-        choices.append(choice)
+    if router is None:
+        choices = [Choice(model.full)] * n
+    else:
+        choices = [router.sample(budget, step, tau, kappa, args.penalty) for budget in budgets]
     same_on_all_ranks(str([choice.subnet for choice in choices]), step)
+    penalties = [choice.penalty / n for choice in choices if choice.penalty is not None]
 
     for i, (budget, choice) in enumerate(zip(budgets, choices)):
-        if choice.penalty is not None:
-            penalties.append(choice.penalty / n)
-
         # 2. Most passes run the slice, and train the Llama at the slice's cost.
         #    A soft pass runs the full width under gates made of the router's marginals. It trains
         #    the router too, because it feels what a larger or smaller choice would bring.
@@ -303,9 +297,10 @@ def train_step(wrapped, model, router, shards, step, args, device, teacher=None)
         soft = False
         if choice.marginals is not None:
             soft = uniform_draw(args.seed, step, "soft", budget) < soft_share
-        runs = model.full if soft else choice.subnet
+        runs = choice.subnet
         given = {}
         if soft:
+            runs = model.full
             given = dict(marginals=handover.give(choice.marginals), space=router.space)
 
         # 3. The modulation tells every block which slice was drawn, in a soft pass too.

@@ -82,7 +82,8 @@ def main(argv=None) -> None:
     found = {"plain": [], "chunks": []}
     for _ in range(args.rounds):
         for way in found:
-            done = subprocess.run([*command, "--way", way], cwd=ROOT, capture_output=True, text=True, check=True)
+            done = subprocess.run([*command, "--way", way], cwd=ROOT, capture_output=True,
+                                  text=True, check=True)
             found[way].append([float(word) for word in done.stdout.split()])
 
     print(f"{args.tokens:,} tokens, {args.vocab_size:,} words, dim {args.dim}: logits of all tokens are "
