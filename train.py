@@ -76,6 +76,7 @@ from plumbing.sharding import (
     shard,
     whole,
 )
+from plumbing.tensors import fingerprint
 from router import Choice, Router
 from space import n_params, random_generator
 
@@ -457,11 +458,13 @@ def run_stages(args, base: str, device) -> None:
     """data -> base -> rank, sort -> train -> table."""
     folder, shards, val = open_data(args)
     data = (shards, val.windows(args.eval_windows))
-    data_id = dict(data=folder, fingerprint=shards.fingerprint())
+    identity = dict(data=folder, fingerprint=shards.fingerprint())
+    if args.llama:
+        identity["llama_fingerprint"] = fingerprint(args.llama)
     override = OVERRIDES if args.override else ()
 
     # A run that cannot go on is refused here, before the demo's base is trained.
-    settings = settings_of(args, data_id)
+    settings = settings_of(args, identity)
     state = resume_state(args.out, settings, args.steps, args.resume, override)
     if args.llama is None:
         config = LlamaConfig(vocab_size=shards.vocab_size, context=args.seq_len)
@@ -472,7 +475,7 @@ def run_stages(args, base: str, device) -> None:
 
     if args.llama is None:
         mend = f"give --out in another parent folder, start from it as it is with --llama {base}"
-        base_settings = settings_of_base(args, data_id)
+        base_settings = settings_of_base(args, identity)
         base_state = resume_state(base, base_settings, args.base_steps, args.resume, override, mend)
         train_base(args_of_base(args, base), config, data, base_settings, base_state, device,
                    first_tokenizer(folder))

@@ -21,6 +21,7 @@ not depend on the number of ranks. Evaluation reads windows(n), which draws noth
 """
 from hashlib import blake2b
 from pathlib import Path
+from typing import Iterator
 
 import numpy as np
 import torch
@@ -157,12 +158,18 @@ class Shards:
         return self._stack(spread)
 
     def fingerprint(self) -> str:
-        """A short hash of names, lengths and end tokens: has the data changed since the save?"""
-        rows = []
+        """A short hash of names, lengths and tokens: has the data changed since the save?"""
+        digest = blake2b(digest_size=8)
         for path, tokens in zip(self.paths, self.tokens):
-            size = path.stat().st_size
-            first = int(tokens[0])
-            last = int(tokens[-1])
-            rows.append((path.name, size, len(tokens), first, last))
-        text = repr(rows).encode()
-        return blake2b(text, digest_size=8).hexdigest()
+            digest.update(f"{path.name} {len(tokens)}".encode())
+            for block in self._blocks(tokens):
+                digest.update(np.ascontiguousarray(block))
+        return digest.hexdigest()
+
+    @staticmethod
+    def _blocks(tokens: np.ndarray, most: int = 100, size: int = 1 << 20) -> Iterator[np.ndarray]:
+        """All tokens of a shard in blocks; of a large one, the last block and others evenly spread."""
+        n = -(-len(tokens) // size)
+        for k in range(min(n, most)):
+            start = (n - 1 - k * n // most if n > most else k) * size
+            yield tokens[start:start + size]

@@ -53,6 +53,7 @@ from plumbing.parallel import WORLD, default_device, say, setup
 from plumbing.params import read_config
 from plumbing.run import Run, first_tokenizer, write_checkpoint
 from plumbing.settings import SMALL
+from plumbing.tensors import fingerprint as of_weights
 from space import n_params
 from train import lr_factor
 
@@ -339,7 +340,7 @@ def derive(args: argparse.Namespace) -> None:
 def settings_of(args: argparse.Namespace, folder: str, fingerprint: str) -> dict:
     """What a resumed run must agree on; the folder of the shards and their fingerprint included."""
     kept = {name: value for name, value in vars(args).items() if name not in MAY_DIFFER}
-    return kept | dict(data=folder, fingerprint=fingerprint)
+    return kept | dict(data=folder, fingerprint=fingerprint, llama_fingerprint=of_weights(args.llama))
 
 
 # -----------------------------------------------------------------------------

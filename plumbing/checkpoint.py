@@ -267,6 +267,9 @@ def check_target(out, source) -> None:
 # the state of a run
 
 
+PATHS = ("llama", "data")
+
+
 def resume_state(folder, settings: dict, steps: int, resume: bool, override=(), mend="choose another --out"):
     """What resume.pt in `folder` holds, None without one.
 
@@ -280,6 +283,8 @@ def resume_state(folder, settings: dict, steps: int, resume: bool, override=(), 
     then = state["settings"]
     now = json.loads(json.dumps(settings))
     differ = [key for key in sorted(then.keys() | now.keys()) if then.get(key) != now.get(key)]
+    # A folder that was moved is the same folder: what counts are the fingerprints beside the paths.
+    differ = [key for key in differ if key not in PATHS]
     if not set(differ) <= set(override):
         changes = ", ".join(f"{key} {then.get(key)} -> {now.get(key)}" for key in differ)
         fail(f"{folder} holds a run with other settings: {changes}; {mend}, or delete it")

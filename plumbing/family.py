@@ -22,6 +22,7 @@ from model import Llama, LlamaConfig, SubNet
 from plumbing.checkpoint import load_llama, load_tensors
 from plumbing.errors import fail, note
 from plumbing.latency import load_latency
+from plumbing.tensors import fingerprint
 from router import Router
 from space import Space, cost
 
@@ -64,6 +65,9 @@ class Family:
 
     def restored(self, name: str, restore: Callable, beside):
         """restore(beside, saved), or fail() if the file is not of the Llama beside it."""
+        if self.saved.get("weights", here := fingerprint(self.folder)) != here:
+            fail(f"{self.folder / name} was saved with other weights than those beside it, as when a save is "
+                 "interrupted; expected both of one save; the run's own command with --resume writes both again")
         try:
             return restore(beside, self.saved)
         except (KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:

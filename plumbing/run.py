@@ -32,6 +32,7 @@ from tqdm import tqdm
 from plumbing.checkpoint import RESUME, TOKENIZER, save_llama, save_tensors
 from plumbing.errors import fail, note
 from plumbing.parallel import RANK, WORLD, Stop, finish, mean_over_ranks, say
+from plumbing.tensors import fingerprint
 
 WARM_UP = 3  # first steps that the average time leaves out: caches are cold
 
@@ -83,7 +84,7 @@ def write_checkpoint(out, resume: dict, config, tokenizer: Path | None, name: st
     save_tensors(Path(out) / RESUME, resume)
     save_llama(out, config, resume["model"], tokenizer)
     if routers is not None:
-        save_tensors(Path(out) / name, routers)
+        save_tensors(Path(out) / name, routers | dict(weights=fingerprint(out)))  # whose routers they are
 
 
 def first_tokenizer(*folders) -> Path | None:

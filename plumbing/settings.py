@@ -199,15 +199,16 @@ def args_of_base(args: argparse.Namespace, folder: str) -> argparse.Namespace:
     return argparse.Namespace(**(vars(args) | changed))
 
 
-def settings_of(args: argparse.Namespace, data: dict) -> dict:
-    """What a resumed run must agree on; data: the folder of the shards and their fingerprint."""
+def settings_of(args: argparse.Namespace, identity: dict) -> dict:
+    """What a resumed run must agree on; identity: the folder of the shards, and the fingerprints of
+    the shards and of --llama."""
     kept = {name: value for name, value in vars(args).items() if name not in MAY_DIFFER}
-    return kept | data
+    return kept | identity
 
 
-def settings_of_base(args: argparse.Namespace, data: dict) -> dict:
+def settings_of_base(args: argparse.Namespace, identity: dict) -> dict:
     """The same for the demo's dense stage."""
-    return {name: getattr(args, name) for name in OF_BASE} | data
+    return {name: getattr(args, name) for name in OF_BASE} | identity
 
 
 def space_of(args: argparse.Namespace, config: LlamaConfig) -> Space:

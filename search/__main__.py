@@ -204,7 +204,8 @@ def main(argv=None) -> None:
     model = load_llama(source, device, dtype=None).requires_grad_(False)
     model = model.to(matrix_dtype(model))                    # a file may have norms of another dtype
     settings = dict(vars(args))
-    for free in ("resume", "out", "device", "report_windows"):  # may differ when a search goes on
+    # What may differ when a search goes on. The last two are known by their content.
+    for free in ("resume", "out", "device", "report_windows", "llama", "data"):
         del settings[free]
     settings["fingerprint"] = fingerprint(model, args.data)
 

@@ -154,6 +154,21 @@ def test_fingerprint(folder):
     first = Shards(folder, "train", T, VOCAB).fingerprint()
     assert Shards(folder, "train", T, VOCAB, seed=3).fingerprint() == first
     tokens = read_shard(folder / "train_000002.bin").copy()
-    tokens[-1] = (tokens[-1] + 1) % VOCAB
+    for place in (0, len(tokens) // 2, -1):
+        other = tokens.copy()
+        other[place] = (other[place] + 1) % VOCAB
+        write_shard(folder / "train_000002.bin", other, VOCAB)
+        assert Shards(folder, "train", T, VOCAB).fingerprint() != first, place
     write_shard(folder / "train_000002.bin", tokens, VOCAB)
-    assert Shards(folder, "train", T, VOCAB).fingerprint() != first
+    assert Shards(folder, "train", T, VOCAB).fingerprint() == first
+
+
+@pytest.mark.parametrize("n", [1, 10, 11, 99, 100, 101, 999, 1001, 5000])
+def test_a_large_shard_is_looked_at_here_and_there(n):
+    """Catches blocks that overlap, or leave out an end, and a shard of a hundred gigabytes that is read whole."""
+    tokens = np.arange(n)
+    blocks = [block.tolist() for block in Shards._blocks(tokens, most=10, size=10)]
+    seen = sorted(token for block in blocks for token in block)
+    assert len(seen) == len(set(seen)) and len(blocks) == min(10, -(-n // 10)) and n - 1 in seen
+    assert seen == tokens.tolist() or n > 100
+    assert n <= 100 or min(seen) < 0.15 * n, "the beginning is far away"

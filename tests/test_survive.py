@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,10 +13,11 @@ import torch
 import plumbing.checkpoint as checkpoint
 import plumbing.run as running
 import train
-from plumbing.checkpoint import load_tensors
+from plumbing.checkpoint import load_llama, load_tensors, save_llama
+from plumbing.family import open_family
 from plumbing.parallel import Stop
 from plumbing.run import Run
-from tests.helpers import files_of
+from tests.helpers import files_of, one_line_error
 from tests.miniature import RUN, TINY
 from tests.processes import ROOT, environment_of, run, started
 
@@ -239,6 +241,68 @@ def test_a_full_disk_keeps_the_last_checkpoint(demo, tmp_path, monkeypatch, caps
     train.main(flags + ["--resume"])
     for name in RUN:
         assert (tmp_path / "flex" / name).read_bytes() == (root / "out/flex" / name).read_bytes() or name == "resume.pt"
+
+
+def test_what_a_run_is_made_of(odd_start, tmp_path, monkeypatch, capsys):
+    """Catches a run that goes on from another Llama or on other text under the same path, and one that is refused
+    because its folders were moved."""
+    root, flags = odd_start
+    at = {flag: flags[flags.index(flag) + 1] for flag in ("--llama", "--data")}
+    shutil.copytree(at["--llama"], tmp_path / "llama")
+    shutil.copytree(at["--data"], tmp_path / "data")
+
+    def with_paths(llama, data) -> list[str]:
+        new = {at["--llama"]: str(llama), at["--data"]: str(data)}
+        return [new.get(word, word) for word in flags] + ["--out", str(tmp_path / "flex"), "--save-every", "2"]
+
+    step = train.train_step
+
+    def crashes(*args, **more):
+        if args[4] == 3:
+            raise KeyError("a crash")
+        return step(*args, **more)
+
+    monkeypatch.setattr(train, "train_step", crashes)
+    with pytest.raises(KeyError):
+        train.main(with_paths(tmp_path / "llama", tmp_path / "data"))
+    monkeypatch.setattr(train, "train_step", step)
+    # Moved, and named by another path.
+    (tmp_path / "moved").mkdir()
+    for name in ("llama", "data"):
+        shutil.move(tmp_path / name, tmp_path / "moved" / name)
+    monkeypatch.chdir(tmp_path)
+    # Another Llama, other text.
+    shutil.copytree("moved/llama", "other")
+    state = load_llama("other").state_dict()
+    state["layers.0.attention.wq.weight"][0, 0] += 1
+    save_llama("other", load_llama("other").config, state)
+    shutil.copytree("moved/data", "text")
+    shard = Path("text/train_000000.bin")
+    tokens = bytearray(shard.read_bytes())
+    tokens[len(tokens) // 4 * 2] ^= 1  # one of them, somewhere
+    shard.write_bytes(tokens)
+    for llama, data, what in (("other", "moved/data", "llama_fingerprint"), ("moved/llama", "text", "fingerprint")):
+        with pytest.raises(SystemExit):
+            train.main(with_paths(llama, data) + ["--resume"])
+        assert f"other settings: {what} " in capsys.readouterr().err
+    train.main(with_paths("moved/llama", "moved/data") + ["--resume"])
+    assert load_tensors("flex/resume.pt")["step"] == 6
+
+
+def test_routers_of_another_save(odd_start, tmp_path, capsys):
+    """Catches weights that run with the router of another step, as after a crash between the two files; --resume
+    writes both again."""
+    _, flags = odd_start
+    flags = flags + ["--out", str(tmp_path / "flex")]
+    train.main(flags)
+    before = {name: (tmp_path / "flex" / name).read_bytes() for name in RUN if name != "resume.pt"}
+    model = load_llama(tmp_path / "flex")
+    save_llama(tmp_path / "flex", model.config, {n: w * 1.01 for n, w in model.state_dict().items()})
+    with one_line_error(capsys, "flex.pt was saved with other weights", "--resume"):
+        open_family(tmp_path / "flex")
+    train.main(flags + ["--resume"])
+    open_family(tmp_path / "flex")
+    assert before == {name: (tmp_path / "flex" / name).read_bytes() for name in before}
 
 
 def test_override(demo, tmp_path, capsys):
