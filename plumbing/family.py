@@ -65,7 +65,7 @@ class Family:
 
     def restored(self, name: str, restore: Callable, beside):
         """restore(beside, saved), or fail() if the file is not of the Llama beside it."""
-        if self.saved.get("weights", here := fingerprint(self.folder)) != here:
+        if "weights" in self.saved and self.saved["weights"] != fingerprint(self.folder):
             fail(f"{self.folder / name} was saved with other weights than those beside it, as when a save is "
                  "interrupted; expected both of one save; the run's own command with --resume writes both again")
         try:

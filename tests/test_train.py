@@ -516,28 +516,6 @@ def test_resume_is_the_run_that_never_stopped(demo, tmp_path, monkeypatch, capsy
     assert [record["step"] for record in records if "loss" in record] == [0, 1, 2, 3, 3, 4, 5]
 
 
-def test_bad_steps_in_a_row_are_counted_across_a_stop(random_start, tmp_path, monkeypatch, capsys):
-    """Catches a resumed run that forgets how many steps went bad before it: it would be resumed for ever."""
-    _, flags = random_start
-    flags = [*flags, "--out", str(tmp_path / "flex"), "--max-bad-steps", "3"]
-    train_step = train.train_step
-
-    def poisoned(wrapped, model, router, shards, step, *rest):
-        if step == 4 and "--resume" not in flags:
-            raise KeyboardInterrupt
-        result = train_step(wrapped, model, router, shards, step, *rest)
-        if step > 0:
-            model.norm.weight.grad[0] = float("nan")
-        return result
-
-    monkeypatch.setattr(train, "train_step", poisoned)
-    with pytest.raises(KeyboardInterrupt):
-        train.main([*flags, "--max-bad-steps", "9"])
-    assert load_tensors(tmp_path / "flex/resume.pt")["bad"] == 2
-    flags.append("--resume")
-    assert "3 steps in a row, up to step 3" in refused(flags, capsys)
-
-
 def test_second_run_trains_nothing_again(demo, capsys):
     """Catches a demo that trains its base again, or takes a base made with other settings for its own; a run that
     writes over another one's checkpoint, or resumes it with other settings."""
