@@ -143,7 +143,8 @@ def desk(tmp_path_factory):
     prose = "".join(path.read_text() for path in sources)
     for i in range(30):
         (desk / "notes" / f"{i}.md").write_text(prose[i * 2000:(i + 1) * 2000])
-    (desk / "book.txt").write_text(prose[:2000])
+    for name in ("book.txt", "wikitext-2-test.txt"):
+        (desk / name).write_text(prose[:2000])
     shutil.copy(ROOT / "assets/results.json", desk)
     with gzip.open(desk / "web.jsonl.gz", "wt") as f:
         f.writelines(json.dumps({"text": prose[i * 100:i * 100 + 900]}) + "\n" for i in range(40))
