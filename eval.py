@@ -28,7 +28,7 @@ from data.heldout import shard_windows, text_windows
 from data.tokenizer import load_tokenizer, same_tokenizer
 from model import Llama, SubNet
 from plumbing.checkpoint import TOKENIZER, load_llama
-from plumbing.errors import Parser, check_at_least_one, fail
+from plumbing.errors import Parser, check_at_least_one, fail, run_main
 from plumbing.family import Family, Member, open_family
 from plumbing.parallel import (
     RANK,
@@ -270,4 +270,4 @@ def draw(path: str, result: dict) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main, "nothing was written")

@@ -28,7 +28,7 @@ import torch
 from model import Llama, SubNet
 from plumbing import gguf, hf
 from plumbing.checkpoint import LLAMA_FILES, TOKENIZER, check_target, matrix_dtype, save_llama
-from plumbing.errors import Parser, check_at_least_one, fail
+from plumbing.errors import Parser, check_at_least_one, fail, run_main
 from plumbing.family import Family, Member, open_family
 from plumbing.files import new_folder, nothing_half_written
 from plumbing.sizes import (
@@ -166,4 +166,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

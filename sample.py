@@ -8,7 +8,6 @@ Text from any Llama folder, at any budget of a supernet: one checkpoint, a famil
 """
 import argparse
 import codecs
-import os
 import sys
 import time
 from pathlib import Path
@@ -19,7 +18,7 @@ import torch
 from data.tokenizer import encode_document, load_tokenizer
 from model import LAST, KVCache
 from plumbing.checkpoint import TOKENIZER
-from plumbing.errors import Parser, fail, note
+from plumbing.errors import Parser, fail, note, run_main
 from plumbing.family import open_family
 from plumbing.parallel import default_device, device_of
 
@@ -145,7 +144,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (BrokenPipeError, KeyboardInterrupt):  # the reader, or the user, has had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    run_main(main, "nothing was written")

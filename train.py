@@ -39,6 +39,7 @@ from importance import rank, sort_
 from model import Llama, LlamaConfig
 from plumbing.checkpoint import RESUME, load_llama, resume_state
 from plumbing.duration import say_duration
+from plumbing.errors import run_main
 from plumbing.family import FLEX, restore_router, router_state
 from plumbing.locks import one_writer
 from plumbing.memory import plan_table
@@ -498,4 +499,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main, "every checkpoint is whole: go on with --resume")

@@ -24,7 +24,7 @@ import time
 from eval import evaluate
 from model import Llama
 from plumbing.checkpoint import load_llama
-from plumbing.errors import Parser, check_at_least_one
+from plumbing.errors import Parser, check_at_least_one, run_main
 from plumbing.family import open_family
 from search.candidates import Bounds, Candidate, cut_out
 from search.evolution import disjoint_windows, evolve
@@ -163,4 +163,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -16,7 +16,7 @@ from importance import sort_
 from model import Llama, LlamaConfig
 from plumbing.checkpoint import (LLAMA_FILES, RESUME, TOKENIZER, load_llama, load_tensors,
                                  save_llama)
-from plumbing.errors import Parser, fail
+from plumbing.errors import Parser, fail, run_main
 from plumbing.family import FLEX, Family, open_family
 from plumbing.files import new_folder
 
@@ -63,4 +63,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

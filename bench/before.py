@@ -13,7 +13,7 @@ import json
 from bench.alone import open_with_base
 from data.shards import Shards
 from eval import evaluate, sizes_of
-from plumbing.errors import Parser
+from plumbing.errors import Parser, run_main
 
 
 def losses_before(family, base, val, budgets: list[float]) -> list[dict]:
@@ -53,4 +53,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -21,7 +21,7 @@ import torch
 
 from model import Llama, LlamaConfig
 from plumbing.checkpoint import save_llama, save_tensors
-from plumbing.errors import Parser, check_at_least_one
+from plumbing.errors import Parser, check_at_least_one, run_main
 from plumbing.family import FLEX, router_state
 from router import Router
 from space import Space
@@ -100,4 +100,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -19,7 +19,7 @@ import torch
 from data.shards import Shards
 from eval import evaluate
 from model import Llama, SubNet, losses_in_chunks
-from plumbing.errors import Parser, check_at_least_one, fail
+from plumbing.errors import Parser, check_at_least_one, fail, run_main
 from plumbing.family import FLEXTRON, Family, open_family
 from space import cost
 
@@ -179,4 +179,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

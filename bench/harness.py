@@ -18,7 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from plumbing.errors import Parser, fail
+from plumbing.errors import Parser, fail, run_main
 from tasks.questions import (TASKS, add_piqa_labels, arc_columns, load_task, mmlu_subjects,
                              task_file)
 from tasks.rows import Row, read_jsonl
@@ -154,4 +154,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -14,7 +14,7 @@ import torch
 
 from flextron.network import timed_sizes
 from model import Llama, SubNet
-from plumbing.errors import Parser, check_at_least_one, fail
+from plumbing.errors import Parser, check_at_least_one, fail, run_main
 from plumbing.family import Family, open_family
 from plumbing.latency import (LATENCY_FILE, Latency, batch_for, fractions, measure_latency,
                               run_slice, save_table)
@@ -95,4 +95,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

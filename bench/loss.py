@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from model import LOSS_TOKENS, losses_in_chunks
-from plumbing.errors import Parser, check_at_least_one
+from plumbing.errors import Parser, check_at_least_one, run_main
 from space import random_generator
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -97,4 +97,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -29,7 +29,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from bench.bugs import BUGS, Bug, files_of_tests
-from plumbing.errors import Parser, check_at_least_one, fail
+from plumbing.errors import Parser, check_at_least_one, fail, run_main
 
 ROOT = Path(__file__).resolve().parent.parent
 SURVIVED = "SURVIVED"
@@ -203,4 +203,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main, "nothing was written")

@@ -13,7 +13,7 @@ import json
 
 from data.shards import Shards
 from eval import evaluate
-from plumbing.errors import Parser, check_at_least_one, fail
+from plumbing.errors import Parser, check_at_least_one, fail, run_main
 from plumbing.family import FLEX, open_family
 
 
@@ -75,4 +75,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

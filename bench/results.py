@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from plumbing.duration import train_flops
-from plumbing.errors import Parser, fail
+from plumbing.errors import Parser, fail, run_main
 from plumbing.files import atomic_write
 from plumbing.params import PARAMS, read_config
 
@@ -493,4 +493,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

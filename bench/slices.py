@@ -25,7 +25,7 @@ import torch
 
 from bench.speed import native_llama
 from model import LAST, Gates, Llama, LlamaConfig, SubNet
-from plumbing.errors import Parser, fail
+from plumbing.errors import Parser, fail, run_main
 from plumbing.family import open_family
 from plumbing.latency import seconds
 from plumbing.parallel import autocast, default_device, device_of
@@ -273,4 +273,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

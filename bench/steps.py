@@ -29,7 +29,7 @@ import train
 from bench.slices import add_shape, shape_of
 from model import Llama, LlamaConfig, SubNet, apply_rope, rope_frequencies
 from plumbing.duration import train_flops
-from plumbing.errors import Parser
+from plumbing.errors import Parser, run_main
 from plumbing.latency import seconds
 from plumbing.parallel import autocast, device_of
 from plumbing.settings import parse_args
@@ -283,4 +283,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

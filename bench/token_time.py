@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from flextron.network import Flextron, costs_of, parameter_cost, sizes_for, total_cost
 from flextron.routers import ELASTIC, Pick
 from model import Llama, LlamaConfig, SubNet
-from plumbing.errors import Parser, check_at_least_one, fail
+from plumbing.errors import Parser, check_at_least_one, fail, run_main
 from plumbing.family import open_family
 from plumbing.latency import batch_for, fractions
 
@@ -138,4 +138,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -37,7 +37,7 @@ from data.llama_tokenizer import (Bpe, NoTokenizer, gguf_tokenizer, hf_tokenizer
                                   tokenizer_or_reason)
 from model import Llama, LlamaConfig, one_if_equal, rope_frequencies
 from plumbing.checkpoint import LLAMA_FILES, check_target, save_llama
-from plumbing.errors import Parser, fail, note
+from plumbing.errors import Parser, fail, note, run_main
 from plumbing.files import DAMAGED, new_folder, nothing_half_written, read_json
 from plumbing.hf import NAMES, OUTSIDE
 from plumbing.params import PARAMS, PER_LAYER, check_shape
@@ -658,4 +658,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -31,7 +31,7 @@ from data.shards import Shards, write_shard
 from data.tokenizer import (SETTINGS, TOKENIZER, check_same_tokenizer, copy_tokenizer,
                             encode_document, load_tokenizer, same_tokenizer, save_tokenizer,
                             train_bpe)
-from plumbing.errors import Parser, fail
+from plumbing.errors import Parser, fail, run_main
 from plumbing.files import new_folder, only_holds
 from plumbing.parallel import rank0_first
 from plumbing.params import read_config
@@ -331,4 +331,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -45,7 +45,7 @@ from flextron.stages import Surrogate, stage_of, train_step
 from importance import rank, sort_
 from model import Llama, SubNet
 from plumbing.checkpoint import RESUME, load_llama, resume_state
-from plumbing.errors import Parser, check_at_least_one, fail
+from plumbing.errors import Parser, check_at_least_one, fail, run_main
 from plumbing.family import FLEX, FLEXTRON
 from plumbing.latency import load_latency
 from plumbing.locks import one_writer
@@ -438,4 +438,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main, "every checkpoint is whole: go on with --resume")

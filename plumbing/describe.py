@@ -10,7 +10,7 @@ from pathlib import Path
 from data.tokenizer import TOKENIZER
 from model import LlamaConfig, SubNet
 from plumbing.checkpoint import open_shards
-from plumbing.errors import Parser
+from plumbing.errors import Parser, run_main
 from plumbing.params import PARAMS, published_name, published_tying, read_config
 from plumbing.tables import spread
 from space import Space, n_params
@@ -84,4 +84,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

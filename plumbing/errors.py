@@ -7,8 +7,9 @@ traceback. What we ourselves can get wrong is an assert.
 """
 import argparse
 import os
+import signal
 import sys
-from typing import NoReturn
+from typing import Callable, NoReturn
 
 
 def fail(message: str) -> NoReturn:
@@ -41,3 +42,31 @@ def check_at_least_one(args: argparse.Namespace, *names: str) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             fail(f"--{name.replace('_', '-')} {value} found; expected 1 or more")
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a program as Ctrl-C does."""
+
+
+def terminate(number, frame) -> NoReturn:
+    """The handler of SIGTERM."""
+    raise Terminated
+
+
+def run_main(main: Callable, kept: str = "nothing half-written is left") -> None:
+    """Runs a program. Ctrl-C and SIGTERM end it in one line, with the status that shells give them,
+    130 and 143. A reader that closes the pipe it prints into ends it without a word (141). kept:
+    what is there then, or how to go on."""
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        main()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The interpreter flushes once more at its end, and would complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(128 + 13)
+    except KeyboardInterrupt as stop:
+        number = signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"interrupted: {kept}", file=sys.stderr, flush=True)
+        raise SystemExit(128 + number)

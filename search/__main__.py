@@ -17,7 +17,6 @@ we differ from it, and why.
 """
 import argparse
 import hashlib
-import sys
 from pathlib import Path
 
 import torch
@@ -34,7 +33,7 @@ from plumbing.checkpoint import (
     save_llama,
     save_tensors,
 )
-from plumbing.errors import Parser, check_at_least_one, fail
+from plumbing.errors import Parser, check_at_least_one, fail, run_main
 from plumbing.locks import one_writer
 from plumbing.parallel import WORLD, default_device, device_of, say
 from plumbing.params import PARAMS, read_config
@@ -222,7 +221,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit("interrupted; every whole generation is kept: go on with --resume")
+    run_main(main, "every whole generation is kept: go on with --resume")

@@ -22,7 +22,7 @@ from typing import Callable, Iterator, NamedTuple
 
 from tqdm import tqdm
 
-from plumbing.errors import Parser, fail
+from plumbing.errors import Parser, fail, run_main
 from plumbing.files import atomic_write
 
 
@@ -207,4 +207,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main, "what came of a download is kept: the same command goes on")
