@@ -29,7 +29,7 @@ print(peak() - before)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("extra", [[], ["--activation-checkpointing", "--batch-tokens", "512"],
-                                   ["--kd", "0.5"]])
+                                   ["--kd", "0.5"], ["--kd", "0.5", "--batch-tokens", "4096"]])
 def test_the_plan_is_what_a_run_takes(demo, tmp_path, monkeypatch, extra):
     """Catches a plan that forgets a copy, or counts one that is never made: within 15 % of the measured peak."""
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")  # or glibc keeps what was freed, and it counts as taken
