@@ -21,6 +21,7 @@ from plumbing.checkpoint import TOKENIZER
 from plumbing.errors import Parser, fail, note, run_main
 from plumbing.family import open_family
 from plumbing.parallel import default_device, device_of
+from plumbing.params import max_positions
 
 
 @torch.no_grad()
@@ -125,7 +126,7 @@ def main(argv=None) -> None:
         member = family.member(args.latency, unit="latency")
     tokenizer = load_tokenizer(Path(args.model) / TOKENIZER, family.model.config.vocab_size)
     settings = tokenizer.settings
-    window = family.model.config.context
+    window = max_positions(family.model.config)
     prompt = encode_document(tokenizer, args.prompt).tolist()
     prompt, n_new = fit(prompt, args.max_new_tokens, window, args.beyond)
 

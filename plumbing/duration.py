@@ -73,7 +73,7 @@ def say_duration(config: LlamaConfig, args: argparse.Namespace, device: torch.de
         f"least, at what this {where} multiplies now")
     if device.type == "cpu" and seconds > DAYS * 86400 and not args.laptop:
         note("the defaults from 100M parameters on are the paper's, made for many GPUs; on a CPU, "
-             "--laptop trains on 225k tokens, in an hour for a Llama of 135M parameters")
+             "--laptop trains on 225k tokens: somewhat over an hour for 135M parameters")
 
 
 def expected_seconds(config: LlamaConfig, args: argparse.Namespace, device: torch.device) -> float:

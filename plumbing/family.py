@@ -90,8 +90,10 @@ class Family:
                      f"train.py's; python train.py --llama {self.folder} makes one")
             return Member(self.model, self.model.full)
         subnet = self.router.route(asked, self.latencies(asked) if unit == "latency" else None)
-        # A time says nothing of what was trained; the parameters that it buys do.
-        self.note_untrained(asked if unit == "params" else cost(self.model.config, subnet) + self.router.space.delta)
+        if unit == "params":
+            self.note_untrained(asked)
+        else:
+            self.note_small(subnet)
         return Member(self.model, subnet, self.router.factors(subnet))
 
     def note_untrained(self, asked: float, unit: str = "params") -> None:
@@ -104,6 +106,14 @@ class Family:
         budgets = " ".join(f"{b:g}" for b in sorted({*trained, round(asked, 2)}, reverse=True))
         note(f"{asked:.3g} is under {min(trained):g}, the smallest budget that {self.folder} was trained at: expect "
              f"a worse model than its size could be; to train further down: python {program} {budgets}")
+
+    def note_small(self, subnet: SubNet) -> None:
+        """note_untrained() for a slice that was found by another unit: is even the largest budget
+        that buys it too small?"""
+        found = cost(self.model.config, subnet)
+        smallest = min(self.trained_budgets(), default=0)
+        if found + self.router.space.delta <= smallest:
+            self.note_untrained(found)
 
     def slice_member(self, asked: float, unit: str = "params") -> Member:
         """member(), as one slice; fail() where every token takes its own width."""

@@ -1,5 +1,5 @@
 """
-What a run will take on every GPU, told from params.json alone, before there are weights.
+What a run will take on every GPU, told from params.json, whether the weights are there or not.
 
     python train.py --llama Llama-3.1-8B --dry-run --ranks 8 --device cuda
 

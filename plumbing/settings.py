@@ -16,7 +16,7 @@ from plumbing.sharding import SHARDINGS
 from space import AXES, Space, n_params
 
 # Llamas under SMALL non-embedding parameters get the demo's settings, others the paper's. --laptop is for a real Llama of
-# some 100M parameters on two CPU cores: an hour, 225k tokens.
+# some 100M parameters on a CPU: 225k tokens, somewhat over an hour of one core.
 SMALL = 100e6
 DEMO = dict(steps=450, batch_tokens=1024, seq_len=128, lr=1e-3, eval_windows=128,
             calibration_windows=64, eval_every=150, save_every=150)
@@ -79,8 +79,8 @@ def add_method(p: argparse.ArgumentParser) -> None:
 def add_schedule(p: argparse.ArgumentParser) -> None:
     """How long, how much a step, and at which rates."""
     add = p.add_argument
-    add("--laptop", action="store_true", help="with --llama: settings for a Llama of some 100M parameters on two CPU "
-        f"cores, an hour: {' '.join(f'{k}={v}' for k, v in LAPTOP.items())}")
+    add("--laptop", action="store_true", help="with --llama: settings for a Llama of some 100M parameters on a CPU, "
+        f"somewhat over an hour of one core: {' '.join(f'{k}={v}' for k, v in LAPTOP.items())}")
     add("--steps", type=int, default=-1, help="elastic steps (demo 450, paper 28800)")
     add("--base-steps", type=int, default=1200, help="steps of the demo's dense stage")
     add("--batch-tokens", type=int, default=-1, help="global batch in tokens, per budget and step")

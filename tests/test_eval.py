@@ -17,7 +17,7 @@ from data.shards import write_shard
 from data.tokenizer import BOS, load_tokenizer
 from model import LlamaConfig, SubNet
 from plumbing.checkpoint import load_llama, save_llama
-from plumbing.family import Member
+from plumbing.family import Member, open_family
 from plumbing.tables import loss_table
 from space import n_params
 from tests.helpers import (
@@ -164,6 +164,16 @@ def test_budgets_under_all_trained_ones_are_marked(tmp_path, capsys):
     assert "note: " not in said(sample.main, "--budget", 0.5, "--max-new-tokens", 1)
     few = n_params(model.config, router.route(0.2), embeddings=True)
     assert "is under 0.5, the smallest budget" in said(export.main, "--params", few, "--out", tmp_path / "few")
+
+
+def test_a_time_that_buys_less_than_was_trained(tmp_path, capsys):
+    """Catches a slice found by its time that is under all trained ones, without a word; and a warning at the smallest
+    trained slice itself, which costs less than its budget."""
+    model, router = make_supernet(tmp_path, GQA)              # trained at 1 and 0.5
+    family = open_family(tmp_path)
+    for subnet, warned in ((router.route(0.5), 0), (model.full, 0), (router.route(0.2), 1)):
+        family.note_small(subnet)
+        assert capsys.readouterr().err.count("is under 0.5, the smallest budget") == warned
 
 
 def test_per_layer_shapes_are_listed(tmp_path, capsys):

@@ -85,6 +85,10 @@ def test_the_window_ends_the_text(tmp_path, capsys):
     prompt = "the cat " * 40
     found, err = said("--max-new-tokens", "5")
     assert found == 5 and "its last 16 are read" in err
+    # Scaled RoPE reads far beyond the window of the first training.
+    make_supernet(tmp_path, dataclasses.replace(GQA, context=32, rope_factor=8.0))
+    found, err = said("--max-new-tokens", "5")
+    assert found == 5 and "note" not in err
 
 
 def test_sampling_follows_the_softmax():
