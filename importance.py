@@ -120,23 +120,28 @@ def layers_by_logits(model: Llama, windows: Tensor, batch: int = 8) -> list[int]
 
     The layer that does least goes, then the rest is judged again. (The criterion of Nemotron
     Elastic, a successor of LLaMaFlex.)
-    That is about n_layers^2 / 2 forward passes.
+    That is about n_layers^2 / 4 forward passes: what runs before the removed layer is the same with
+    and without it, and runs once.
     """
     output = model.output.weight.float()  # vocab_size, dim
     gram = output.T @ output              # dim, dim
+    batches = windows.split(batch)
+    full = [model.states(tokens).float() for tokens in batches]
     kept = list(range(model.config.n_layers))
     removed = []
     while len(kept) > 1:
         # the damage that each removal does, relative to the full model's logits
-        damage = {layer: 0.0 for layer in kept}
-        for tokens in windows.split(batch):
-            full = model.states(tokens).float()
-            size = squared_logits(full, gram)
-            for layer in kept:
-                rest = [other for other in kept if other != layer]
-                without = model.states(tokens, with_layers(model, rest)).float()
-                change = squared_logits(without - full, gram)
-                damage[layer] += (change / size).item()
+        damage = {}
+        for tokens, before in zip(batches, full):
+            size = squared_logits(before, gram)
+            x = model.tok_embeddings(tokens)
+            for i, layer in enumerate(kept):
+                # x has passed the layers in front of this one: on without it to the end
+                after = model.stream(x, with_layers(model, kept[i + 1:]))
+                after = model.norm(after).float()
+                change = squared_logits(after - before, gram)
+                damage[layer] = damage.get(layer, 0.0) + (change / size).item()
+                x = model.stream(x, with_layers(model, [layer]))
         worst = min(kept, key=damage.get)
         kept.remove(worst)
         removed.append(worst)
@@ -222,10 +227,11 @@ def rank(
     for block, s in zip(model.layers, scores["n_heads"]):
         order = best_heads_first(s, block.attention.groups)
         orders["n_heads"].append(order)
-    # layers: only a few windows for the logits, because n_layers^2 / 2 passes read them
+    # layers: only a few of the windows for the logits, because n_layers^2 / 4 passes read them
     if depth == "logits":
-        few = windows[:max(2, 2048 // T)]
-        orders["layers"] = layers_by_logits(model, few, batch)
+        few = min(len(windows), max(2, 2048 // T))
+        spread = [k * len(windows) // few for k in range(few)]
+        orders["layers"] = layers_by_logits(model, windows[spread], batch)
     else:
         assert depth == "influence", f"depth {depth!r}; expected logits or influence"
         orders["layers"] = layers_by_influence(model, windows, batch)

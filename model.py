@@ -571,19 +571,26 @@ class Llama(nn.Module):
         gates: Gates; factors: (n_layers, 2), from router.py's Modulation; cache: KVCache. Each may
         be None.
         """
-        B, T = tokens.shape
         if subnet is None:
             subnet = self.full
-
-        # positions go on where the cache ends
-        start = 0
-        if cache is not None:
-            start = cache.length
-        cos, sin = self.rope(start, start + T, tokens.device)
 
         # the residual stream begins with the embeddings, and all that follows has its width
         x = self.tok_embeddings(tokens)
         x = x[..., :subnet.dim]  # B, T, dim  # <-- 1. elastic width
+
+        x = self.stream(x, subnet, gates, factors, cache)
+
+        # a last norm, with the channel gates
+        return self.norm(x, None if gates is None else gates.dim)  # <-- 5. gates
+
+    def stream(self, x, subnet, gates=None, factors=None, cache=None):
+        """The residual stream x (B, T, dim) after the layers of a slice."""
+        # positions go on where the cache ends
+        T = x.size(1)
+        start = 0
+        if cache is not None:
+            start = cache.length
+        cos, sin = self.rope(start, start + T, x.device)
 
         # <-- 4. elastic depth: only the kept layers, each with its own sizes, gates and factors
         for i, n_heads, ffn_dim in zip(subnet.layers, subnet.n_heads, subnet.ffn_dim):
@@ -603,9 +610,7 @@ class Llama(nn.Module):
         # every layer has put T tokens behind the cache's end: now the end moves
         if cache is not None:
             cache.length += T
-
-        # a last norm, with the channel gates
-        return self.norm(x, None if gates is None else gates.dim)  # <-- 5. gates
+        return x
 
     def forward(self, tokens, targets=None, subnet=None, gates=None, factors=None, cache=None,
                 at=None, reference=None):

@@ -170,13 +170,23 @@ BUGS = {
         Bug("order = first + best_first(scores) ",
             "order = first * 0 + best_first(scores.flatten()).view_as(scores) ",
             "heads leave their KV groups"),
-        Bug("rest = [other for other in kept if other != layer]",
-            "rest = [other for other in damage if other != layer] + removed\n"
-            "                rest.sort()",
+        Bug("    kept = list(range(model.config.n_layers))\n",
+            "    kept = list(range(model.config.n_layers))\n"
+            "    if batch > 0:\n"
+            "        x = torch.cat([model.tok_embeddings(tokens) for tokens in batches])\n"
+            "        alone = []\n"
+            "        for layer in kept:\n"
+            "            rest = [other for other in kept if other != layer]\n"
+            "            after = model.norm(model.stream(x, with_layers(model, rest)))\n"
+            "            alone.append(squared_logits(after - torch.cat(full), gram))\n"
+            "        return torch.stack(alone).argsort(descending=True).tolist()\n",
             "depth: the rest is never judged again, all removals are from the full model"),
-        Bug("damage[layer] += (change / size).item()", "damage[layer] += change.item()",
+        Bug("with_layers(model, kept[i + 1:])", "with_layers(model, kept[i + 2:])",
+            "depth: two layers are missing where one is judged"),
+        Bug("damage.get(layer, 0.0) + (change / size).item()", "damage.get(layer, 0.0) + change.item()",
             "depth: the damage is not relative to a batch's logits"),
-        Bug("size = squared_logits(full, gram)\n", "size = squared_logits(full, gram) / full.numel()\n",
+        Bug("size = squared_logits(before, gram)\n",
+            "size = squared_logits(before, gram) / before.numel()\n",
             "depth: a sum is divided by a mean: large batches count more"),
         Bug("worst = min(kept, key=damage.get)", "worst = max(kept, key=damage.get)",
             "depth: the best layer goes first"),
@@ -923,8 +933,10 @@ BUGS = {
     ],
     "plumbing/settings.py": [
         Bug(" or value == float(\"inf\"):", ":", "an infinite rate is taken"),
-        Bug("PAPER[\"steps\"]) ** 0.8\n", "PAPER[\"steps\"])\n",
-            "the router's rate falls faster in short runs"),
+        Bug("(450 / max(1, steps)) ** 0.6", "(450 / max(1, steps)) ** 0.4",
+            "the router's rate is too high in long runs"),
+        Bug("(450 / max(1, steps)) ** 0.6", "(450 / max(1, steps)) ** 0.9",
+            "the router's rate is too low in long runs"),
     ],
     "plumbing/sharding.py": [
         Bug("DistributedDataParallel) and not now:", "DistributedDataParallel) and now:",

@@ -88,16 +88,16 @@ def add_schedule(p: argparse.ArgumentParser) -> None:
     add("--seq-len", type=int, default=-1, help="tokens per sequence (demo 128, paper 4096)")
     add("--lr", type=float, default=-1, help="Llama's learning rate (demo 1e-3, paper 4e-5)")
     add("--base-lr", type=float, default=3e-3, help="learning rate of the demo's dense stage")
-    add("--router-lr", type=float, default=-1, help="default: the paper's 4e-2 at its 28800 steps, "
-        "4e-2 * (steps / 28800)^0.8 in shorter runs, 1.4e-3 in the demo")
-    add("--modulation-lr", type=float, default=-1, help="default: the router's")
+    add("--router-lr", type=float, default=-1, help="default: 1e-3 * (450 / steps)^0.6, see router_rate; the paper's is 4e-2")
+    add("--modulation-lr", type=float, default=1e-3)
     add("--warmup", type=float, default=0.1, help="of the learning rates, share of the steps")
     add("--router-start", type=float, default=0.12, help="share of the steps before the router learns: until then "
         "slices are drawn from all that fit")
     add("--weight-decay", type=float, default=0.1, help="on the Llama's matrices")
     add("--clip", type=float, default=1.0, help="gradient norm, for Llama, router and modulation apart")
     add("--soft-prob", type=float, default=1.0, help="share of soft passes when the router starts")
-    add("--soft-end", type=float, default=0.45, help="share of the steps at which the last soft passes run")
+    add("--soft-end", type=float, default=-1, help="share of the steps at which the last soft passes run (default: "
+        "0.45; --router penalty 1, because its penalty pulls at the router to the end)")
     add("--tau-end", type=float, default=0.0561, help="temperature at the last step (starts at 1)")
     add("--kappa-end", type=float, default=10.0, help="logit scale at the last step (starts at 1)")
     add("--calibration-windows", type=int, default=-1, help="training windows that rank the units")
@@ -127,6 +127,17 @@ def add_machine(p: argparse.ArgumentParser) -> None:
 # what follows from them, and what is refused
 
 
+def router_rate(steps: int) -> float:
+    """The router's learning rate in a run of so many steps.
+
+    Adam moves a logit by about its rate in every step, whether the gradient is a signal or noise. Noise is a random
+    walk: it goes as far as the root of the number of steps. A signal goes straight, as far as their number. A rate that
+    falls with the 0.6th power of the steps keeps the walk in bounds, while the signal's reach grows: from 110 to 28,800
+    steps noise alone decides no choice in the first half of the soft passes, and a signal of its size does from 450 on
+    (tests/test_router_rate.py). The paper's 4e-2 at 28,800 steps is certain of some choice in 450 of them, by noise."""
+    return 1e-3 * (450 / max(1, steps)) ** 0.6
+
+
 def derive(args: argparse.Namespace) -> None:
     """Fills in what is -1, and writes budgets and paths in one way only: a resumed run compares
     them."""
@@ -136,8 +147,8 @@ def derive(args: argparse.Namespace) -> None:
     steps = args.steps if args.steps != -1 else derived["steps"]
     seq_len = args.seq_len if args.seq_len != -1 else derived["seq_len"]
     derived["micro_batch"] = max(1, 8192 // max(1, seq_len))
-    derived["router_lr"] = 4e-2 * min(1.0, max(1, steps) / PAPER["steps"]) ** 0.8
-    derived["modulation_lr"] = derived["router_lr"] if args.router_lr == -1 else args.router_lr
+    derived["router_lr"] = router_rate(steps)
+    derived["soft_end"] = 1.0 if args.router == "penalty" else 0.45
     for name, value in derived.items():
         if getattr(args, name) == -1:
             setattr(args, name, value)

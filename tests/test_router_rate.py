@@ -1,0 +1,69 @@
+"""The default rate of the router, at the lengths of the demo and of the paper: noise must not decide, a signal must.
+
+A run of the router alone, with train.py's schedule, optimizer, rates and clip. In place of a Llama's loss every soft pass
+hands it random gradients."""
+import math
+
+import pytest
+import torch
+
+import train
+from model import Llama, LlamaConfig
+from plumbing.settings import parse_args
+from router import Router
+from space import Space, random_generator
+
+TINY = LlamaConfig(dim=8, n_layers=1, n_heads=1, n_kv_heads=1, ffn_dim=8, vocab_size=8)
+
+
+def decisions(steps: int, budgets: list[float], signal: float = 0.0, until: float = 1.0, seed: int = 0,
+              rate: float | None = None) -> list[float]:
+    """max p over F(b) at every step of the soft window, until a share of it has passed; the largest over budgets.
+
+    signal: the size of a fixed gradient beside noise of size 1."""
+    flags = ["--steps", str(steps)] + (["--router-lr", str(rate)] if rate else [])
+    args = parse_args(flags)
+    router = Router(Space(LlamaConfig()), "constrained", seed, [*budgets, 1.0])
+    llama = Llama(TINY)
+    optimizers = train.make_optimizers(llama, router, args)
+    generator = random_generator("noise", seed)
+    n_choices = router.space.onehot.size(1)
+    fixed = torch.randn(n_choices, generator=generator)
+
+    first = math.ceil(args.router_start * (steps - 1))
+    last = math.floor(args.soft_end * (steps - 1))
+    found = []
+    for step in range(first, first + round(until * (last - first))):
+        train.set_rates(optimizers, step, args)
+        for optimizer in optimizers:
+            optimizer.zero_grad()  # to None: a step without a soft pass leaves the router where it is
+        tau, kappa, soft_share = train.schedule(step, args)
+        largest = 0.0
+        for budget in budgets:
+            choice = router.sample(budget, step, tau, kappa)
+            largest = max(largest, choice.max_p)
+            if train.uniform_draw(seed, step, "soft", budget) < soft_share:
+                noise = torch.randn(n_choices, generator=generator)
+                choice.marginals.backward((noise + signal * fixed) / len(budgets))
+        found.append(largest)
+        train.clip_gradients(llama, router, args.clip)
+        for optimizer in optimizers:
+            optimizer.step()
+    return found
+
+
+@pytest.mark.parametrize("steps,budgets", [(450, [0.4, 0.6, 0.8]), (5000, [0.6]), (28800, [0.4])])
+def test_noise_decides_nothing_while_soft_passes_are_many(steps, budgets):
+    """Catches a rate that does not fall, or too slowly, with the length of the run."""
+    assert max(decisions(steps, budgets, until=0.5)) < 0.9
+
+
+def test_the_papers_rate_is_decided_by_noise():
+    """The test above can fail: at 4e-2 the choice is made in the first steps of 28,800, by noise."""
+    assert max(decisions(28800, [0.4], until=0.06, rate=4e-2)) > 0.99
+
+
+@pytest.mark.parametrize("steps,budgets", [(450, [0.4, 0.6, 0.8]), (5000, [0.6])])
+def test_a_signal_has_decided_by_the_end_of_the_window(steps, budgets):
+    """Catches a rate that falls too fast with the length of the run: a signal as large as the noise is over .9."""
+    assert decisions(steps, budgets, signal=1.0)[-1] > 0.9
