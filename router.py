@@ -4,8 +4,8 @@ The router: from a budget to a slice.
 LLaMaFlex Sec. 3. A budget b goes through one embedding, and then through one small MLP per axis, to
 logits over the sizes that this axis offers (space.py). Two verbs lead from a budget to a slice:
 
-    sample    in training. Noise makes the choice random. A distribution over the choices comes
-              with it: through that the router learns.
+    sample    in training. Noise makes the choice random. What the router learns from comes with
+              it: a second choice to compare with, and a distribution over the choices.
     route     in use. The best slice for b, without noise: always the same.
 
 sample is a Gumbel-softmax, with noise g = -log(-log u), u uniform in (0, 1). It draws the choice
@@ -131,6 +131,8 @@ class Choice(NamedTuple):
     """The router's answer in training. K is the number of choices on all axes together."""
     subnet: SubNet
     marginals: torch.Tensor | None = None  # (K,) y of the axes, end to end; None: no router
+    other: SubNet | None = None            # a second draw; None: no router
+    log_ratio: torch.Tensor | None = None  # () log p(other) - log p(subnet), without noise
     penalty: torch.Tensor | None = None    # () to add to the loss; None: nothing to add
     max_p: float = 1.0                     # the largest probability, without noise; 1: decided
 
@@ -141,6 +143,15 @@ def gumbel_noise(n: int, generator: torch.Generator) -> torch.Tensor:
     u = u.clamp(1e-12, 1 - 1e-12)  # log 0 is infinite
     g = -(-u.log()).log()
     return g.float()
+
+
+def lesson(choice: Choice, loss: float, other_loss: float) -> torch.Tensor:
+    """What to add to the loss so that the better one of the two slices of a choice gets likelier, ().
+
+    Its gradient is half the difference of the losses times that of log_ratio. In the mean over draws
+    that is the gradient of the expected loss: the score function, each draw the baseline of the other
+    (Kool, van Hoof and Welling 2019)."""
+    return (other_loss - loss) / 2 * choice.log_ratio
 
 
 class Router(nn.Module):
@@ -201,16 +212,22 @@ class Router(nn.Module):
         if self.mode in ("uniform", "random"):
             return Choice(self.route(budget))
 
-        # The answer has a hard and a soft part. A training pass uses one of them:
-        #   subnet     the slice that was drawn. A hard pass runs this slice, and trains the Llama.
-        #   marginals  the distribution y. A soft pass runs the full width under gates made of y
-        #              (Space.gates). Its gradient tells the router what each choice is worth.
+        # Every training pass runs the slice that was drawn, and trains the Llama. There are two ways
+        # in which a loss can teach the router what to draw (--teach); train.py chooses:
         #
-        # The loss teaches the router in soft passes only. (A penalty, if there is one, teaches it
-        # in every pass.) Hard passes could do it by straight-through gates, of value 1 and with the
-        # gradient of y. They were tried and dropped. A gate of 1 is a scale. The weights beside it
-        # are trained until no other scale would be better, so the gradient of the gate is noise.
-        # And a unit outside of the slice has no gradient at all.
+        #   pairs  a second slice is drawn, and reads the same tokens. lesson() makes the better one
+        #          of the two likelier.
+        #   soft   the paper's kind. The pass runs the full width under gates made of y (marginals;
+        #          Space.gates), and its gradient goes through the Gumbel-softmax.
+        #
+        # Half of one slice and half of another is no slice. On a trained Llama this mixture is better
+        # than both, so the gradient there leads to the middle, and says little about the ends
+        # (RESULTS.md, section 7). The difference of two losses is what it is. It costs a forward of
+        # a slice where a soft pass costs the full width, and nothing once both draws are the same.
+        #
+        # Straight-through gates on the slice itself, of value 1 and with the gradient of y, teach
+        # nothing. A gate of 1 is a scale. The weights beside it are trained until no other scale
+        # would be better, and a unit outside of the slice has no gradient at all.
         rows = self.space.feasible(budget)
         z = kappa * self.logits(budget)               # K
         generator = random_generator(self.seed, step, budget)
@@ -238,9 +255,14 @@ class Router(nn.Module):
         # Its marginals: a choice gets the sum of y over the members that made it.
         marginals = y @ onehot                        # K
 
+        # A second draw, by noise of its own.
+        second = z + gumbel_noise(len(z), generator)
+        other = space.subnet(space.members[rows[second.argmax()]])
+        log_ratio = z[second.argmax()] - z[noisy.argmax()]
+
         # For the log: is the router still undecided? Noise has no part in that.
         p = z.softmax(0)
-        return Choice(subnet, marginals, max_p=p.max().item())
+        return Choice(subnet, marginals, other, log_ratio, max_p=p.max().item())
 
     def sample_penalty(self, z: torch.Tensor, tau: float, generator: torch.Generator,
                        budget: float, weight: float) -> Choice:
@@ -258,6 +280,13 @@ class Router(nn.Module):
             marginals.append(y)
         marginals = torch.cat(marginals)              # K
 
+        # A second draw, by noise of its own.
+        second = z + gumbel_noise(len(z), generator)  # K
+        other = space.best_per_axis(second)
+        log_ratio = torch.zeros(())
+        for first, then, logits in zip(*map(space.split, (noisy, second, z))):
+            log_ratio = log_ratio + logits[then.argmax()] - logits[first.argmax()]
+
         # The probability of every member, without noise: the product of its choices'.
         log_p = [axis.log_softmax(0) for axis in space.split(z)]
         log_p = space.onehot @ torch.cat(log_p)       # M
@@ -266,7 +295,7 @@ class Router(nn.Module):
         # The penalty: how far the mean cost is from the budget, as a share of it.
         mean_cost = p @ space.costs.float()
         off = (mean_cost / budget - 1).abs()
-        return Choice(subnet, marginals, weight * off, p.max().item())
+        return Choice(subnet, marginals, other, log_ratio, weight * off, p.max().item())
 
     # In use: route.
 

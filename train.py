@@ -25,7 +25,8 @@ models over 100M parameters, as the paper has them:
     mod. lr    1e-3 (1e-3)            the modulation's
     tau        1 -> .056              how soft the router's choice is
     kappa      1 -> 10                its logits against the noise
-    soft       1 -> 0                 share of soft passes, from .12 to .45 of the steps
+    teach      1 -> 0                 share of passes that teach the router, from .12 to .45 of the
+                                      steps
 """
 import argparse
 import math
@@ -79,7 +80,7 @@ from plumbing.sharding import (
     whole,
 )
 from plumbing.tensors import fingerprint
-from router import Choice, Router
+from router import Choice, Router, lesson
 from space import n_params, random_generator
 
 # -----------------------------------------------------------------------------
@@ -99,23 +100,23 @@ def lr_factor(step: int, steps: int, warmup: float, start: float = 0.0) -> float
 
 
 def schedule(step: int, args: argparse.Namespace) -> tuple[float, float, float]:
-    """(tau, kappa, share of soft passes) at a step.
+    """(tau, kappa, share of passes that teach the router) at a step.
 
     tau     1 -> tau_end, geometrically: the choice gets harder
     kappa   1 -> kappa_end, linearly: the logits outgrow the noise
-    soft    0 until router_start, then from soft_prob down to 0 at soft_end
+    teach   0 until router_start, then from teach_prob down to 0 at teach_end
 
-    Soft passes teach the router, and cost the full width. Before router_start the router does not
-    learn: what is best before training is not what is best after. After soft_end the loss
-    does not reach it any more: it has decided. (A penalty, if there is one, still does.)"""
+    Before router_start the router does not learn: what is best before training is not what is best
+    after. After teach_end the loss does not reach it any more: it has decided, and the Llama trains
+    on its choices. (A penalty, if there is one, still reaches it.)"""
     t = step / max(1, args.steps - 1)  # 0 at the first step, 1 at the last
     tau = args.tau_end ** t
     kappa = 1 + (args.kappa_end - 1) * t
-    soft_share = 0.0
+    teach_share = 0.0
     if t >= args.router_start:
-        left = (args.soft_end - t) / max(1e-9, args.soft_end - args.router_start)
-        soft_share = args.soft_prob * max(0.0, left)
-    return tau, kappa, soft_share
+        left = (args.teach_end - t) / max(1e-9, args.teach_end - args.router_start)
+        teach_share = args.teach_prob * max(0.0, left)
+    return tau, kappa, teach_share
 
 
 # -----------------------------------------------------------------------------
@@ -200,8 +201,8 @@ class Handover:
         return leaf
 
     def backward(self, penalties: list[torch.Tensor]) -> None:
-        """Adds to the router's .grad what the leaves collected, and the gradient of the penalties
-        (scalars)."""
+        """Adds to the router's .grad what the leaves collected, and the gradient of the penalties and
+        lessons (scalars)."""
         ends = list(penalties)
         gradients = [None] * len(penalties)  # None: the gradient of a scalar by itself, 1
         if self.leaves:
@@ -269,20 +270,35 @@ def run_pass(wrapped, x, y, args, device, n_budgets: int, meet: bool, marginals=
     return mean_loss
 
 
+@torch.no_grad()
+def loss_of_other(model, x, y, args, device, subnet, factors) -> torch.Tensor:
+    """The mean cross-entropy of another slice on the tokens x, targets y of a pass, each (local, T):
+    ()."""
+    mean_loss = torch.zeros((), device=device)
+    if factors is not None:
+        factors = factors.to(device)
+    for tokens, targets in zip(x.split(args.micro_batch), y.split(args.micro_batch)):
+        with autocast(device):
+            loss = model(tokens.to(device), targets.to(device), subnet=subnet, factors=factors)[1]
+        mean_loss += loss * len(tokens) / len(x)
+    return mean_loss
+
+
 def train_step(wrapped, model, router, shards, step, args, device, teacher=None) -> dict:
     """Forward and backward of all budgets of a step. Leaves gradients in .grad, averaged over the
     ranks.
 
     wrapped: the model as it is called (DDP's, or the model itself). teacher: a frozen Llama for
     --kd, or None. Returns tau, kappa, and a row per pass: budget, subnet, soft, max_p, loss
-    (cross-entropy over all ranks)."""
-    tau, kappa, soft_share = schedule(step, args)
+    (cross-entropy over all ranks), other (the second slice of a pair that was compared, or None)."""
+    tau, kappa, teach_share = schedule(step, args)
     budgets = budgets_of_step(step, args)
     n = len(budgets)
     sequences = args.batch_tokens // args.seq_len  # per budget, over all ranks
     local = sequences // WORLD                     # this rank's share of them
     handover = Handover(device)
     passes = []
+    pairs = []
 
     # 1. The router draws a slice for every budget: the same one on all ranks.
     if router is None:
@@ -293,13 +309,14 @@ def train_step(wrapped, model, router, shards, step, args, device, teacher=None)
     penalties = [choice.penalty / n for choice in choices if choice.penalty is not None]
 
     for i, (budget, choice) in enumerate(zip(budgets, choices)):
-        # 2. Most passes run the slice, and train the Llama at the slice's cost.
-        #    A soft pass runs the full width under gates made of the router's marginals. It trains
-        #    the router too, because it feels what a larger or smaller choice would bring.
-        #    router.py says why a sliced pass cannot teach the router.
-        soft = False
+        # 2. A pass runs the slice, and trains the Llama at the slice's cost. Some passes teach the
+        #    router too (router.py: sample), in pairs: another slice reads the same tokens, forward
+        #    only. Or soft: the full width runs under gates made of the router's marginals.
+        teaches = False
         if choice.marginals is not None:
-            soft = uniform_draw(args.seed, step, "soft", budget) < soft_share
+            teaches = uniform_draw(args.seed, step, "teach", budget) < teach_share
+        soft = teaches and args.teach == "soft"
+        pair = teaches and args.teach == "pairs" and choice.other != choice.subnet
         runs = choice.subnet
         given = {}
         if soft:
@@ -320,13 +337,25 @@ def train_step(wrapped, model, router, shards, step, args, device, teacher=None)
         loss = run_pass(wrapped, x, y, args, device, n, meet=i == n - 1, subnet=runs,
                         factors=factors, teacher=teacher if budget < 1 else None, **given)
         passes.append(dict(budget=budget, subnet=choice.subnet, soft=soft, max_p=choice.max_p,
-                           loss=loss))
+                           loss=loss, other=None))
 
-    # 5. The router gets its gradients back.
-    handover.backward(penalties)
-    losses = mean_over_ranks(torch.stack([p["loss"] for p in passes])).tolist()
+        # 5. In a pair the other slice reads the same tokens.
+        if pair:
+            factors = None
+            if args.modulation != "none":
+                factors = router.factors(choice.other)
+            other_loss = loss_of_other(model, x, y, args, device, choice.other, factors)
+            passes[-1]["other"] = choice.other
+            pairs.append((choice, passes[-1], other_loss))
+
+    # 6. Losses are means over the ranks, and the router gets its gradients back.
+    losses = [p["loss"] for p in passes] + [other_loss for _, _, other_loss in pairs]
+    losses = mean_over_ranks(torch.stack(losses)).tolist()
     for p, loss in zip(passes, losses):
         p["loss"] = loss
+    for (choice, p, _), other_loss in zip(pairs, losses[n:]):
+        penalties.append(lesson(choice, p["loss"], other_loss) / n)
+    handover.backward(penalties)
     return dict(passes=passes, tau=tau, kappa=kappa)
 
 

@@ -42,9 +42,12 @@ def spent(folder: Path) -> dict:
     passes = 0
     flops = 0.0
     for record in steps:
-        for soft, got in zip(record["soft"], record["got"]):
+        others = record.get("other", [None] * len(record["got"]))
+        for soft, got, other in zip(record["soft"], record["got"], others):
             share = 1.0 if soft else got  # a soft pass runs everything
             flops += train_flops(config, settings["seq_len"], share)
+            if other is not None:         # the second slice of a pair: a forward
+                flops += train_flops(config, settings["seq_len"], other) / 3
             passes += 1
 
     median = statistics.median(r.get("seconds", 0) for r in steps)

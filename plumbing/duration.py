@@ -28,16 +28,20 @@ def train_flops(config: LlamaConfig, seq_len: int, share: float = 1.0) -> float:
 
 
 def run_flops(config: LlamaConfig, args: argparse.Namespace) -> float:
-    """FLOPs of the elastic steps of a run, over all ranks: slices that cost all of their budget,
-    soft passes as many as are expected, and the teacher's forwards."""
+    """FLOPs of the elastic steps of a run, over all ranks: slices that cost all of their budget, as
+    many passes that teach the router as are expected, and the forwards of --kd's teacher."""
     several = len(args.budgets) > 1 and args.router in ("constrained", "penalty")
-    # The share of soft passes falls from soft_prob to 0 between router_start and soft_end.
-    soft = args.soft_prob * max(0.0, args.soft_end - args.router_start) / 2 if several else 0.0
+    # Their share falls from teach_prob to 0 between router_start and teach_end.
+    teach = args.teach_prob * max(0.0, args.teach_end - args.router_start) / 2 if several else 0.0
     drawn = [(1 + min(args.budgets)) / 2] * args.extra_budgets  # uniform between these two
     flops = 0.0
     for budget in [*args.budgets, *drawn]:
-        soft_here = soft if budget < 1 else 0.0
-        flops += train_flops(config, args.seq_len, soft_here + (1 - soft_here) * budget)
+        sliced = train_flops(config, args.seq_len, budget)
+        flops += sliced
+        if budget < 1 and args.teach == "soft":
+            flops += teach * (train_flops(config, args.seq_len) - sliced)
+        if budget < 1 and args.teach == "pairs":
+            flops += teach * sliced / 3  # a forward of the other slice
         if args.kd > 0 and budget < 1:
             flops += train_flops(config, args.seq_len) / 3  # a forward
     return flops * args.batch_tokens * args.steps

@@ -85,7 +85,7 @@ def plan(config: LlamaConfig, args: argparse.Namespace, ranks: int, bf16: bool) 
     batch = min(args.micro_batch, args.batch_tokens // args.seq_len // ranks)
     tokens = batch * args.seq_len
     logits = 4 * min(tokens, LOSS_TOKENS) * config.vocab_size  # of a chunk
-    soft = args.soft_prob > 0 and len(args.budgets) > 1
+    soft = args.teach == "soft" and args.teach_prob > 0 and len(args.budgets) > 1
     activations = activation_bytes(config, batch, args.seq_len, bf16, args.activation_checkpointing, soft)
     # Two gradients of the softmax. Its output is among what is kept, if there is one chunk only; if
     # there are several, they are made again one by one.

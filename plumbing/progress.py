@@ -6,7 +6,7 @@ the table of budgets.
     step   300/450 | val  | 1.00->1.000 3.150  0.80->0.750 3.163 ...
 
 A cell is the budget asked for, the share of the parameters that its slice has, and the loss; ~
-marks a soft pass.
+marks a pass that taught the router.
 """
 import argparse
 
@@ -38,16 +38,18 @@ def validate(run: Run, step: int, model: Llama, router: Router, val, args: argpa
 
 def log_step(run: Run, step: int, config: LlamaConfig, result: dict, norms: dict, lr: float) -> None:
     """A line of log.jsonl and, now and then, of the screen: budget asked -> got and loss of every
-    pass (~: soft).
+    pass (~: it taught the router).
 
     result: what train_step() returned. norms: of the gradients, before they were clipped."""
     passes = result["passes"]
     for p in passes:
         p["got"] = round(cost(config, p.pop("subnet")), 4)
+        if p["other"] is not None:
+            p["other"] = round(cost(config, p["other"]), 4)
     cells = []
     for p in reversed(passes):
-        soft = "~" if p["soft"] else " "
-        cells.append(f"{p['budget']:.2f}->{p['got']:.3f}{soft}{p['loss']:.3f}")
+        taught = "~" if p["soft"] or p["other"] is not None else " "
+        cells.append(f"{p['budget']:.2f}->{p['got']:.3f}{taught}{p['loss']:.3f}")
     text = "loss | " + "  ".join(cells)
     if len(passes) > 1:
         max_p = max(p["max_p"] for p in passes if p["budget"] < 1)

@@ -26,8 +26,8 @@ LAPTOP = dict(budgets=[1.0, 0.9, 0.8, 0.6], steps=110, batch_tokens=512, seq_len
               modulation_lr=1.4e-3, kd=0.5, depth_by="influence", eval_windows=32, calibration_windows=32,
               eval_every=55, save_every=10, log_every=5)
 
-MAY_BE_ZERO = {"seed", "extra_budgets", "weight_decay", "soft_prob", "kd", "penalty", "warmup", "router_start"}
-SHARES = {"warmup", "router_start", "soft_prob", "soft_end", "kd", "tau_end"}  # between 0 and 1
+MAY_BE_ZERO = {"seed", "extra_budgets", "weight_decay", "teach_prob", "kd", "penalty", "warmup", "router_start"}
+SHARES = {"warmup", "router_start", "teach_prob", "teach_end", "kd", "tau_end"}  # between 0 and 1
 
 # A resumed run may differ in these always, and in those of OVERRIDES with --override.
 MAY_DIFFER = {"resume", "override", "laptop", "out", "shard", "activation_checkpointing", "device", "micro_batch", "eval_every",
@@ -95,9 +95,12 @@ def add_schedule(p: argparse.ArgumentParser) -> None:
         "slices are drawn from all that fit")
     add("--weight-decay", type=float, default=0.1, help="on the Llama's matrices")
     add("--clip", type=float, default=1.0, help="gradient norm, for Llama, router and modulation apart")
-    add("--soft-prob", type=float, default=1.0, help="share of soft passes when the router starts")
-    add("--soft-end", type=float, default=-1, help="share of the steps at which the last soft passes run (default: "
-        "0.45; --router penalty 1, because its penalty pulls at the router to the end)")
+    add("--teach", choices=["pairs", "soft"], default=None, help="how the loss teaches the router: pairs, two slices read "
+        "the same tokens; soft, the full width under gates of a Gumbel-softmax, as in the paper (default: pairs, with "
+        "--router penalty soft)")
+    add("--teach-prob", type=float, default=1.0, help="share of passes that teach the router when it starts")
+    add("--teach-end", type=float, default=-1, help="share of the steps at which the last of them run (default: 0.45; "
+        "--router penalty 1, because its penalty pulls at the router to the end)")
     add("--tau-end", type=float, default=0.0561, help="temperature at the last step (starts at 1)")
     add("--kappa-end", type=float, default=10.0, help="logit scale at the last step (starts at 1)")
     add("--calibration-windows", type=int, default=-1, help="training windows that rank the units")
@@ -148,7 +151,9 @@ def derive(args: argparse.Namespace) -> None:
     seq_len = args.seq_len if args.seq_len != -1 else derived["seq_len"]
     derived["micro_batch"] = max(1, 8192 // max(1, seq_len))
     derived["router_lr"] = router_rate(steps)
-    derived["soft_end"] = 1.0 if args.router == "penalty" else 0.45
+    derived["teach_end"] = 1.0 if args.router == "penalty" else 0.45
+    if args.teach is None:
+        args.teach = "soft" if args.router == "penalty" else "pairs"
     for name, value in derived.items():
         if getattr(args, name) == -1:
             setattr(args, name, value)
@@ -166,9 +171,9 @@ def check(args: argparse.Namespace) -> None:
         fail("--laptop found, without --llama; expected a Llama to start from: python train.py --laptop --llama out/llama "
              "--data data/mytext (the demo, python train.py, is small as it is)")
     several = len(args.budgets) > 1
-    if several and args.soft_prob > 0 and args.soft_end <= args.router_start:
-        fail(f"--soft-end {args.soft_end:g} found, --router-start is {args.router_start:g}; expected a larger one: "
-             "soft passes teach the router between the two")
+    if several and args.teach_prob > 0 and args.teach_end <= args.router_start:
+        fail(f"--teach-end {args.teach_end:g} found, --router-start is {args.router_start:g}; expected a larger one: "
+             "the router learns between the two")
     if any(not 0 < b <= 1 for b in args.budgets) or 1.0 not in args.budgets:
         fail(f"--budgets {' '.join(map(str, args.budgets))} found; expected fractions in (0, 1] and 1.0, the full "
              "model, among them; try --budgets 1.0 0.8 0.6 0.4")

@@ -39,7 +39,7 @@ def bytes_of(folder):
 def parts(root, flags, budgets=(1.0, 0.5), **changes):
     """(model, router with random last layers, shards, args) for one train_step."""
     args = train.parse_args(["--llama", str(root / "out/base"), *flags, "--budgets", *map(str, budgets)])
-    vars(args).update(dict(router_start=0.0) | changes)
+    vars(args).update(dict(router_start=0.0, teach="soft") | changes)
     model = load_llama(args.llama)
     router = Router(Space(model.config), args.router)
     generator = torch.Generator().manual_seed(5)

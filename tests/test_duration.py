@@ -10,20 +10,23 @@ from plumbing.settings import LAPTOP, parse_args
 from tests.helpers import GQA, one_line_error, random_llama
 
 
-def test_the_steps_of_a_run_are_counted():
-    """Catches a budget, the soft passes, extra budgets or the teacher left out: against a sum over
-    the steps, with the share of soft passes that train.py has at each."""
-    flags = "--steps 400 --batch-tokens 64 --seq-len 16 --budgets 1 .5 --soft-prob .6".split()
+@pytest.mark.parametrize("teach", ["soft", "pairs"])
+def test_the_steps_of_a_run_are_counted(teach):
+    """Catches a budget, what teaches the router, extra budgets or the teacher left out: against a sum over
+    the steps, with the share of passes that teach which train.py has at each."""
+    flags = "--steps 400 --batch-tokens 64 --seq-len 16 --budgets 1 .5 --teach-prob .6".split() + ["--teach", teach]
     args = parse_args(flags)
     full = train_flops(GQA, 16)
     want = 0.0
     for step in range(args.steps):
-        soft = train.schedule(step, args)[2]
-        want += 64 * (full + soft * full + (1 - soft) * train_flops(GQA, 16, 0.5))
+        share = train.schedule(step, args)[2]
+        half = train_flops(GQA, 16, 0.5)
+        taught = full if teach == "soft" else half + half / 3
+        want += 64 * (full + share * taught + (1 - share) * half)
     assert run_flops(GQA, args) == pytest.approx(want, rel=2e-3)
     by_kd = run_flops(GQA, parse_args([*flags, "--kd", ".3"])) - run_flops(GQA, args)
     assert by_kd == pytest.approx(400 * 64 * full / 3)
-    flags += ["--soft-prob", "0"]
+    flags += ["--teach-prob", "0"]
     extra = run_flops(GQA, parse_args([*flags, "--extra-budgets", "2"])) - run_flops(GQA, parse_args(flags))
     assert extra == pytest.approx(2 * 400 * 64 * train_flops(GQA, 16, 0.75))
 

@@ -40,7 +40,7 @@ def test_the_plan_is_what_a_run_takes(demo, tmp_path, monkeypatch, extra):
     flags = ["--llama", tmp_path / "base", "--data", tmp_path / "data", "--out", tmp_path / "flex", "--steps", "2",
              "--batch-tokens", "256", "--seq-len", "128", "--budgets", "1.0", "0.6",
              "--eval-windows", "2", "--calibration-windows", "2", "--depth-by", "influence",
-             "--router-start", "0", "--soft-end", "1", "--device", "cpu", *extra]
+             "--router-start", "0", "--teach-end", "1", "--device", "cpu", *extra]
     script = tmp_path / "measure.py"
     script.write_text(MEASURE)
     done = run_afresh(script, *flags)

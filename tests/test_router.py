@@ -14,7 +14,7 @@ import torch
 from model import Llama, SubNet
 from plumbing.checkpoint import load_tensors, save_tensors
 from plumbing.family import Family, restore_router, router_state
-from router import Router
+from router import Choice, Router, lesson
 from space import AXES, Space, choices_for, cost, n_params, random_generator
 from tests.helpers import (GQA, MHA, SHAPES, hard_gates, odd_choices, one_line_error, random_llama,
                            random_router, subnets, tokens_for)
@@ -386,12 +386,12 @@ def test_the_full_network_is_not_sampled():
     as a router does."""
     for mode in ("constrained", "penalty", "uniform", "random"):
         router = random_router(GQA, mode)
-        assert tuple(router.sample(1.0, 0, 1.0, 1.0)) == (SubNet.full(GQA), None, None, 1.0)
+        assert router.sample(1.0, 0, 1.0, 1.0) == Choice(SubNet.full(GQA))
         assert router.route(1.0) == SubNet.full(GQA)
     for mode in ("uniform", "random"):
         router = random_router(GQA, mode)
         for step in range(3):
-            assert tuple(router.sample(0.6, step, 1.0, 1.0)) == (router.route(0.6), None, None, 1.0)
+            assert router.sample(0.6, step, 1.0, 1.0) == Choice(router.route(0.6))
 
 
 def test_a_budget_is_walked_once(monkeypatch):
@@ -500,15 +500,49 @@ def test_sampling_follows_the_softmax():
     p = joint(router, members, budget, kappa).softmax(0)
     expected = p * draws
     assert len(members) >= 5 and p.max() < 0.7 and (expected > 5).sum() >= 5, "a test of nothing"
-    counts = torch.zeros(len(members))
+    counts = torch.zeros(2, len(members))  # of the first draw, of the second
+    same = 0
     for step in range(draws):
         with torch.no_grad():
             choice = router.sample(budget, step, tau=0.3, kappa=kappa)
-        counts[names.index(choice.subnet)] += 1
-    chi2 = ((counts - expected) ** 2 / expected).sum().item()
+        counts[0, names.index(choice.subnet)] += 1
+        counts[1, names.index(choice.other)] += 1
+        same += choice.subnet == choice.other
+    chi2 = ((counts - expected) ** 2 / expected).sum(1)
     freedom = len(members) - 1
-    assert chi2 < freedom + 4 * math.sqrt(2 * freedom)
+    assert (chi2 < freedom + 4 * math.sqrt(2 * freedom)).all()
+    alike = p.square().sum().item() * draws  # of two independent draws
+    assert abs(same - alike) < 4 * math.sqrt(alike)
     assert math.isclose(choice.max_p, p.max().item(), rel_tol=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["constrained", "penalty"])
+def test_lessons_are_the_gradient_of_the_expected_loss(mode):
+    """Catches a lesson with the wrong sign or scale, a log ratio of other draws or with their noise in it: the mean over
+    draws must be the gradient of sum p(slice) loss(slice), which is known here, in every logit."""
+    router = random_router(GQA, mode, choices=FEW)
+    space = router.space
+    space.delta = 0.2
+    budget, kappa, draws = 0.72, 1.3, 3000
+    losses = {}
+    generator = torch.Generator().manual_seed(3)
+    for member in space.members:
+        losses[space.subnet(member)] = torch.randn((), generator=generator).item()
+    rows = space.feasible(budget) if mode == "constrained" else torch.arange(len(space.members))
+    z = router.logits(budget).detach().requires_grad_()
+    p = (space.onehot[rows] @ (kappa * z)).softmax(0)
+    expected = sum(q * losses[space.subnet(space.members[row])] for q, row in zip(p, rows))
+    want = torch.autograd.grad(expected, z)[0]
+    router.logits = lambda budget: z
+    found = []
+    for step in range(draws):
+        choice = router.sample(budget, step, 0.5, kappa)
+        taught = lesson(choice, losses[choice.subnet], losses[choice.other])
+        found.append(torch.autograd.grad(taught, z)[0])
+    found = torch.stack(found)
+    deviation = found.std(0) / math.sqrt(draws)
+    assert (want.abs() > 4 * deviation).sum() >= 4, "a test of nothing"
+    assert ((found.mean(0) - want).abs() < 4 * deviation + 1e-6).all()
 
 
 def test_penalty_mode_samples_every_axis_alone():
@@ -607,7 +641,7 @@ def test_a_sample_is_a_function_of_seed_step_and_budget(mode):
             choice = router.sample(b, step, 0.5, 0.3)
             y = None if choice.marginals is None else choice.marginals.tolist()
             penalty = None if choice.penalty is None else choice.penalty.item()
-            got[step, b] = (choice.subnet, y, penalty, choice.max_p)
+            got[step, b] = (choice.subnet, choice.other, y, penalty, choice.max_p)
         return got
 
     order = [(step, b) for step in range(12) for b in (0.5, 0.6, 0.8)]
@@ -628,8 +662,8 @@ def test_a_sample_is_a_function_of_seed_step_and_budget(mode):
 def test_schedule_ends():
     """Catches a temperature that never arrives, or a kappa that falls: the last step is where the
     router must be sharp."""
-    args = argparse.Namespace(steps=51, tau_end=0.0561, kappa_end=10.0, soft_prob=0.5,
-                              router_start=0.2, soft_end=0.6)
+    args = argparse.Namespace(steps=51, tau_end=0.0561, kappa_end=10.0, teach_prob=0.5,
+                              router_start=0.2, teach_end=0.6)
     taus, kappas, softs = zip(*(schedule(step, args) for step in range(51)))
 
     # Soft passes: none before the router starts, none after their end, ever fewer between.
@@ -648,7 +682,7 @@ def test_schedule_ends():
     # A run of one step has no end to arrive at.
     args.steps = 1
     args.router_start = 0.0
-    assert schedule(0, args) == (1, 1, args.soft_prob)
+    assert schedule(0, args) == (1, 1, args.teach_prob)
 
     # The learning rate: zero before the start, a warm-up, a decay to a tenth.
     rates = [lr_factor(step, 50, 0.1, 0.2) for step in range(50)]

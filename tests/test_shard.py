@@ -75,7 +75,7 @@ from tests.miniature import parts
 root, out, kind, flags = Path(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4:]
 device = train.setup(train.parse_args(flags).device)
 elastic.LOSS_TOKENS = 20  # several chunks of logits, the last one shorter
-model, router, shards, args = parts(root, flags, budgets=(1.0, 0.8, 0.5), soft_prob=1.0, soft_end=1.0)
+model, router, shards, args = parts(root, flags, budgets=(1.0, 0.8, 0.5), teach_prob=1.0, teach_end=1.0)
 wrapped = shard(model, kind, device)
 for step in range(3):  # a reducer that was left unfinished complains at the second step
     model.zero_grad(), router.zero_grad()
@@ -148,7 +148,7 @@ def test_activation_checkpointing_changes_nothing(alone):
     import train
     grads = []
     for flag in ([], ["--activation-checkpointing"]):
-        model, router, shards, args = parts(root, [*map(str, flags), *flag], soft_prob=0.5)
+        model, router, shards, args = parts(root, [*map(str, flags), *flag], teach_prob=0.5)
         model.activation_checkpointing = args.activation_checkpointing
         for step in range(2):
             train.train_step(model, model, router, shards, step, args, torch.device("cpu"))

@@ -16,7 +16,7 @@ from importance import sort_
 from model import Llama, LlamaConfig
 from plumbing.checkpoint import load_llama, load_tensors
 from plumbing.family import open_family
-from space import cost
+from space import AXES, cost
 from tests.helpers import close, one_line_error
 from tests.miniature import TINY, bytes_of, gradients, log, parts
 from tests.processes import run
@@ -56,21 +56,29 @@ def test_dense_step_is_the_plain_loop(random_start):
     assert result["passes"][0]["loss"] == pytest.approx(loss.item(), rel=1e-5)
 
 
-def slow_gradients(model, router, shards, step: int, args, softs: list[bool], teacher=None) -> tuple[dict, list]:
-    """The gradients of the mean loss over budgets, all in one obvious graph; and the cross-entropies. softs: which
-    passes run the full width under gates."""
+def logit_of(router, budget: float, subnet) -> torch.Tensor:
+    """The sum of the logits of a slice's choices, one for each axis."""
+    total = 0
+    for axis, size, z in zip(AXES, router.space.sizes(subnet), router.space.split(router.logits(budget))):
+        total = total + z[router.space.choices[axis].index(size)]
+    return total
+
+
+def slow_gradients(model, router, shards, step: int, args, passes: list[dict], teacher=None) -> tuple[dict, list]:
+    """The gradients of the mean loss over budgets, all in one obvious graph; and the cross-entropies. passes: what the
+    step says of its own, which are soft and which are pairs."""
     tau, kappa, _ = train.schedule(step, args)
     budgets = sorted(args.budgets)
     n = len(budgets)
     total = 0
     entropies = []
-    for i, (budget, soft) in enumerate(zip(budgets, softs)):
+    for i, (budget, one) in enumerate(zip(budgets, passes)):
         x, y = shards.batch(step, 8 * n, 8 * i, 8 * i + 8)
         choice = router.sample(budget, step, tau, kappa, args.penalty)
         how = {}
         if budget < 1 and args.modulation != "none":
             how["factors"] = router.modulation(choice.subnet)
-        if soft:
+        if one["soft"]:
             how["gates"] = router.space.gates(choice.marginals)
         else:
             how["subnet"] = choice.subnet
@@ -84,6 +92,13 @@ def slow_gradients(model, router, shards, step: int, args, softs: list[bool], te
             loss = (1 - args.kd) * entropy + args.kd * kl
         if choice.penalty is not None:
             loss = loss + choice.penalty
+        if one["other"] is not None:
+            with torch.no_grad():
+                factors = None if args.modulation == "none" else router.modulation(choice.other)
+                logits = model(x, subnet=choice.other, factors=factors)[0]
+                worse = F.cross_entropy(logits.flatten(0, 1), y.flatten()) - entropy
+            likelier = logit_of(router, budget, choice.other) - logit_of(router, budget, choice.subnet)
+            loss = loss + worse * kappa * likelier / 2
         total = total + loss / n
         entropies.append(entropy.item())
     total.backward()
@@ -91,15 +106,16 @@ def slow_gradients(model, router, shards, step: int, args, softs: list[bool], te
 
 
 @pytest.mark.parametrize("router_mode,changes", [
-    ("constrained", dict(soft_prob=0.0)), ("constrained", dict(soft_prob=1.0)),
-    ("constrained", dict(soft_prob=0.6, kd=0.3)), ("penalty", dict(soft_prob=0.0, penalty=0.7)),
-    ("constrained", dict(soft_prob=1.0, modulation="none"))])
+    ("constrained", dict(teach_prob=0.0)), ("constrained", dict(teach_prob=1.0)),
+    ("constrained", dict(teach_prob=0.6, kd=0.3)), ("penalty", dict(teach_prob=0.0, penalty=0.7)),
+    ("constrained", dict(teach_prob=1.0, modulation="none")), ("constrained", dict(teach="pairs", kd=0.3)),
+    ("constrained", dict(teach="pairs", modulation="none")), ("penalty", dict(teach="pairs", penalty=0.7))])
 def test_elastic_step_is_the_sum_of_its_budgets(random_start, router_mode, changes):
     """Catches budgets that share tokens, lose their weight in the mean, or gates and modulation whose gradient does not
     reach the router; distillation at b = 1; a penalty that counts n times: the obvious graph, all in one, must give the
     same gradients."""
     root, flags = random_start
-    changes = dict(steps=1000) | changes  # so step 3 is an early one: soft_prob is the share of soft passes
+    changes = dict(steps=1000) | changes  # so step 3 is an early one: teach_prob is the share of soft passes
     model, router, shards, args = parts(root, [*flags, "--router", router_mode], (0.5, 1.0, 0.8), **changes)
     other_model, other_router = copy.deepcopy(model), copy.deepcopy(router)
     teacher = None
@@ -108,19 +124,31 @@ def test_elastic_step_is_the_sum_of_its_budgets(random_start, router_mode, chang
     result = train.train_step(model, model, router, shards, 3, args, CPU, teacher)
     passes = result["passes"]
     assert [p["budget"] for p in passes] == [0.5, 0.8, 1.0]
-    softs = [p["soft"] for p in passes]
-    if args.soft_prob in (0.0, 1.0):
-        assert softs == [args.soft_prob > 0, args.soft_prob > 0, False]
-    want, entropies = slow_gradients(other_model, other_router, shards, 3, args, softs, teacher)
+    taught = [p["soft"] if args.teach == "soft" else p["other"] is not None for p in passes]
+    if args.teach_prob in (0.0, 1.0):
+        assert taught == [args.teach_prob > 0, args.teach_prob > 0, False]
+    want, entropies = slow_gradients(other_model, other_router, shards, 3, args, passes, teacher)
     got = gradients(model, router)
-    assert any(n.startswith("axes") for n in got) == (any(softs) or router_mode == "penalty")
+    assert any(n.startswith("axes") for n in got) == (any(taught) or router_mode == "penalty")
     assert_close(got, want)
     assert [p["loss"] for p in passes] == pytest.approx(entropies, rel=1e-5)
 
 
+def test_a_slice_is_not_compared_with_itself(random_start):
+    """Catches a forward that can teach nothing: a router that is certain draws one slice twice."""
+    model, router, shards, args = parts(*random_start, teach="pairs", steps=1000)
+    with torch.no_grad():
+        router.axes["ffn_dim"][2].bias[0] += 100
+        for axis in AXES[:2] + AXES[3:]:
+            router.axes[axis][2].bias[-1] += 100
+    result = train.train_step(model, model, router, shards, 3, args, CPU)
+    assert result["passes"][0]["max_p"] > 0.99
+    assert [p["other"] for p in result["passes"]] == [None, None]
+
+
 def test_soft_passes_are_drawn_for_every_budget(random_start):
     """Catches one draw for all budgets or for all steps, and a share of soft passes that is not the schedule's."""
-    _, _, _, args = parts(*random_start, (1.0, 0.8, 0.6), soft_prob=0.5, steps=10 ** 6)
+    _, _, _, args = parts(*random_start, (1.0, 0.8, 0.6), teach_prob=0.5, steps=10 ** 6)
     drawn = []
 
     def no_pass(*_, space=None, **__):
@@ -156,7 +184,7 @@ def test_budgets_of_a_step(random_start):
 
 def test_every_tensor_gets_a_gradient(random_start):
     """Invariant 6. Catches an axis whose gate is dropped, and a modulation branch that is never used."""
-    model, router, shards, args = parts(*random_start, soft_prob=1.0)
+    model, router, shards, args = parts(*random_start, teach_prob=1.0)
     train.train_step(model, model, router, shards, 0, args, CPU)
     for m in (model, router):
         for n, p in m.named_parameters():
@@ -205,7 +233,7 @@ def test_bf16_step_keeps_fp32_what_must_be(random_start, monkeypatch):
     seen = {}
     steps = []
     for cast in (None, bf16):
-        model, router, shards, args = parts(*random_start, (1.0, 0.8, 0.5), soft_prob=0.5, kd=0.3, steps=1000)
+        model, router, shards, args = parts(*random_start, (1.0, 0.8, 0.5), teach_prob=0.5, kd=0.3, steps=1000)
         teacher = Llama(model.config).init_weights(3).requires_grad_(False)
         losses = []
         if cast:
@@ -412,7 +440,7 @@ def test_the_router_waits_for_its_start(random_start, tmp_path, monkeypatch):
         return train_step(wrapped, model, router, *rest)
 
     monkeypatch.setattr(train, "train_step", watched_step)
-    train.main([*flags, "--router", "penalty", "--router-start", "0.5", "--soft-end", "0.9",
+    train.main([*flags, "--router", "penalty", "--router-start", "0.5", "--teach-end", "0.9",
                 "--out", str(tmp_path / "flex")])
     for part, begins in ((0, 3), (1, 0)):
         same = [torch.equal(a[part], b[part]) for a, b in zip(moved, moved[1:])]
@@ -545,7 +573,7 @@ def test_full_network_is_a_plain_llama(demo):
 
 @pytest.mark.parametrize("extra", [
     "--router uniform --units-by random --seed 4", "--router random --units-by reversed --depth-by influence",
-    "--extra-budgets 1 --soft-prob 1 --modulation none", "--freeze-backbone"])
+    "--extra-budgets 1 --teach-prob 1 --modulation none", "--freeze-backbone"])
 def test_every_mode_runs_to_its_table(random_start, tmp_path, extra, capsys, monkeypatch):
     """Catches a mode that crashes at its first save or table; a flag that does not reach the ranking; frozen weights
     that move."""
@@ -589,8 +617,8 @@ def test_settings_of_the_demo_and_of_the_paper(tmp_path):
     takes it, more than 8192 tokens in a forward, and a penalty whose soft passes end before it does."""
     args = train.parse_args([])
     assert (args.steps, args.batch_tokens, args.seq_len, args.micro_batch) == (450, 1024, 128, 64)
-    assert args.lr == args.router_lr == args.modulation_lr == 1e-3 and args.soft_end == 0.45
-    assert train.parse_args(["--router", "penalty"]).soft_end == 1
+    assert args.lr == args.router_lr == args.modulation_lr == 1e-3 and args.teach_end == 0.45
+    assert train.parse_args(["--router", "penalty"]).teach_end == 1
     shape = dict(dim=4096, n_layers=32, n_heads=32, n_kv_heads=8, multiple_of=1024, ffn_dim_multiplier=1.3,
                  vocab_size=128256, norm_eps=1e-5, rope_theta=500000.0)
     (tmp_path / "params.json").write_text(json.dumps(shape))
@@ -609,7 +637,7 @@ def test_settings_of_the_demo_and_of_the_paper(tmp_path):
     (["--router", "magic"], "magic"), (["--log-every", "0"], "--log-every"),
     (["--micro-batch", "-5"], "--micro-batch"),
     (["--calibration-windows", "0"], "--calibration-windows"), (["--tau-end", "0"], "--tau-end"),
-    (["--kd", "5"], "--kd"), (["--lr", "nan"], "--lr"), (["--soft-end", "0.05"], "--soft-end"),
+    (["--kd", "5"], "--kd"), (["--lr", "nan"], "--lr"), (["--teach-end", "0.05"], "--teach-end"),
     (["--seq-len", "10000000", "--batch-tokens", "10000000"], "tokens")])
 def test_bad_input_is_one_line(random_start, tmp_path, extra, words, capsys):
     """Catches tracebacks, second lines, and folders left behind by a run that could not start."""
@@ -679,7 +707,7 @@ from pathlib import Path
 from tests.miniature import parts, gradients
 root, out, flags = Path(sys.argv[1]), sys.argv[2], sys.argv[3:]
 device = train.setup("cpu")
-model, router, shards, args = parts(root, flags, (1.0, 0.8, 0.5), soft_prob=0.5, steps=1000)
+model, router, shards, args = parts(root, flags, (1.0, 0.8, 0.5), teach_prob=0.5, steps=1000)
 wrapped = torch.nn.parallel.DistributedDataParallel(model) if train.WORLD > 1 else model
 for step in range(2):  # twice: a reducer that was left unfinished complains at the second step
     model.zero_grad(), router.zero_grad()
