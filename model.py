@@ -164,26 +164,59 @@ NO_GATES = Gates(None, None, None, None)
 
 
 class KVCache:
-    """Keys and values of the tokens so far, (B, n_kv_heads, max_len, head_dim) for each layer."""
+    """Keys and values of the tokens so far, (B, n_kv_heads, max_len, head_dim) for each layer.
+
+    The cache believes its length. Whoever lowers it makes the cache forget the newest tokens: the
+    next ones are written over them. sample.py does so with tokens that were drafted and refused.
+    """
 
     def __init__(self, max_len: int):
         self.max_len = max_len
-        self.length = 0   # tokens that all layers have seen; Llama.forward counts them
+        self.length = 0   # tokens that all layers have seen; Llama.forward counts them. A tensor
+                          # (B,) on the CPU where the rows of a batch have seen different numbers
         self.layers = {}  # layer -> (keys, values)
+
+    @property
+    def ragged(self) -> bool:
+        """Have the rows of the batch seen different numbers of tokens?"""
+        return isinstance(self.length, Tensor)
+
+    def positions(self, T: int, device) -> Tensor:
+        """Where T new tokens of a ragged batch stand, (B, T)."""
+        places = self.length[:, None] + torch.arange(T)
+        return places.to(device)
+
+    def end(self, T: int) -> int:
+        """The length of the longest row with T new tokens."""
+        return T + (int(self.length.max()) if self.ragged else self.length)
+
+    def mask(self, T: int, device) -> Tensor:
+        """What T new tokens of a ragged batch may see, each its own row up to itself: (B, 1, T, S)."""
+        places = self.positions(T, device)[..., None]          # B, T, 1
+        seen = torch.arange(self.end(T), device=device) <= places
+        return seen[:, None]
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Adds k and v of T new tokens in place. Returns those of all tokens so far."""
         B, n_kv_heads, T, head_dim = k.shape
-        end = self.length + T
+        end = self.end(T)
         assert end <= self.max_len, f"KV cache of {self.max_len} tokens asked to hold {end}"
         if layer not in self.layers:
+            # Zeros, because a short row has a gap behind its end. Attention gives what lies there
+            # the weight 0, and 0 times what memory held before could be NaN.
             shape = (B, n_kv_heads, self.max_len, head_dim)
-            keys = k.new_empty(shape)
-            values = v.new_empty(shape)
+            keys = k.new_zeros(shape)
+            values = v.new_zeros(shape)
             self.layers[layer] = (keys, values)
         keys, values = self.layers[layer]
-        keys[:, :, self.length:end] = k
-        values[:, :, self.length:end] = v
+        if self.ragged:
+            rows = torch.arange(B, device=k.device)[:, None]
+            places = self.positions(T, k.device)
+            keys[rows, :, places] = k.transpose(1, 2)    # B, T, n_kv_heads, head_dim
+            values[rows, :, places] = v.transpose(1, 2)
+        else:
+            keys[:, :, self.length:end] = k
+            values[:, :, self.length:end] = v
         return keys[:, :, :end], values[:, :, :end]
 
 
@@ -212,7 +245,7 @@ def rope_frequencies(config: LlamaConfig) -> Tensor:
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turns every pair of a head's channels by an angle, position * f_j for pair j, in fp32.
 
-    x: (B, T, heads, head_dim); cos, sin: (T, 1, head_dim/2). Meta's pairs are neighbours:
+    x: (B, T, heads, head_dim); cos, sin: ([B,] T, 1, head_dim/2). Meta's pairs are neighbours:
     (x0 x1) (x2 x3) (x4 x5) ... Attention then depends on the distance between two tokens alone.
     """
     pairs = x.float().unflatten(-1, (-1, 2))   # B, T, heads, head_dim/2, 2
@@ -342,12 +375,15 @@ class Attention(nn.Module):
         if T not in (1, S):
             mask = torch.ones(T, S, dtype=torch.bool, device=x.device)
             mask = mask.tril(S - T)
+        # rows that are not equally long: a query sees its own row, up to its own place
+        if cache is not None and cache.ragged:
+            mask = cache.mask(T, x.device)    # B, 1, T, S
 
         # attention: enable_gqa gives each KV head to the query heads of its group
         y = F.scaled_dot_product_attention(
             q, k, v,
             attn_mask=mask,
-            is_causal=T == S and T > 1,
+            is_causal=mask is None and T > 1,
             enable_gqa=True,
         )
         y = y.transpose(1, 2)                 # B, T, n_heads, head_dim
@@ -587,10 +623,14 @@ class Llama(nn.Module):
         """The residual stream x (B, T, dim) after the layers of a slice."""
         # positions go on where the cache ends
         T = x.size(1)
-        start = 0
-        if cache is not None:
-            start = cache.length
-        cos, sin = self.rope(start, start + T, x.device)
+        if cache is None:
+            cos, sin = self.rope(0, T, x.device)
+        elif cache.ragged:
+            places = cache.positions(T, x.device)                   # B, T
+            cos, sin = self.rope(0, cache.end(T), x.device)
+            cos, sin = cos[places], sin[places]                     # B, T, 1, head_dim/2
+        else:
+            cos, sin = self.rope(cache.length, cache.end(T), x.device)
 
         # <-- 4. elastic depth: only the kept layers, each with its own sizes, gates and factors
         for i, n_heads, ffn_dim in zip(subnet.layers, subnet.n_heads, subnet.ffn_dim):

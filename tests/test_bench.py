@@ -16,15 +16,17 @@ from bench import (
     mutants,
     oracle,
     slices,
+    speculative,
     speed,
     steps,
+    take_over,
 )
 from bench.bugs import BUGS, Bug, files_of_tests
 from eval import evaluate
 from importance import rank, sort_
-from model import LlamaConfig
+from model import Llama, LlamaConfig, SubNet
 from plumbing.checkpoint import RESUME, load_llama, save_llama, save_tensors
-from plumbing.family import FLEX, open_family, router_state
+from plumbing.family import FLEX, Member, open_family, router_state
 from plumbing.latency import LATENCY_FILE
 from space import Space, cost
 from tests.helpers import (
@@ -366,6 +368,77 @@ def test_a_process_that_fails_is_not_measured():
     assert big_export.run("-c", "import sys; print(sys.path[-1])").strip()
     with pytest.raises(AssertionError, match="no such budget"):
         big_export.run("-c", "raise SystemExit('no such budget')")
+
+
+# -----------------------------------------------------------------------------
+# drafts, and caches taken over
+
+
+def test_what_drafting_brings(tmp_path, monkeypatch, capsys):
+    """Catches speed upside down, theory by the budget in place of the measured cost, a log that is measured again or
+    that is taken for other settings, and a verdict that praises what is slower."""
+    def fractions(runs, device, rounds):
+        for run in runs.values():
+            run()
+        costs = {("draft", 0.5): 0.25, ("draft", 1.0): 1.0, ("verify", 1): 1.5, ("verify", 3): 2.0, 1: 0.8, 3: 1.25}
+        return {key: costs[key] for key in runs if key != "full"}
+    monkeypatch.setattr(speculative, "fractions", fractions)
+    flags = [*SHAPE, "--drafts", "0.5", "--k", "1", "3", "--batch", "2", "--tokens", "12", "--prompt-tokens", "4",
+             "--rounds", "1", "--device", "cpu", "--log", str(tmp_path / "new/log.jsonl")]
+
+    def said(*more):
+        speculative.main([*flags, *more])
+        return capsys.readouterr().out.splitlines()
+    first = said()
+    rows = [line.split() for line in first if line.startswith("  0.50")]
+    assert [row[1:3] for row in rows] == [["greedy", "1"], ["greedy", "3"], ["sampled", "1"], ["sampled", "3"]]
+    for row in rows:
+        k, (accepted, a_round, cost_of_draft, verify, theory, ours, speed_of_row) = int(row[2]), map(float, row[3:])
+        tokens = sum(accepted ** i for i in range(k + 1))
+        assert cost_of_draft == 0.25 and verify == {1: 1.5, 3: 2.0}[k]
+        assert theory == pytest.approx(tokens / (k * 0.25 + 1), abs=0.03)
+        assert ours == pytest.approx(tokens / (k * 0.25 + verify), abs=0.03)
+        assert speed_of_row == {1: 1.25, 3: 0.8}[k] and 1 <= a_round <= k + 1
+    assert "the fastest: 0.5 drafts 1 tokens" in first[-1]
+    monkeypatch.setattr(speculative, "measure", None)
+    assert said() == first
+    with pytest.raises(TypeError):
+        said("--tokens", "13")
+    slow = [speculative.Row(0.5, "greedy", 1, 0.9, 1.9, 0.5, 1.5, 1.27, 0.9, 0.8)]
+    assert "does not pay" in speculative.verdict(slow) and "1.27" in speculative.verdict(slow)
+
+
+def test_later_units_weigh_less():
+    """Catches a fade on the wrong side of a matrix: the slice of a faded Llama is closer to the whole, on every axis."""
+    config = dataclasses.replace(GQA, dim=64, n_heads=8, head_dim=8)
+    tokens = tokens_for(config)
+    space = Space(config)
+    for subnet in subnets(config).values():
+        if subnet == SubNet.full(config):
+            continue
+        errors = []
+        for tail in (1.0, 0.02):
+            model = speculative.faded(Llama(config).init_weights(), space, tail)
+            whole = model(tokens)[0]
+            errors.append(((model(tokens, subnet=subnet)[0] - whole).norm() / whole.norm()).item())
+        assert errors[1] < 0.5 * errors[0], subnet
+
+
+def test_what_a_cache_taken_over_costs():
+    """Catches a second half that sees nothing of the first, the wrong one of the two as the reader, and a mean over
+    other tokens: against forwards without a cache."""
+    model = random_llama(SHAPES["mha"])
+    members = {name: Member(model, subnet) for name, subnet in subnets(model.config).items()}
+    x, y = tokens_for(model.config, 20, 12), tokens_for(model.config, 20, 12, seed=5)
+    whole, slim = members["full"], members["neurons"]
+    with torch.no_grad():
+        logits = model(x, subnet=slim.subnet)[0][:, 6:].double()
+    want = torch.nn.functional.cross_entropy(logits.transpose(1, 2), y[:, 6:], reduction="none").mean(1)
+    own = take_over.losses(slim, slim, x, y)
+    assert close(own.double(), want)
+    taken = take_over.losses(whole, slim, x, y)
+    assert taken.shape == (20,) and not close(taken, own, 1e-2)
+    assert take_over.losses(whole, members["heads"], x, y) is None
 
 
 # -----------------------------------------------------------------------------

@@ -89,6 +89,23 @@ def test_transformers_computes_the_same(tmp_path, shape):
     assert said[0, 5:].tolist() == list(generate(model, prompt[0].tolist(), 20, temperature=0))
 
 
+@needs_transformers
+def test_assisted_generation_takes_our_pair(tmp_path):
+    """Catches two exports that transformers does not take together, a window or a vocabulary of their own, and a text
+    that is not the larger one's: greedy, with the smaller one as the assistant."""
+    model, router = make_supernet(tmp_path / "flex", dataclasses.replace(GQA, context=64))
+    exporting.main(["--model", str(tmp_path / "flex"), "--budget", "1.0", "0.5", "--format", "hf"])
+    target, draft = their_llama(tmp_path / "flex-1.00-hf"), their_llama(tmp_path / "flex-0.50-hf")
+    asked = []
+    forward = draft.forward
+    draft.forward = lambda *args, **how: asked.append(1) or forward(*args, **how)
+    prompt = tokens_for(model.config, 1, 5)
+    said = target.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=40, do_sample=False,
+                           eos_token_id=None, pad_token_id=0, assistant_model=draft)
+    assert said[0, 5:].tolist() == list(generate(model, prompt[0].tolist(), 40, temperature=0))
+    assert len(asked) > 10, "nobody drafted"
+
+
 # What a user does first. Prints what it got; what goes to stderr is a warning.
 SNIPPET = """
 import json, sys

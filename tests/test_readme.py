@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import bench.big_export
 import bench.latency
+import bench.speculative
 import bench.token_time
 import data.prepare
 import plumbing.latency
@@ -48,6 +49,8 @@ FEWER = {
     "bench.slices": TINY_SHAPE,
     "bench.steps": TINY_SHAPE,
     "bench.oracle": "--windows 1",
+    "bench.speculative": "--k 1 --rounds 1 --batch 1 --tokens 3 --prompt-tokens 4 --modes greedy --dim 64 --layers 2",
+    "bench.take_over": "--windows 2",
     "bench.latency": "--rounds 1 --slices 1",
     "bench.results": "--assets .",
     "bench.big_export": "--scale 16",
@@ -63,7 +66,7 @@ PROGRAMS = {
     "tasks.download", "plumbing.describe",
     "bench.slices", "bench.steps", "bench.oracle", "bench.latency", "bench.results", "bench.big_export",
     "bench.token_time", "bench.flextron_oracle", "bench.ablation_search", "bench.alone", "bench.before",
-    "bench.mutants", "bench.harness", "bench.loss",
+    "bench.mutants", "bench.harness", "bench.loss", "bench.speculative", "bench.take_over",
 }
 
 
@@ -184,8 +187,9 @@ def test_every_command_runs(desk, monkeypatch):
     monkeypatch.chdir(desk)
     monkeypatch.setattr(tasks.download, "get", lambda source, folder: None)  # they are there
     monkeypatch.setattr(bench.big_export, "run", output_of)
-    for module in (plumbing.latency, bench.latency, bench.token_time):
+    for module in (plumbing.latency, bench.latency, bench.token_time, bench.speculative):
         monkeypatch.setattr(module, "fractions", work)
+    for module in (plumbing.latency, bench.latency, bench.token_time):
         monkeypatch.setattr(module, "batch_for", few_tokens)
     few_rounds = functools.partialmethod(Flextron.calibrate, rounds=2)  # prices, less exact
     monkeypatch.setattr(Flextron, "calibrate", few_rounds)
