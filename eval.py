@@ -34,6 +34,7 @@ from plumbing.parallel import (
     RANK,
     WORLD,
     autocast,
+    bar,
     default_device,
     finish,
     setup,
@@ -68,7 +69,7 @@ def evaluate(model, windows, subnet: SubNet | None = None, factors=None,
     start = time.perf_counter()
     # As many rounds on all ranks: a sharded model gathers its weights in every forward.
     rounds = -(-n // (batch * WORLD))
-    for i in range(rounds):
+    for i in bar(range(rounds), "loss"):
         tokens = x[i * batch:(i + 1) * batch]
         targets = y[i * batch:(i + 1) * batch]
         scored = targets.numel()

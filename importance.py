@@ -35,6 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model import Llama, SubNet
+from plumbing.parallel import bar
 from space import random_generator
 
 # -----------------------------------------------------------------------------
@@ -46,7 +47,7 @@ def listen(hook, modules, model: Llama, windows: Tensor, batch: int) -> None:
     of the modules has run."""
     handles = [module.register_forward_hook(hook) for module in modules]
     try:
-        for tokens in windows.split(batch):
+        for tokens in bar(windows.split(batch), "ranking"):
             model.states(tokens)
     finally:
         for handle in handles:
@@ -129,6 +130,8 @@ def layers_by_logits(model: Llama, windows: Tensor, batch: int = 8) -> list[int]
     full = [model.states(tokens).float() for tokens in batches]
     kept = list(range(model.config.n_layers))
     removed = []
+    passes = sum(range(2, len(kept) + 1)) * len(batches)
+    progress = bar(name="ranking layers", total=passes)
     while len(kept) > 1:
         # the damage that each removal does, relative to the full model's logits
         damage = {}
@@ -142,9 +145,11 @@ def layers_by_logits(model: Llama, windows: Tensor, batch: int = 8) -> list[int]
                 change = squared_logits(after - before, gram)
                 damage[layer] = damage.get(layer, 0.0) + (change / size).item()
                 x = model.stream(x, with_layers(model, [layer]))
+                progress.update()
         worst = min(kept, key=damage.get)
         kept.remove(worst)
         removed.append(worst)
+    progress.close()
     removed.reverse()  # the first to go is the worst
     return kept + removed
 

@@ -38,8 +38,8 @@ import torch.nn as nn
 
 from data.prepare import open_data
 from importance import rank, sort_
-from model import Llama, LlamaConfig
-from plumbing.checkpoint import RESUME, load_llama, resume_state
+from model import Llama, LlamaConfig, SubNet
+from plumbing.checkpoint import RESUME, load_llama, of_a_run, resume_state
 from plumbing.duration import say_duration
 from plumbing.errors import run_main
 from plumbing.family import FLEX, restore_router, router_state
@@ -271,17 +271,34 @@ def run_pass(wrapped, x, y, args, device, n_budgets: int, meet: bool, marginals=
 
 
 @torch.no_grad()
-def loss_of_other(model, x, y, args, device, subnet, factors) -> torch.Tensor:
-    """The mean cross-entropy of another slice on the tokens x, targets y of a pass, each (local, T):
-    ()."""
+def loss_of_other(model, router, other: SubNet, x, y, args, device) -> torch.Tensor:
+    """The mean cross-entropy of the second slice of a pair on a pass' tokens x, targets y, each
+    (local, T): ()."""
+    factors = None
+    if args.modulation != "none":
+        factors = router.modulation(other).to(device)
     mean_loss = torch.zeros((), device=device)
-    if factors is not None:
-        factors = factors.to(device)
     for tokens, targets in zip(x.split(args.micro_batch), y.split(args.micro_batch)):
         with autocast(device):
-            loss = model(tokens.to(device), targets.to(device), subnet=subnet, factors=factors)[1]
+            loss = model(tokens.to(device), targets.to(device), subnet=other, factors=factors)[1]
         mean_loss += loss * len(tokens) / len(x)
     return mean_loss
+
+
+def teach_router(handover: Handover, passes: list[dict], pairs: list, penalties: list) -> None:
+    """The end of a step: losses become means over the ranks, and the router gets the gradients of
+    soft passes (handover), of pairs, and of penalties.
+
+    passes: a row each, see train_step. pairs: (number of the pass, Choice, loss of its other
+    slice)."""
+    losses = [p["loss"] for p in passes] + [other_loss for _, _, other_loss in pairs]
+    losses = mean_over_ranks(torch.stack(losses)).tolist()
+    for p, loss in zip(passes, losses):
+        p["loss"] = loss
+    for (i, choice, _), other_loss in zip(pairs, losses[len(passes):]):
+        passes[i]["other"] = choice.other
+        penalties.append(lesson(choice, passes[i]["loss"], other_loss) / len(passes))
+    handover.backward(penalties)
 
 
 def train_step(wrapped, model, router, shards, step, args, device, teacher=None) -> dict:
@@ -341,21 +358,11 @@ def train_step(wrapped, model, router, shards, step, args, device, teacher=None)
 
         # 5. In a pair the other slice reads the same tokens.
         if pair:
-            factors = None
-            if args.modulation != "none":
-                factors = router.factors(choice.other)
-            other_loss = loss_of_other(model, x, y, args, device, choice.other, factors)
-            passes[-1]["other"] = choice.other
-            pairs.append((choice, passes[-1], other_loss))
+            other_loss = loss_of_other(model, router, choice.other, x, y, args, device)
+            pairs.append((i, choice, other_loss))
 
-    # 6. Losses are means over the ranks, and the router gets its gradients back.
-    losses = [p["loss"] for p in passes] + [other_loss for _, _, other_loss in pairs]
-    losses = mean_over_ranks(torch.stack(losses)).tolist()
-    for p, loss in zip(passes, losses):
-        p["loss"] = loss
-    for (choice, p, _), other_loss in zip(pairs, losses[n:]):
-        penalties.append(lesson(choice, p["loss"], other_loss) / n)
-    handover.backward(penalties)
+    # 6. The router gets its gradients back.
+    teach_router(handover, passes, pairs, penalties)
     return dict(passes=passes, tau=tau, kappa=kappa)
 
 
@@ -380,8 +387,9 @@ def train(model, router, data, orders, settings: dict, args, device, tokenizer, 
     optimizers = make_optimizers(model, router, args)
     start = 0
     if state is not None:
-        for optimizer, moments in zip(optimizers, state["optimizers"]):
-            load_optimizer_state(optimizer, moments)
+        with of_a_run(Path(args.out) / RESUME):
+            for optimizer, moments in zip(optimizers, state["optimizers"], strict=True):
+                load_optimizer_state(optimizer, moments)
         start = state["step"]
 
     def save(step: int) -> None:
@@ -435,7 +443,8 @@ def train_base(args, config: LlamaConfig, data, settings: dict, state, device, t
         return
     model = Llama(config).init_weights(args.seed)
     if state is not None:
-        model.load_state_dict(state["model"])
+        with of_a_run(Path(args.out) / RESUME):
+            model.load_state_dict(state["model"])
     n = n_params(config, model.full)
     say(f"base: a dense Llama of {n:,} non-embedding parameters into {args.out}")
     train(model.to(device), None, data, None, settings, args, device, tokenizer, state)
@@ -462,9 +471,10 @@ def train_family(args, base: str, router: Router, data, settings: dict, state, d
     else:
         # The weights in resume.pt are sorted already.
         say(f"{args.out} is there at step {state['step']} of {args.steps}: going on from it")
-        model.load_state_dict(state["model"])
-        router = restore_router(model.config, state["flex"])
-        orders = state["orders"]
+        with of_a_run(Path(args.out) / RESUME):
+            model.load_state_dict(state["model"])
+            router = restore_router(model.config, state["flex"])
+            orders = state["orders"]
     model.requires_grad_(not args.freeze_backbone)
     teacher = None
     if args.kd > 0:

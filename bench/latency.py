@@ -16,8 +16,8 @@ from flextron.network import timed_sizes
 from model import Llama, SubNet
 from plumbing.errors import Parser, check_at_least_one, fail, run_main
 from plumbing.family import Family, open_family
-from plumbing.latency import (LATENCY_FILE, Latency, batch_for, fractions, measure_latency,
-                              run_slice, save_table)
+from plumbing.latency import (LATENCY_FILE, ROUNDS, Latency, batch_for, fractions,
+                              measure_latency, run_slice, save_table)
 from plumbing.parallel import default_device, device_of
 from space import choices_for, random_generator
 
@@ -63,7 +63,7 @@ def main(argv=None) -> None:
     """Measures, writes the table, prints a line per slice."""
     p = Parser("python -m bench.latency", __doc__)
     p.add_argument("--model", default="out/flex", help="a supernet or any plain Llama folder")
-    p.add_argument("--rounds", type=int, default=31, help="timings of a slice; the median counts")
+    p.add_argument("--rounds", type=int, default=ROUNDS, help="timings of a slice, at most; the median counts")
     p.add_argument("--seq-len", type=int, help="tokens per window (default: the model's context)")
     p.add_argument("--slices", type=int, default=6, help="random slices to check the table on")
     p.add_argument("--device", choices=["cpu", "cuda"],

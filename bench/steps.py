@@ -160,7 +160,7 @@ class OurStep:
     def __init__(self, config: LlamaConfig, shards, args, device, budgets: list, soft: float):
         """soft: the share of soft passes. It stays what it is, and the router learns from the
         start."""
-        fixed = dict(budgets=budgets, teach_prob=soft, teach_end=1e9, router_start=0.0)
+        fixed = dict(budgets=budgets, teach="soft", teach_prob=soft, teach_end=1e9, router_start=0.0)
         self.args = argparse.Namespace(**vars(args) | fixed)
         self.shards = shards
         self.device = device

@@ -60,6 +60,8 @@ def write_shard(path: str | Path, tokens: np.ndarray, vocab_size: int) -> None:
 def read_shard(path: str | Path) -> np.memmap:
     """The tokens of a shard, (n,) uint16 or uint32, mapped and not read. Not a shard: fail()."""
     mend = "make it again with `python data/prepare.py`"
+    if not Path(path).is_file():
+        fail(f"{path}: found no file, expected a shard: {mend}")
     header = np.fromfile(path, "<i4", count=256)
     size = Path(path).stat().st_size
     if len(header) < 256:

@@ -18,6 +18,7 @@ the tokens by, and the special tokens lie wherever they leave room.
 import base64
 import heapq
 import json
+import re
 from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Container, Iterable, NamedTuple
@@ -25,6 +26,7 @@ from typing import Container, Iterable, NamedTuple
 import numpy as np
 import regex
 import tiktoken
+from tqdm import tqdm
 
 from plumbing.errors import fail
 from plumbing.files import atomic_write
@@ -128,7 +130,7 @@ def read_ranks(path: Path) -> dict[bytes, int]:
     if not path.is_file():
         fail(f"no {TOKENIZER} at {path}: {MEND}")
     data = path.read_bytes()
-    if data[:1] == b"\x0a":  # opens a protobuf, and no line of base64
+    if is_sentencepiece(path):
         fail(f"{path} is a SentencePiece model (Llama 1/2), expected Llama 3's text: {MEND}")
     ranks = {}
     for number, line in enumerate(data.splitlines(), 1):
@@ -196,14 +198,26 @@ def tokenizer_settings(path: str | Path) -> Settings:
     return settings_of(path, read_ranks(path))
 
 
+def is_sentencepiece(path: Path) -> bool:
+    """Is it the tokenizer of a Llama 1 or 2? A protobuf opens with this byte, and no line of base64."""
+    return path.read_bytes()[:1] == b"\x0a"
+
+
+def check_tokenizer(path: str | Path) -> None:
+    """fail() if a tokenizer.model is damaged. One of SentencePiece cannot be told."""
+    if not is_sentencepiece(Path(path)):
+        tokenizer_settings(path)
+
+
 def copy_tokenizer(source: str | Path, folder: str | Path) -> None:
     """Copies the tokenizer.model at `source`, and its settings, into a folder.
 
-    A folder that held another tokenizer keeps nothing of it."""
+    A folder that held another tokenizer keeps nothing of it. Damaged: fail()."""
     source = Path(source).resolve()
     folder = Path(folder)
     if source.parent == folder.resolve():
         return
+    check_tokenizer(source)
     settings = source.with_name(SETTINGS)
     if settings.is_file():
         with atomic_write(folder / SETTINGS) as file:
@@ -273,9 +287,20 @@ def encode_text(enc: tiktoken.Encoding, text: str) -> np.ndarray:
     except ValueError:
         pass  # half a surrogate pair (from JSON), or about a million blanks in a row
     text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    pieces = regex.findall(r"(?s).*?\s{10000}|.+", text)  # cut behind every 10,000 blanks
-    ids = [enc.encode_to_numpy(piece, disallowed_special=()) for piece in pieces]
+    ids = [enc.encode_to_numpy(piece, disallowed_special=()) for piece in short_of_blanks(text)]
     return np.concatenate(ids)
+
+
+def short_of_blanks(text: str, most: int = 10_000) -> list[str]:
+    """The text in pieces: cut behind every 10,000 blanks in a row."""
+    pieces = []
+    start = 0
+    for blanks in re.finditer(r"\s+", text):
+        for end in range(blanks.start() + most, blanks.end() + 1, most):
+            pieces.append(text[start:end])
+            start = end
+    pieces.append(text[start:])
+    return pieces
 
 
 def encode_without_absent(enc: tiktoken.Encoding, text: str) -> np.ndarray:
@@ -304,7 +329,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> list[bytes]:
         counts.update(regex.findall(PATTERN, text))
     table = PairTable(counts)
     ranks = [bytes([b]) for b in range(256)]
-    while len(ranks) < vocab_size - len(SPECIALS):
+    for _ in tqdm(range(len(ranks), vocab_size - len(SPECIALS)), "tokenizer", unit="merge", disable=None):
         pair = table.commonest()
         if pair is None:
             fail(f"too little text for --vocab-size {vocab_size}: add some, or {len(ranks) + 256}")
@@ -318,7 +343,15 @@ class PairTable:
     """How often each pair of adjacent tokens occurs, kept up to date while pairs are merged.
 
     A pre-token is held as a string with one character a token, chr(rank). So str.replace merges
-    a pair, and the order of strings is the order of ranks."""
+    a pair, and the order of strings is the order of ranks.
+
+    A merge counts again only what lies around the pair. In a pre-token of a million characters, as
+    in Chinese or in DNA, the rest is left alone:
+
+        word    t h e . t h e n          the pair h e, in two places
+        old       t h e   t h e n        each with its neighbours
+        new       t X     t X n          pairs of old are taken out, pairs of new are added
+    """
 
     def __init__(self, counts: Counter):
         self.words = []  # the different pre-tokens
@@ -327,18 +360,12 @@ class PairTable:
         self.counts = list(counts.values())  # how often each word occurs
         self.pairs = Counter()  # pair -> how often it occurs
         self.where = defaultdict(set)  # pair -> the words that may hold it
-        self.heap = []  # (-count, pair): the commonest on top; old counts stay in it
-        for w in range(len(self.words)):
-            self.count(w, +1)
-
-    def count(self, w: int, sign: int) -> None:
-        """Adds the pairs of word w to the table (sign 1), or takes them out (sign -1)."""
-        word = self.words[w]
-        for i in range(len(word) - 1):
-            pair = word[i:i + 2]
-            self.pairs[pair] += sign * self.counts[w]
-            self.where[pair].add(w)
-            heapq.heappush(self.heap, (-self.pairs[pair], pair))
+        for w, word in enumerate(self.words):
+            for pair in pairs_of(word):
+                self.pairs[pair] += self.counts[w]
+                self.where[pair].add(w)
+        self.heap = [(-count, pair) for pair, count in self.pairs.items()]  # old counts stay in it
+        heapq.heapify(self.heap)
 
     def commonest(self) -> str | None:
         """The most frequent pair; None if no pair is left."""
@@ -351,8 +378,26 @@ class PairTable:
         return None
 
     def merge(self, pair: str, token: str) -> None:
-        """Makes one token of a pair wherever it occurs. Only words that hold it are counted again."""
+        """Makes one token of a pair wherever it occurs."""
+        repeated = re.compile(f"(?:{re.escape(pair)})+")
+        changed = set()
         for w in self.where.pop(pair):
-            self.count(w, -1)
-            self.words[w] = self.words[w].replace(pair, token)
-            self.count(w, +1)
+            word = self.words[w]
+            for place in repeated.finditer(word):
+                old = word[max(0, place.start() - 1):place.end() + 1]
+                new = old.replace(pair, token)
+                for gone in pairs_of(old):
+                    self.pairs[gone] -= self.counts[w]
+                    changed.add(gone)
+                for come in pairs_of(new):
+                    self.pairs[come] += self.counts[w]
+                    self.where[come].add(w)
+                    changed.add(come)
+            self.words[w] = word.replace(pair, token)
+        for other in changed:
+            heapq.heappush(self.heap, (-self.pairs[other], other))
+
+
+def pairs_of(word: str) -> list[str]:
+    """The pairs of adjacent tokens in a word."""
+    return [word[i:i + 2] for i in range(len(word) - 1)]

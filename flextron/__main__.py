@@ -29,7 +29,6 @@ Two teachers for the routers of the second stage (--teach):
 Unknown in the paper, and chosen here: threshold, number of sizes, noise, learning rates.
 """
 import argparse
-import math
 import os
 from pathlib import Path
 
@@ -44,8 +43,8 @@ from flextron.routers import ELASTIC
 from flextron.stages import Surrogate, stage_of, train_step
 from importance import rank, sort_
 from model import Llama, SubNet
-from plumbing.checkpoint import RESUME, load_llama, resume_state
-from plumbing.errors import Parser, check_at_least_one, fail, run_main
+from plumbing.checkpoint import RESUME, load_llama, of_a_run, resume_state
+from plumbing.errors import SEEDS, Parser, check_at_least_one, check_range, fail, run_main
 from plumbing.family import FLEX, FLEXTRON
 from plumbing.latency import load_latency
 from plumbing.locks import one_writer
@@ -112,11 +111,12 @@ class Trained:
         self.start = 0
         self.updates = 0
         if state is not None:
-            self.for_llama.load_state_dict(state["optimizers"][0])
-            self.for_routers.load_state_dict(state["optimizers"][1])
-            self.surrogate.load(state["surrogate"])
+            with of_a_run(Path(args.out) / RESUME):
+                self.for_llama.load_state_dict(state["optimizers"][0])
+                self.for_routers.load_state_dict(state["optimizers"][1])
+                self.surrogate.load(state["surrogate"])
+                self.updates = state["updates"] + 0
             self.start = state["step"]
-            self.updates = state["updates"]
 
     def save(self, step: int, settings: dict, args: argparse.Namespace) -> None:
         """Writes resume.pt, the Llama and flextron.pt into args.out."""
@@ -305,7 +305,8 @@ def check(args: argparse.Namespace) -> None:
              "try --targets 0.8 0.6 0.4")
     check_at_least_one(args, "batch_tokens", "micro_batch", "seq_len", "calibration_windows",
                        "eval_windows", "save_every", "log_every", "max_bad_steps")
-    check_range(args, 0, "seed", "elastic_steps", "router_steps", "joint_steps", "samples",
+    check_range(args, 0, "seed", highest=SEEDS)
+    check_range(args, 0, "elastic_steps", "router_steps", "joint_steps", "samples",
                 "weight_decay", "penalty", "warmup")
     check_range(args, 1e-12, "lr", "router_lr", "clip", "threshold", "tau_end", "kappa_end")
     if args.batch_tokens % args.seq_len:
@@ -313,14 +314,6 @@ def check(args: argparse.Namespace) -> None:
              f"--seq-len {args.seq_len}")
     if Path(args.llama).resolve() == Path(args.out).resolve():
         fail(f"--out {args.out} is the Llama that training starts from; choose another --out")
-
-
-def check_range(args: argparse.Namespace, lowest: float, *names: str) -> None:
-    """Each of these flags is finite and at least `lowest`, or was not given (None); else fail()."""
-    for name in names:
-        value = getattr(args, name)
-        if value is not None and not lowest <= value < math.inf:
-            fail(f"--{name.replace('_', '-')} {value:g} found; expected {lowest:g} or more")
 
 
 def derive(args: argparse.Namespace) -> None:
@@ -419,8 +412,9 @@ def run_stages(args, device) -> None:
         flextron = new_flextron(model, sizes, shards, args, device)
     else:
         say(f"{args.out} is there at step {state['step']} of {steps}: going on from it")
-        model.load_state_dict(state["model"])
-        flextron = restore_flextron(model, state["flextron"])
+        with of_a_run(Path(args.out) / RESUME):
+            model.load_state_dict(state["model"])
+            flextron = restore_flextron(model, state["flextron"])
     check_targets(flextron, args)
     say(describe(flextron, args))
 

@@ -100,6 +100,8 @@ def flextron_state(flextron: Flextron, **more) -> dict:
 
 def restore_flextron(model: Llama, saved: dict) -> Flextron:
     """Inverse of flextron_state(), on the model's device."""
+    if saved["unit"] not in ("params", "latency"):
+        raise ValueError(f"unit is {saved['unit']!r}")
     costs = {axis: saved["costs"][axis].clone() for axis in ELASTIC}
     flextron = Flextron(model, saved["sizes"], saved["dynamic"], costs, saved["unit"], saved["seed"])
     flextron.routers.load_state_dict(saved["routers"], strict=True)

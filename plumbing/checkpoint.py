@@ -20,8 +20,9 @@ from data.tokenizer import SETTINGS, TOKENIZER, copy_tokenizer
 from model import Llama, LlamaConfig
 from plumbing.errors import fail, note
 from plumbing.files import atomic_write
+from plumbing.parallel import bar
 from plumbing.params import PARAMS, params_json, read_config
-from plumbing.tensors import WEIGHTS, load_tensors, shard_paths
+from plumbing.tensors import WEIGHTS, load_tensors, shard_paths, taken_apart
 
 RESUME = "resume.pt"
 LLAMA_FILES = {PARAMS, WEIGHTS, TOKENIZER, SETTINGS}  # what an export in Meta's layout holds
@@ -81,9 +82,13 @@ def same_but_for_rounding(a: torch.Tensor | None, b: torch.Tensor) -> bool:
 
 def check_tensors(path: Path, shard) -> None:
     """A shard is a dictionary of float tensors by name, or fail()."""
-    if not isinstance(shard, dict) or not all(torch.is_tensor(t) for t in shard.values()):
-        fail(f"{path} holds something else than tensors by name; expected a Llama's state dict in Meta's names")
     for name, t in shard.items():
+        if not isinstance(name, str) or not torch.is_tensor(t):
+            fail(f"{path} holds something else than tensors by name ({str(name)[:40]}: {type(t).__name__}); expected a "
+                 "Llama's state dict in Meta's names")
+        if t.layout != torch.strided or t.device.type != "cpu":
+            fail(f"{path}: {name} has no numbers to read ({t.layout}, {t.device}); expected a dense tensor; copy the "
+                 "file again from its source")
         if t.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             fail(f"{path}: {name} is {t.dtype}, a quantised model?; expected float32, bfloat16 or float16; take "
                  "the original weights")
@@ -95,8 +100,7 @@ def open_shards(folder, config: LlamaConfig) -> tuple[list[dict], dict[str, int 
     paths = shard_paths(folder)
     shards = [load_tensors(path) for path in paths]
     for path, shard in zip(paths, shards):
-        if isinstance(shard, dict):
-            drop_frequencies_(shard)
+        drop_frequencies_(shard)
         check_tensors(path, shard)
     if all(is_tied(shard) for shard in shards):
         config = replace(config, tied=True)
@@ -196,7 +200,7 @@ def load_llama(folder, device="cpu", dtype: torch.dtype | None = torch.float32) 
         prefix = ".".join(name.split(".")[:2])
         layers.setdefault(prefix, []).append(name)
     state = {}
-    for names in layers.values():
+    for names in bar(layers.values(), f"reading {folder}"):
         shards = [load_tensors(path) for path in shard_paths(folder)]  # anew: what was read of them is let go
         for name in names:
             if config.tied and name == "output.weight":
@@ -257,7 +261,7 @@ def check_target(out, source) -> None:
     elsewhere: fail()."""
     out = Path(out)
     params = out / PARAMS
-    ours = not params.exists() or '"ffn_dim"' in params.read_text()  # Meta's own has no such key
+    ours = not params.is_file() or '"ffn_dim"' in params.read_text()  # Meta's own has no such key
     if (out / RESUME).exists() or not ours or out.resolve() == Path(source).resolve():
         fail(f"{out} is a training run or a Llama from elsewhere; expected a new folder or an earlier export; choose "
              "another --out")
@@ -270,6 +274,11 @@ def check_target(out, source) -> None:
 PATHS = ("llama", "data")
 
 
+def of_a_run(path):
+    """taken_apart() for a resume.pt."""
+    return taken_apart(path, "the state of this run; copy it again, or delete it and start again")
+
+
 def resume_state(folder, settings: dict, steps: int, resume: bool, override=(), mend="choose another --out"):
     """What resume.pt in `folder` holds, None without one.
 
@@ -280,9 +289,11 @@ def resume_state(folder, settings: dict, steps: int, resume: bool, override=(), 
     if not path.exists():
         return None
     state = load_tensors(path)
-    then = state["settings"]
     now = json.loads(json.dumps(settings))
-    differ = [key for key in sorted(then.keys() | now.keys()) if then.get(key) != now.get(key)]
+    with of_a_run(path):
+        then = state["settings"]
+        json.dumps([then, state["step"] + 0])  # plain values
+        differ = [key for key in sorted(then.keys() | now.keys()) if then.get(key) != now.get(key)]
     # A folder that was moved is the same folder: what counts are the fingerprints beside the paths.
     differ = [key for key in differ if key not in PATHS]
     if not set(differ) <= set(override):

@@ -3,16 +3,19 @@ A look at a raw Llama folder, or at a params.json alone: family, shape, paramete
 
     python -m plumbing.describe Llama-3.1-8B
 
-A download can be checked beside it:  cd Llama-3.1-8B && md5sum -c checklist.chk
+It also finds flipped bits, by the checksums in the weights' files. A download can be checked beside
+it:  cd Llama-3.1-8B && md5sum -c checklist.chk
 """
 from pathlib import Path
 
-from data.tokenizer import TOKENIZER
+from data.tokenizer import TOKENIZER, check_tokenizer, is_sentencepiece
 from model import LlamaConfig, SubNet
 from plumbing.checkpoint import open_shards
 from plumbing.errors import Parser, run_main
+from plumbing.parallel import bar
 from plumbing.params import PARAMS, published_name, published_tying, read_config
 from plumbing.tables import spread
+from plumbing.tensors import check_intact
 from space import Space, n_params
 
 
@@ -25,6 +28,8 @@ def describe(folder) -> dict[str, str]:
     paths = sorted(folder.glob("consolidated.*.pth"))
     dtype = "no weights here"
     if paths:
+        for path in bar(paths, "checking", unit="file"):
+            check_intact(path, path.stat().st_mtime_ns)
         shards, _, c = open_shards(folder, c)
         dtype = ", ".join(sorted({str(t.dtype).removeprefix("torch.") for t in shards[0].values()}))
     else:
@@ -59,10 +64,11 @@ def sizes(value: int | tuple[int, ...]) -> str:
 
 
 def tokenizer_kind(path: Path) -> str:
-    """none, SentencePiece (Llama 1, 2) or tiktoken (Llama 3, ours)."""
+    """none, SentencePiece (Llama 1, 2) or tiktoken (Llama 3, ours). Damaged: fail()."""
     if not path.is_file():
         return "none"
-    return "SentencePiece" if path.read_bytes()[:1] == b"\n" else "tiktoken"
+    check_tokenizer(path)
+    return "SentencePiece" if is_sentencepiece(path) else "tiktoken"
 
 
 def slices_of(config: LlamaConfig) -> str:

@@ -11,6 +11,8 @@ import signal
 import sys
 from typing import Callable, NoReturn
 
+LARGEST = 1_000_000_000  # no flag asks for more of anything
+SEEDS = 2**63 - 1        # but a seed may be as large as a generator takes it
 
 def fail(message: str) -> NoReturn:
     """Prints the message as one line on stderr, from one rank only. Raises SystemExit(2)."""
@@ -36,12 +38,21 @@ class Parser(argparse.ArgumentParser):
         fail(f"{message}; {self.prog} --help lists the flags")
 
 
-def check_at_least_one(args: argparse.Namespace, *names: str) -> None:
-    """Each of these flags is 1 or more, or was not given (None); else fail()."""
+def check_range(args: argparse.Namespace, lowest: float, *names: str, highest: float = LARGEST) -> None:
+    """Each of these flags, or each number of a flag with several, is between the two, or was not
+    given (None); else fail(). NaN is never between."""
     for name in names:
         value = getattr(args, name)
-        if value is not None and value < 1:
-            fail(f"--{name.replace('_', '-')} {value} found; expected 1 or more")
+        values = value if isinstance(value, list) else [value]
+        for number in values:
+            if number is not None and not lowest <= number <= highest:
+                fail(f"--{name.replace('_', '-')} {str(number)[:20]} found; expected {lowest:g} or more, and at most "
+                     f"{highest:g}")
+
+
+def check_at_least_one(args: argparse.Namespace, *names: str) -> None:
+    """Each of these flags is 1 or more, or was not given (None); else fail()."""
+    check_range(args, 1, *names)
 
 
 class Terminated(KeyboardInterrupt):
@@ -56,8 +67,12 @@ def terminate(number, frame) -> NoReturn:
 def run_main(main: Callable, kept: str = "nothing half-written is left") -> None:
     """Runs a program. Ctrl-C and SIGTERM end it in one line, with the status that shells give them,
     130 and 143. A reader that closes the pipe it prints into ends it without a word (141). kept:
-    what is there then, or how to go on."""
+    what is there then, or how to go on.
+
+    A file that cannot be opened, read or written ends it in one line too, wherever that was found."""
     signal.signal(signal.SIGTERM, terminate)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a name of a file may have letters that no terminal prints
     try:
         main()
         sys.stdout.flush()
@@ -65,6 +80,9 @@ def run_main(main: Callable, kept: str = "nothing half-written is left") -> None
         # The interpreter flushes once more at its end, and would complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(128 + 13)
+    except OSError as error:
+        where = str(error.filename)[:200] if error.filename else "a file"
+        fail(f"{where} cannot be used ({error.strerror or error}); {kept}; mend it, or name another one")
     except KeyboardInterrupt as stop:
         number = signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT
         if os.environ.get("LOCAL_RANK", "0") == "0":

@@ -22,12 +22,14 @@ from model import Llama, LlamaConfig, SubNet
 from plumbing.checkpoint import load_llama, load_tensors
 from plumbing.errors import fail, note
 from plumbing.latency import load_latency
-from plumbing.tensors import fingerprint
+from plumbing.tensors import fingerprint, taken_apart
 from router import Router
 from space import Space, cost
 
 FLEX = "flex.pt"
 FLEXTRON = "flextron.pt"
+# Of what kind the plain values of flex.pt and flextron.pt are, where they have them.
+KINDS = dict(seq_len=int, eval_windows=int, data=str, budgets=list, targets=list, delta=float, mode=str, seed=int)
 TABLE_BUDGETS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)  # what tables show where nobody asked for a budget
 
 # -----------------------------------------------------------------------------
@@ -68,13 +70,13 @@ class Family:
         if "weights" in self.saved and self.saved["weights"] != fingerprint(self.folder):
             fail(f"{self.folder / name} was saved with other weights than those beside it, as when a save is "
                  "interrupted; expected both of one save; the run's own command with --resume writes both again")
-        try:
+        writer = "train.py" if name == FLEX else "flextron"
+        expected = f"the {name} that {writer} wrote with the Llama beside it; take both from one folder"
+        with taken_apart(self.folder / name, expected):
+            for key, kind in KINDS.items():
+                if type(self.saved.get(key, kind())) is not kind:
+                    raise TypeError(f"{key} is no {kind.__name__}")
             return restore(beside, self.saved)
-        except (KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
-            reason = f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"
-            writer = "train.py" if name == FLEX else "flextron"
-            fail(f"{self.folder / name} does not fit the Llama beside it ({reason}); expected the {name} that "
-                 f"{writer} wrote with it; take both from one folder")
 
     def member(self, asked: float, unit: str = "params") -> Member:
         """What runs at a fraction of the full model's parameters, or (unit "latency") of its

@@ -8,6 +8,7 @@ what was there before.
 read_json is for files that others wrote: they may be missing, cut short or something else.
 """
 import contextlib
+import errno
 import glob
 import json
 import os
@@ -26,6 +27,8 @@ DAMAGED = "it is cut short or damaged; copy it again from its source"
 def atomic_write(path):
     """Yields a binary file that appears under `path` only once it is whole and on the disk."""
     path = Path(path)
+    if path.exists() and not path.is_file():  # a folder, or a device such as /dev/null, which must stay one
+        raise FileExistsError(errno.EEXIST, "it is no file that could be replaced", str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # same folder: the rename is atomic
     for half in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
@@ -99,6 +102,8 @@ def nothing_half_written(what: str):
 
 def read_json(path: Path) -> dict:
     """A file that holds a JSON object, or fail()."""
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        fail(f"{path} is no file; expected a JSON object in one; copy it from its source")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(content, dict):

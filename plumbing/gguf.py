@@ -27,6 +27,7 @@ from model import Llama, LlamaConfig, rope_frequencies
 from plumbing.errors import fail, note
 from plumbing.files import atomic_write
 from plumbing.hf import merges_of, pad_token, readable_tokenizer, spell
+from plumbing.parallel import bar
 from plumbing.params import PER_LAYER, max_positions
 
 Q8_0 = "q8_0"  # a dtype that torch has not: 32 weights of a row share a scale, and have a byte each
@@ -256,7 +257,7 @@ def save_gguf(path, config: LlamaConfig, weights: Iterable[tuple[str, torch.Tens
     with atomic_write(path) as file:
         # The package opens the file a second time, by its temporary name; the tensors follow here.
         starts, end = write_header(file.name, path.stem, config, kinds, dtype, enc)
-        for name, weight in with_rope(weights, config):
+        for name, weight in bar(with_rope(weights, config), "writing", len(starts), "tensor"):
             file.seek(starts.pop(name))
             file.write(encoded(weight, kinds[name]).data)
         assert not starts, f"no weights for {list(starts)}"

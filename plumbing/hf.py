@@ -62,6 +62,8 @@ def readable_tokenizer(config: LlamaConfig, tokenizer: Path, without: str) -> ti
 def read_template(path: str) -> str:
     """The text of a chat template, or fail()."""
     try:
+        if not Path(path).is_file():
+            raise FileNotFoundError(2, "no such file")
         return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         fail(f"--chat-template {path} cannot be read as text ({error}); expected a Jinja file, such as the "

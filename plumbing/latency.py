@@ -13,7 +13,8 @@ the table holds sums and not products: for a few widths d of the residual stream
 
 where heads and neurons are what a smaller attention or MLP saves (<= 0). Everything is a fraction
 of the full model's time, taken right before: what else the machine does slows both alike. The
-median over rounds is kept; round 0 warms up.
+median over rounds is kept; round 0 warms up. Rounds end when no median has moved by more than .5 %
+in four of them, after 31, or after half an hour.
 """
 import json
 import os
@@ -29,11 +30,16 @@ import torch
 
 from model import Llama, SubNet
 from plumbing.errors import fail
-from plumbing.files import atomic_write
-from plumbing.parallel import autocast, rank0_first
+from plumbing.files import atomic_write, read_json
+from plumbing.parallel import autocast, bar, rank0_first
+from plumbing.tensors import taken_apart
 from space import Space, choices_for, random_generator
 
 LATENCY_FILE = "latency.json"
+ROUNDS = 31    # at most
+LIMIT = 1800   # seconds: the round in which they are over is the last
+SLOW = 10      # seconds of a forward from which on round 0 counts too
+STILL = 0.005  # a median that moves by less stands still
 
 # -----------------------------------------------------------------------------
 # measuring
@@ -66,21 +72,46 @@ def seconds(run, device: torch.device) -> float:
 
 @torch.no_grad()
 def fractions(runs: dict, device: torch.device, rounds: int) -> dict:
-    """Each call's time over that of runs["full"] right before it, the median over rounds; and under
-    "full" its ms."""
+    """Each call's time over that of runs["full"] right before it, the median over `rounds` at most;
+    under "full" its ms, and under "rounds" how many there were."""
     full = []
     ratios = {key: [] for key in runs if key != "full"}
-    for r in range(rounds + 1):
-        for key in ratios:
-            with autocast(device):
-                reference = seconds(runs["full"], device)
-                took = seconds(runs[key], device)
-            if r > 0:  # round 0 warms up
+    history = []  # the medians after each round
+    start = time.monotonic()
+    with bar(name="timing", total=(rounds + 1) * len(ratios), unit="slice") as progress:
+        for r in range(rounds + 1):
+            # every call, right behind the full model
+            for key, values in ratios.items():
+                with autocast(device):
+                    reference = seconds(runs["full"], device)
+                    took = seconds(runs[key], device)
                 full.append(reference)
-                ratios[key].append(took / reference)
-    medians = {key: statistics.median(values) for key, values in ratios.items()}
-    medians["full"] = 1000 * statistics.median(full)
-    return medians
+                values.append(took / reference)
+                progress.update()
+
+            # round 0 warms up; to a slow model that is nothing, and the round counts
+            if r == 0 and reference < SLOW:
+                full.clear()
+                for values in ratios.values():
+                    values.clear()
+                continue
+
+            # enough?
+            history.append({key: statistics.median(values) for key, values in ratios.items()})
+            if stands_still(history) or time.monotonic() - start > LIMIT:
+                break
+    return history[-1] | dict(full=1000 * statistics.median(full), rounds=len(history))
+
+
+def stands_still(history: list[dict]) -> bool:
+    """Has no median moved in the last four rounds? The first eight are too few to tell."""
+    if len(history) < 9:
+        return False
+    for key in history[-1]:
+        last = [medians[key] for medians in history[-5:]]
+        if max(last) > min(last) * (1 + STILL):
+            return False
+    return True
 
 
 def some(sizes, n: int) -> list[int]:
@@ -120,7 +151,8 @@ def slices_to_time(config, dims: list[int], heads: list[int], ffns: list[int]) -
     return slices
 
 
-def measure_latency(model: Llama, choices: dict | None = None, rounds: int = 31, tokens: int | None = None) -> dict:
+def measure_latency(model: Llama, choices: dict | None = None, rounds: int = ROUNDS,
+                    tokens: int | None = None) -> dict:
     """The table of a model, on its device: prefill of a batch of windows. choices: sizes per axis
     as choices_for() gives them; a few of each are measured."""
     c = model.config
@@ -150,7 +182,7 @@ def measure_latency(model: Llama, choices: dict | None = None, rounds: int = 31,
         table["fixed"].append(whole - c.n_layers * layer)
         table["heads"].append(savings([t[d, "n_heads", h] for h in heads], c.n_layers))
         table["neurons"].append(savings([t[d, "ffn_dim", f] for f in ffns], c.n_layers))
-    return hardware(device) | dict(batch=len(x), tokens=x.size(1), rounds=rounds, full_ms=t["full"]) | table
+    return hardware(device) | dict(batch=len(x), tokens=x.size(1), rounds=t["rounds"], full_ms=t["full"]) | table
 
 
 def savings(times: list[float], n_layers: int) -> list[float]:
@@ -246,22 +278,20 @@ def load_latency(folder, model: Llama, choices: dict | None = None) -> Latency:
     here = hardware(model.tok_embeddings.weight.device)
 
     def measure_if_missing() -> None:
-        if not path.is_file():
-            print(f"measuring latencies on {here['hardware']}, {here['threads']} threads, into {path}", file=sys.stderr)
+        if not os.path.lexists(path):
+            print(f"measuring latencies on {here['hardware']}, {here['threads']} threads, into {path}: until the medians "
+                  f"stand still, {ROUNDS} rounds or {LIMIT // 60} minutes", file=sys.stderr)
             save_table(path, measure_latency(model, choices))
 
     rank0_first(measure_if_missing)  # one table for all ranks, or they would take different slices
     again = f"python -m bench.latency --model {folder}"
     full = (model.config.dim, model.config.n_heads, model.config.ffn_dim)
-    try:
-        table = json.loads(path.read_text(encoding="utf-8"))
+    with taken_apart(path, f"a table of latencies of the Llama beside it; {again} measures it again"):
+        table = read_json(path)
         latency = Latency(table, model.config.n_layers)
         largest = (table["dim"][-1], table["n_heads"][-1], table["ffn_dim"][-1])
         if largest != full or not np.isfinite(latency.full):
             raise ValueError("another shape")
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-        fail(f"{path} is no table of latencies of the Llama beside it ({type(error).__name__}: {str(error)[:60]}); "
-             f"{again} measures it again")
     compared = ("hardware", "device", "threads", "torch")
     differ = [f"{key} {table.get(key)}" for key in compared if table.get(key) != here[key]]
     if differ:

@@ -89,6 +89,13 @@ def say(*parts) -> None:
         tqdm.write(" ".join(map(str, parts)), file=sys.stderr)
 
 
+def bar(work=None, name: str = "", total: int | None = None, unit: str = "it") -> tqdm:
+    """A bar with the time left, around an iterable, or to update(): on rank 0, on a terminal, of
+    work that takes over a second. It goes when it is full."""
+    hidden = None if RANK == 0 else True  # None: hidden unless stderr is a terminal
+    return tqdm(work, name, total, unit=unit, delay=1, leave=False, disable=hidden)
+
+
 def finish() -> None:
     """Leaves the process group, all ranks together: a rank that goes first can abort the others."""
     if dist.is_initialized():

@@ -9,7 +9,6 @@ Meta never writes head_dim, the MLP's width, the RoPE factor, tying or the conte
 context from the model that has this shape, the vocabulary from the weights. Our own files say all
 of it.
 """
-import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -18,9 +17,12 @@ import torch
 
 from model import LlamaConfig
 from plumbing.errors import fail
+from plumbing.files import read_json
 from plumbing.tensors import RAW, another_kind, how_to_mend, load_tensors, refuse_another_kind, shard_paths
 
 PARAMS = "params.json"
+LARGEST = 100_000_000  # of any size: channels, neurons, tokens, positions
+MOST_LAYERS = 1000
 PER_LAYER = ("n_heads", "n_kv_heads", "ffn_dim")  # lists in a heterogeneous slice's file
 
 # -----------------------------------------------------------------------------
@@ -55,7 +57,7 @@ def read_config(folder) -> LlamaConfig:
         refuse_another_kind(folder)
         fail(f"{folder} is no Llama folder: it has no {PARAMS}; expected {RAW}; python train.py makes one in out/base")
     try:
-        p = json.loads(path.read_text(encoding="utf-8"))
+        p = read_json(path)
         p = p.get("model", p)
         check_architecture(path, p)
         if not says_vocabulary(p):
@@ -100,8 +102,6 @@ def told_by_weights(folder, dim: int) -> dict:
     if not any(Path(folder).glob("consolidated.*.pth")):
         return {}
     shards = [load_tensors(path) for path in shard_paths(folder)]
-    if not all(isinstance(shard, dict) for shard in shards):
-        return {}                                    # checkpoint.py refuses such a file
     told = {}
     for name in ("tok_embeddings.weight", "output.weight"):
         shapes = [shard[name].shape for shard in shards if torch.is_tensor(shard.get(name))]
@@ -176,15 +176,19 @@ def is_llama_1(p: dict) -> bool:
 
 
 def check_shape(config: LlamaConfig) -> None:
-    """ValueError where sizes contradict each other, or a number is none to compute with."""
+    """ValueError where sizes contradict each other, or a number is none to compute with; where they
+    are larger than any machine holds, too."""
+    if type(config.n_layers) is not int or not 0 < config.n_layers <= MOST_LAYERS:
+        raise ValueError(f"a size of {str(config.n_layers)[:40]}, expected 1 to {MOST_LAYERS:,} layers")
     sizes = [config.dim, config.n_layers, config.head_dim, config.vocab_size, config.context]
     for name in PER_LAYER:
         values = config.per_layer(name)
         if len(values) != config.n_layers:
             raise ValueError(f"{name} has {len(values)} values for {config.n_layers} layers")
         sizes += values
-    if not all(isinstance(size, int) and size > 0 for size in sizes):
-        raise ValueError("a size is not a positive integer")
+    for size in sizes:
+        if type(size) is not int or not 0 < size <= LARGEST:
+            raise ValueError(f"a size of {str(size)[:40]}, expected a whole number from 1 to {LARGEST:,}")
     if config.head_dim % 2:
         raise ValueError(f"heads of {config.head_dim} channels cannot be rotated in pairs")
     if any(h % kv for h, kv in zip(config.per_layer("n_heads"), config.per_layer("n_kv_heads"))):

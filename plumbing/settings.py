@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 
 from model import LlamaConfig, SubNet
-from plumbing.errors import Parser, fail
+from plumbing.errors import LARGEST, SEEDS, Parser, check_range, fail
 from plumbing.parallel import WORLD, default_device
 from plumbing.params import read_config
 from plumbing.sharding import SHARDINGS
@@ -40,7 +40,7 @@ OF_BASE = ("base_steps", "base_lr", "seed", "batch_tokens", "seq_len", "clip", "
 
 
 def parse_args(argv=None, description=__doc__) -> argparse.Namespace:
-    """The command line. A default of -1 means: derived, and printed at the start."""
+    """The command line. What has no default is derived, and printed at the start."""
     p = Parser("python train.py", description)
     add_method(p)
     add_schedule(p)
@@ -49,6 +49,7 @@ def parse_args(argv=None, description=__doc__) -> argparse.Namespace:
     if args.laptop:
         p.set_defaults(**LAPTOP)  # a flag that is given still counts
         args = p.parse_args(argv)
+    check_ranges(args)
     derive(args)
     check(args)
     return args
@@ -81,38 +82,38 @@ def add_schedule(p: argparse.ArgumentParser) -> None:
     add = p.add_argument
     add("--laptop", action="store_true", help="with --llama: settings for a Llama of some 100M parameters on a CPU, "
         f"somewhat over an hour of one core: {' '.join(f'{k}={v}' for k, v in LAPTOP.items())}")
-    add("--steps", type=int, default=-1, help="elastic steps (demo 450, paper 28800)")
+    add("--steps", type=int, help="elastic steps (demo 450, paper 28800)")
     add("--base-steps", type=int, default=1200, help="steps of the demo's dense stage")
-    add("--batch-tokens", type=int, default=-1, help="global batch in tokens, per budget and step")
-    add("--micro-batch", type=int, default=-1, help="sequences per forward and rank (default: 8192 tokens)")
-    add("--seq-len", type=int, default=-1, help="tokens per sequence (demo 128, paper 4096)")
-    add("--lr", type=float, default=-1, help="Llama's learning rate (demo 1e-3, paper 4e-5)")
+    add("--batch-tokens", type=int, help="global batch in tokens, per budget and step")
+    add("--micro-batch", type=int, help="sequences per forward and rank (default: 8192 tokens)")
+    add("--seq-len", type=int, help="tokens per sequence (demo 128, paper 4096)")
+    add("--lr", type=float, help="Llama's learning rate (demo 1e-3, paper 4e-5)")
     add("--base-lr", type=float, default=3e-3, help="learning rate of the demo's dense stage")
-    add("--router-lr", type=float, default=-1, help="default: 1e-3 * (450 / steps)^0.6, see router_rate; the paper's is 4e-2")
+    add("--router-lr", type=float, help="default: 1e-3 * (450 / steps)^0.6, see router_rate; the paper's is 4e-2")
     add("--modulation-lr", type=float, default=1e-3)
     add("--warmup", type=float, default=0.1, help="of the learning rates, share of the steps")
     add("--router-start", type=float, default=0.12, help="share of the steps before the router learns: until then "
         "slices are drawn from all that fit")
     add("--weight-decay", type=float, default=0.1, help="on the Llama's matrices")
     add("--clip", type=float, default=1.0, help="gradient norm, for Llama, router and modulation apart")
-    add("--teach", choices=["pairs", "soft"], default=None, help="how the loss teaches the router: pairs, two slices read "
+    add("--teach", choices=["pairs", "soft"], help="how the loss teaches the router: pairs, two slices read "
         "the same tokens; soft, the full width under gates of a Gumbel-softmax, as in the paper (default: pairs, with "
         "--router penalty soft)")
     add("--teach-prob", type=float, default=1.0, help="share of passes that teach the router when it starts")
-    add("--teach-end", type=float, default=-1, help="share of the steps at which the last of them run (default: 0.45; "
+    add("--teach-end", type=float, help="share of the steps at which the last of them run (default: 0.45; "
         "--router penalty 1, because its penalty pulls at the router to the end)")
     add("--tau-end", type=float, default=0.0561, help="temperature at the last step (starts at 1)")
     add("--kappa-end", type=float, default=10.0, help="logit scale at the last step (starts at 1)")
-    add("--calibration-windows", type=int, default=-1, help="training windows that rank the units")
+    add("--calibration-windows", type=int, help="training windows that rank the units")
     add("--seed", type=int, default=0, help="of weights, data order and noise")
 
 
 def add_machine(p: argparse.ArgumentParser) -> None:
     """What a run leaves behind, and what it runs on."""
     add = p.add_argument
-    add("--eval-windows", type=int, default=-1, help="validation windows")
-    add("--eval-every", type=int, default=-1, help="steps between evaluations of the trained budgets")
-    add("--save-every", type=int, default=-1, help="steps between checkpoints")
+    add("--eval-windows", type=int, help="validation windows")
+    add("--eval-every", type=int, help="steps between evaluations of the trained budgets")
+    add("--save-every", type=int, help="steps between checkpoints")
     add("--log-every", type=int, default=10, help="steps between printed lines")
     add("--device", choices=["cpu", "cuda"], default=default_device())
     add("--shard", choices=SHARDINGS, default="ddp", help="what torchrun's processes share (plumbing/sharding.py)")
@@ -142,20 +143,19 @@ def router_rate(steps: int) -> float:
 
 
 def derive(args: argparse.Namespace) -> None:
-    """Fills in what is -1, and writes budgets and paths in one way only: a resumed run compares
+    """Fills in what was not given, and writes budgets and paths in one way only: a resumed run compares
     them."""
     config = LlamaConfig() if args.llama is None else read_config(args.llama)
     small = n_params(config, SubNet.full(config)) < SMALL
     derived = dict(DEMO if small else PAPER)
-    steps = args.steps if args.steps != -1 else derived["steps"]
-    seq_len = args.seq_len if args.seq_len != -1 else derived["seq_len"]
+    steps = args.steps if args.steps is not None else derived["steps"]
+    seq_len = args.seq_len if args.seq_len is not None else derived["seq_len"]
     derived["micro_batch"] = max(1, 8192 // max(1, seq_len))
     derived["router_lr"] = router_rate(steps)
+    derived["teach"] = "soft" if args.router == "penalty" else "pairs"
     derived["teach_end"] = 1.0 if args.router == "penalty" else 0.45
-    if args.teach is None:
-        args.teach = "soft" if args.router == "penalty" else "pairs"
     for name, value in derived.items():
-        if getattr(args, name) == -1:
+        if getattr(args, name) is None:
             setattr(args, name, value)
     args.budgets = sorted(set(args.budgets), reverse=True)
     if args.data is not None:
@@ -166,7 +166,6 @@ def derive(args: argparse.Namespace) -> None:
 
 def check(args: argparse.Namespace) -> None:
     """What can be refused is refused here, before anything is trained: fail()."""
-    check_ranges(args)
     if args.laptop and args.llama is None:
         fail("--laptop found, without --llama; expected a Llama to start from: python train.py --laptop --llama out/llama "
              "--data data/mytext (the demo, python train.py, is small as it is)")
@@ -177,6 +176,9 @@ def check(args: argparse.Namespace) -> None:
     if any(not 0 < b <= 1 for b in args.budgets) or 1.0 not in args.budgets:
         fail(f"--budgets {' '.join(map(str, args.budgets))} found; expected fractions in (0, 1] and 1.0, the full "
              "model, among them; try --budgets 1.0 0.8 0.6 0.4")
+    if args.extra_budgets and not several:
+        fail(f"--extra-budgets {args.extra_budgets} found, --budgets is 1; expected a smaller one too: extra budgets are "
+             "drawn between the smallest and 1; try --budgets 1.0 0.5")
     if args.batch_tokens % (args.seq_len * WORLD):
         fail(f"--batch-tokens {args.batch_tokens} found; expected whole sequences of --seq-len {args.seq_len}, equally "
              f"many for each of {WORLD} processes; try --batch-tokens {args.seq_len * 8 * WORLD}")
@@ -190,10 +192,12 @@ def check_ranges(args: argparse.Namespace) -> None:
         lowest = 1 if type(value) is int else 1e-12
         if name in MAY_BE_ZERO:
             lowest = 0
-        highest = 1 if name in SHARES else float("inf")
-        if not lowest <= value <= highest or value == float("inf"):
-            at_most = ", and at most 1" if name in SHARES else ", and finite" if value == float("inf") else ""
-            fail(f"--{name.replace('_', '-')} {value:g} found; expected {lowest:g} or more{at_most}")
+        highest = LARGEST
+        if name in SHARES:
+            highest = 1
+        elif name == "seed":
+            highest = SEEDS
+        check_range(args, lowest, name, highest=highest)
 
 
 # -----------------------------------------------------------------------------

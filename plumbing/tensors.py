@@ -4,6 +4,8 @@ holds a Llama of another kind.
 
 Every load is memory-mapped and weights_only: nothing here runs code from a file.
 """
+import contextlib
+import functools
 import pickle
 import zipfile
 from hashlib import blake2b
@@ -15,6 +17,8 @@ import torch
 from plumbing.errors import fail
 
 WEIGHTS = "consolidated.00.pth"
+SMALL = 256 << 20  # bytes: a file under it is checked for flipped bits whenever it is opened
+POINTER = b"version https://git-lfs"
 RAW = "a raw Llama folder (params.json, consolidated.00.pth, tokenizer.model)"
 
 # -----------------------------------------------------------------------------
@@ -27,13 +31,51 @@ def load_tensors(path) -> dict:
     path = Path(path)
     if not path.is_file():
         fail(f"{path} is missing; expected a file written by torch.save; copy it again or make it with python train.py")
+    with open(path, "rb") as file:  # OSError where it may not be read
+        if file.read(len(POINTER)) == POINTER:
+            fail(f"{path} is a pointer of Git LFS, not the file itself; expected tensors: fetch it with git lfs pull")
+    stat = path.stat()
+    if stat.st_size < SMALL:
+        check_intact(path, stat.st_mtime_ns)
     try:
-        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        if not isinstance(content, dict):
+            raise ValueError(f"a {type(content).__name__} in place of a dictionary")
+        return content
     except pickle.UnpicklingError:
-        fail(f"{path} wants to run code when it is loaded; expected tensors and plain types only; do not trust it")
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
-        fail(f"{path} cannot be read, it looks cut short or damaged ({str(error).splitlines()[0][:120]}); "
-             f"{path.stat().st_size:,} bytes found; copy it again from its source")
+        fail(f"{path} wants to run code when it is loaded, or is damaged; expected tensors and plain types only; do not "
+             "trust it, copy it again from its source")
+    except Exception as error:  # torch's reader has no error of its own: it stumbles
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
+        fail(f"{path} cannot be read, it looks cut short or damaged ({reason}); {path.stat().st_size:,} bytes found; copy "
+             "it again from its source")
+
+
+@functools.lru_cache(maxsize=None)  # a Llama's file is opened for every layer
+def check_intact(path: Path, modified: int) -> None:
+    """fail() if a bit of a file of torch.save has flipped since: torch, which maps it, does not look
+    at its checksums. About a second for a gigabyte. modified: when."""
+    if not zipfile.is_zipfile(path):
+        return  # of an old torch, or none of torch's: torch.load tells
+    try:
+        with zipfile.ZipFile(path) as archive:
+            part = archive.testzip()
+    except Exception as error:  # of a damaged directory of the archive
+        part = str(error)[:60]
+    if part is not None:
+        fail(f"{path} is damaged: {part} does not have the checksum that was saved with it; copy it again from its "
+             "source")
+
+
+@contextlib.contextmanager
+def taken_apart(path, expected: str):
+    """Around what takes a file of ours apart: a file that holds something else, since it is damaged
+    or of another program, ends in one line. expected: what it is, and where it comes from."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, ArithmeticError, RuntimeError) as error:
+        reason = (str(error).splitlines() or [""])[0][:100]
+        fail(f"{path} is damaged, or of something else ({type(error).__name__}: {reason}); expected {expected}")
 
 
 # -----------------------------------------------------------------------------

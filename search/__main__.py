@@ -29,15 +29,16 @@ from plumbing.checkpoint import (
     WEIGHTS,
     load_llama,
     matrix_dtype,
+    of_a_run,
     resume_state,
     save_llama,
     save_tensors,
 )
-from plumbing.errors import Parser, check_at_least_one, fail, run_main
+from plumbing.errors import SEEDS, Parser, check_at_least_one, check_range, fail, run_main
 from plumbing.locks import one_writer
 from plumbing.parallel import WORLD, default_device, device_of, say
 from plumbing.params import PARAMS, read_config
-from search.candidates import Bounds, check_budget, cut_out
+from search.candidates import Bounds, Candidate, check_budget, cut_out
 from search.evolution import disjoint_windows, evolve
 from search.reform import reform_, unit_scores
 from space import cost
@@ -69,6 +70,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     args = p.parse_args(argv)
     check_at_least_one(args, "generations", "population", "fitness_windows", "calibration_windows",
                        "report_windows", "seq_len")
+    check_range(args, 0, "seed", highest=SEEDS)
     if not args.out:
         source = Path(args.llama)
         if source.name in ("", ".."):                        # . and .. have no name to replace
@@ -94,6 +96,16 @@ def check_out(out: Path, source: Path) -> None:
         fail(f"{out} holds a Llama that is not from an earlier search; choose another --out")
 
 
+def check_state(path: Path, state: dict, config: LlamaConfig) -> None:
+    """fail() unless a resume.pt holds candidates for this Llama, and losses."""
+    with of_a_run(path):
+        for loss, masks in state["parents"]:
+            Candidate(*masks).subnet(config)
+            loss + 0
+        for loss in state["losses"].values():
+            loss + 0
+
+
 def fingerprint(model: Llama, data) -> str:
     """Has the Llama or the text changed since? No two Llamas have the same norms once trained."""
     digest = hashlib.blake2b(digest_size=8)
@@ -101,8 +113,8 @@ def fingerprint(model: Llama, data) -> str:
         if "norm" in name:
             digest.update(p.detach().float().cpu().numpy().tobytes())
     for path in sorted(Path(data).glob("train_*.bin")):
-        head = path.read_bytes()[:4096]
-        digest.update(head)
+        with open(path, "rb") as file:
+            digest.update(file.read(4096))
     return digest.hexdigest()
 
 
@@ -211,6 +223,8 @@ def main(argv=None) -> None:
     # the search
     with one_writer(out):
         state = resume_state(out, settings, args.generations, args.resume)
+        if state is not None:
+            check_state(out / RESUME, state, config)
         try:
             small = search(model, windows, args, settings, state)
             save_llama(out, small.config, small.state_dict(), source / TOKENIZER)

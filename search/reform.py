@@ -30,7 +30,7 @@ from torch import nn
 
 from model import Block, Llama
 from plumbing.errors import fail
-from plumbing.parallel import autocast
+from plumbing.parallel import autocast, bar
 
 HALVES = ("attention", "feed_forward")  # of a layer, in the order they run
 DAMP = 0.01  # the share of its own diagonal added to every Gram: a singular one can be inverted too
@@ -150,7 +150,7 @@ def unit_scores(model: Llama, windows: torch.Tensor, batch: int):
     stream = model.tok_embeddings(windows)                   # S, T, dim
     rope = model.rope(0, windows.size(1), stream.device)
     scores = {half: [] for half in HALVES}
-    for layer, block in enumerate(model.layers):
+    for layer, block in enumerate(bar(model.layers, "scores", unit="layer")):
         for half in HALVES:
             grams = {}
             with heard(listening_points(block, half)) as latest:
@@ -234,7 +234,7 @@ def reform_(small: Llama, model: Llama, layers, windows: torch.Tensor, batch: in
     rope = model.rope(0, windows.size(1), want.device)
     kept = dict(zip(layers, small.layers))
     errors = []
-    for layer, block in enumerate(model.layers):
+    for layer, block in enumerate(bar(model.layers, "reformation", unit="layer")):
         for half in HALVES:
             advance_(block, half, want, batch, rope)
             if layer not in kept:

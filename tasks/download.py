@@ -11,10 +11,12 @@ questions.py says under which names.
 """
 import hashlib
 import http.client
+import lzma
 import tarfile
 import urllib.error
 import urllib.request
 import zipfile
+import zlib
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
@@ -24,10 +26,14 @@ from tqdm import tqdm
 
 from plumbing.errors import Parser, fail, run_main
 from plumbing.files import atomic_write
-
+from plumbing.locks import one_writer
 
 MEND = "run it again to go on, or put the file there by hand"
 HELLASWAG = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/"
+MOST = 1_000_000_000  # bytes of a file whose size is not known, and of one inside an archive
+# What zipfile and tarfile raise where an archive is damaged, or packed in a way that they cannot read.
+DAMAGED = (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, OSError,
+           ValueError, KeyError, RuntimeError)
 AI2 = "https://storage.googleapis.com/ai2-mosaic/public/"
 
 
@@ -83,8 +89,9 @@ SOURCES = {
 # one file
 
 
-def fetch(url: str, part: Path) -> None:
-    """Appends to `part` what it lacks of the file at url; what came stays when the line breaks."""
+def fetch(url: str, part: Path, most: int) -> None:
+    """Appends to `part` what it lacks of the file at url; what came stays when the line breaks.
+    More than `most` bytes: fail()."""
     have = part.stat().st_size if part.is_file() else 0
     headers = {"Range": f"bytes={have}-"} if have else {}
     request = urllib.request.Request(url, headers=headers)
@@ -93,23 +100,31 @@ def fetch(url: str, part: Path) -> None:
         with urllib.request.urlopen(request, timeout=60) as reply:
             if reply.status != 206:  # 200: all of it, from the start
                 have = 0
-            total = have + int(reply.headers.get("Content-Length", 0))
-            receive(reply, part, have, total, url.rsplit("/")[-1])
+            total = have + (reply.length or 0)
+            receive(reply, part, have, total, url.rsplit("/")[-1], most)
     except urllib.error.HTTPError as error:
         if error.code != 416:  # 416: there is nothing left to ask for
             fail(f"{url}: the server says {error.code} {error.reason}; {MEND}")
     except (OSError, http.client.HTTPException) as error:
         fail(f"{url}: cannot download it ({error}); {part} is kept: {MEND}")
+    if part.stat().st_size > most:
+        part.unlink()
+        fail(f"{url}: found more than {most:,} bytes, expected no more; it is not the file that was "
+             f"published: {MEND}")
     if part.stat().st_size < total:
         fail(f"{url}: the connection ended early, {part} is kept: {MEND}")
 
 
-def receive(reply, part: Path, have: int, total: int, name: str) -> None:
-    """Writes the rest of `total` bytes behind the first `have` that are in `part`, under a bar."""
+def receive(reply, part: Path, have: int, total: int, name: str, most: int) -> None:
+    """Writes the rest of `total` bytes behind the first `have` that are in `part`, under a bar. It
+    ends when `part` has more than `most`."""
     mode = "ab" if have else "wb"
     with open(part, mode) as file, tqdm(total=total, initial=have, desc=name, unit="B",
                                         unit_scale=True, disable=None) as bar:
-        while block := reply.read(1 << 16):
+        while file.tell() <= most:
+            block = reply.read(1 << 16)
+            if not block:
+                break
             file.write(block)
             bar.update(len(block))
 
@@ -135,48 +150,71 @@ def check(source: Source, part: Path) -> None:
 
 
 def unpack(archive: Path, kind: str) -> Iterator[tuple[str, Callable[[], bytes]]]:
-    """(path, reader of its content) of all files in a .zip or .tar.
+    """(path, reader of its content) of all files in a .zip or .tar. ValueError: a file is too large.
 
     It writes nothing, so no path in an archive can do harm."""
     if kind == ".zip":
         with zipfile.ZipFile(archive) as packed:
-            for name in packed.namelist():
-                yield name, partial(packed.read, name)
+            for member in packed.infolist():
+                check_size(member.filename, member.file_size)
+                yield member.filename, partial(packed.read, member)
     else:
         with tarfile.open(archive) as packed:
             for member in packed:
                 if member.isfile():
+                    check_size(member.name, member.size)
                     yield member.name, packed.extractfile(member).read
+
+
+def check_size(name: str, size: int) -> None:
+    """ValueError for a file that would fill memory or disk: nothing of the tasks is that large."""
+    if size > MOST:
+        raise ValueError(f"{name} would take {size:,} bytes")
 
 
 def get(source: Source, folder: Path) -> None:
     """Leaves the files of a source in the folder, whole or not at all."""
     name = source.url.rsplit("/")[-1]
     part = folder / f".{name}.part"
-    done = folder / f".{name}.done"  # stands for an archive that is no longer here
-    if done.exists() or (source.members is None and (folder / name).exists()):
+    done = folder / f".{name}.done"  # stands for an archive that is no longer here: a line a file of it
+    if is_here(source, folder / name, done):
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    fetch(source.url, part)
+    fetch(source.url, part, source.size or MOST)
     check(source, part)
     if source.members is None:
         part.replace(folder / name)
         return
+    # An archive that is of no use is deleted: the next download starts afresh.
     try:
-        found = keep_members(source, part, folder)
-    except (zipfile.BadZipFile, tarfile.TarError, EOFError) as error:
+        files = wanted_files(source, part)
+    except DAMAGED as error:
         part.unlink()
         fail(f"{source.url}: is no archive that can be read ({error}): {MEND}")
-    missing = source.members.keys() - found
-    if missing:
-        fail(f"{source.url}: found no {', '.join(missing)} inside: {MEND}")
-    done.touch()
+    if files is None:
+        part.unlink()
+        fail(f"{source.url}: found not all of {', '.join(source.members)} inside: {MEND}")
+    for target, content in files.items():
+        with atomic_write(folder / target) as file:
+            file.write(content)
+    with atomic_write(done) as file:
+        file.write("\n".join(files).encode())
     part.unlink()
 
 
-def keep_members(source: Source, archive: Path, folder: Path) -> set[str]:
-    """Writes the wanted files of an archive to the folder; returns the patterns that matched."""
+def is_here(source: Source, file: Path, done: Path) -> bool:
+    """Are all files of a source here? A mark alone is not enough: files may have been deleted."""
+    if source.members is None:
+        return file.is_file() and source.size in (None, file.stat().st_size)
+    if not done.is_file():
+        return False
+    names = done.read_text().splitlines()
+    return names != [] and all((done.parent / name).is_file() for name in names)
+
+
+def wanted_files(source: Source, archive: Path) -> dict[str, bytes] | None:
+    """The wanted files of an archive, by their names here; None if a pattern matches none."""
     kind = Path(source.url).suffix
+    files = {}
     found = set()
     for path, read in unpack(archive, kind):
         for pattern, target in source.members.items():
@@ -184,10 +222,9 @@ def keep_members(source: Source, archive: Path, folder: Path) -> set[str]:
                 continue
             if target == "" or target.endswith("/"):
                 target += Path(path).name
-            with atomic_write(folder / target) as file:
-                file.write(read())
+            files[target] = read()
             found.add(pattern)
-    return found
+    return files if found == set(source.members) else None
 
 
 def main(argv=None) -> None:
@@ -201,8 +238,12 @@ def main(argv=None) -> None:
             fail(f"found the task {task!r}, expected one of {' '.join(SOURCES)}")
     for task in args.tasks or SOURCES:
         folder = Path(args.out) / task
-        for source in SOURCES[task]:
-            get(source, folder)
+        try:
+            with one_writer(folder):
+                for source in SOURCES[task]:
+                    get(source, folder)
+        except OSError as error:
+            fail(f"{folder}: {error.strerror or error}; make room, or choose another --out; what came is kept")
         print(f"{folder}: complete")
 
 

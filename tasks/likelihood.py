@@ -12,12 +12,11 @@ from typing import Callable, Iterator, NamedTuple
 
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
 from data.tokenizer import encode_document
 from model import NOWHERE, KVCache, Llama
 from plumbing.errors import fail
-from plumbing.parallel import RANK, WORLD, autocast
+from plumbing.parallel import RANK, WORLD, autocast, bar
 from tasks.questions import Question
 
 FORWARD_TOKENS = 4096  # in one forward at most: its logits take 2 GB with Llama 3's vocabulary
@@ -119,15 +118,23 @@ def tokens_computed(requests: list[Request]) -> int:
     return len(requests) * prefix + len(rows_of(requests)) * rest
 
 
+def tokens_unshared(requests: list[Request]) -> int:
+    """Tokens of all rows: what scoring takes that shares no prefix, and pads nothing."""
+    return sum(map(len, rows_of(requests)))
+
+
 def fits(requests: list[Request], batch: int | None) -> bool:
     """May these requests go through the model together?
 
     `batch` of them may. Without a batch: what is computed stays under FORWARD_TOKENS, and under 1.5
-    times what the requests would need alone."""
+    times what the requests would need alone. In a large batch the common prefix is short and the
+    padding long, so where choices share little, as in PIQA, it could cost more than it saves: it
+    stays under what nothing shared would take, too (but for 5 %, or no two questions would fit)."""
     if batch is not None:
         return len(requests) <= batch
     alone = sum(tokens_computed([request]) for request in requests)
-    return tokens_computed(requests) <= min(FORWARD_TOKENS, 1.5 * alone)
+    most = max(1.05 * alone, min(1.5 * alone, tokens_unshared(requests)))
+    return tokens_computed(requests) <= min(FORWARD_TOKENS, most)
 
 
 def batches_of(requests: list[Request], batch: int | None) -> list[list[int]]:
@@ -221,15 +228,14 @@ def score(model: Llama, requests: list[Request], subnet=None, factors=None, batc
         factors = factors.to(model.tok_embeddings.weight.device)
     answers = {}  # index of a request -> its answer
     computed = 0
-    with tqdm(total=len(requests), desc=name, unit="row", leave=False,
-              disable=None if RANK == 0 else True) as bar:
+    with bar(name=name, total=len(requests), unit="row") as progress:
         for number, indices in enumerate(batches_of(requests, batch)):
             if number % WORLD == RANK:
                 some = [requests[i] for i in indices]
                 found = log_likelihoods(model, some, subnet, factors)
                 answers.update(zip(indices, found))
                 computed += tokens_computed(some)
-            bar.update(len(indices))
+            progress.update(len(indices))
     if dist.is_initialized():
         parts = [None] * WORLD
         dist.all_gather_object(parts, (answers, computed))

@@ -6,11 +6,9 @@ The tasks in eval.py: names -> questions -> what a model scores on them -> the t
 """
 import statistics
 
-from tqdm import tqdm
-
 from model import Llama
 from plumbing.errors import fail
-from plumbing.parallel import RANK, rank0_first, say
+from plumbing.parallel import bar, rank0_first, say
 from plumbing.tables import row_label
 from tasks.likelihood import Request, requests_of, score
 from tasks.metrics import task_metrics
@@ -43,9 +41,7 @@ def encode_tasks(questions: dict[str, list[Question]], tokenizer, window: int) -
     contexts that were cut, subjects of MMLU that are missing."""
     encoded = {}
     for name, asked in questions.items():
-        bar = tqdm(requests_of(asked, tokenizer, window), f"{name}: tokens", len(asked), leave=False,
-                   disable=None if RANK == 0 else True)
-        requests = list(bar)
+        requests = list(bar(requests_of(asked, tokenizer, window), f"{name}: tokens", len(asked)))
         encoded[name] = asked, requests
         subjects = {question.group for question in asked}
         if name == "mmlu" and len(subjects) != 57:

@@ -75,6 +75,8 @@ def read_mmlu_csv(path: Path) -> Iterator[Row]:
     """The rows of one of MMLU's files, as Hugging Face names the fields: question, choices, answer.
 
     A row of the file is question, A, B, C, D, letter. There is no header; quotes may hold line ends."""
+    if not path.is_file():
+        fail(f"{path} is no file; expected CSV in UTF-8; download it: {DOWNLOAD}")
     data = path.read_bytes()
     line = 1  # where the next row begins: a row may have several lines
     try:

@@ -267,6 +267,13 @@ PARAMS_MISTAKES = {
     "heads that do not divide": lambda f: rewrite(f, lambda p: p | dict(n_kv_heads=3)),
     "a list too short": lambda f: rewrite(f, lambda p: p | dict(ffn_dim=[80, 80])),
     "text for the layers": lambda f: rewrite(f, lambda p: p | dict(n_layers="4")),
+    "true for a size": lambda f: rewrite(f, lambda p: p | dict(vocab_size=True)),
+    "NaN for a size": lambda f: rewrite(f, lambda p: p | dict(ffn_dim=float("nan"))),
+    "more than a machine holds": lambda f: rewrite(f, lambda p: p | dict(n_layers=10**9)),
+    "heads without end": lambda f: rewrite(f, lambda p: p | dict(n_heads=10**12, n_kv_heads=1)),
+    "deep": lambda f: (f / "params.json").write_text("[" * 200_000),
+    "a folder": lambda f: ((f / "params.json").unlink(), (f / "params.json").mkdir()),
+    "a pipe": lambda f: ((f / "params.json").unlink(), os.mkfifo(f / "params.json")),
     "a huge number": lambda f: rewrite(f, lambda p: p | dict(rope_theta=10**400)),
     "no epsilon": lambda f: rewrite(f, lambda p: p | dict(norm_eps=0)),
     "infinite theta": lambda f: rewrite(f, lambda p: p | dict(rope_theta=float("inf"))),
@@ -321,6 +328,15 @@ def test_a_file_that_runs_code_is_refused(tmp_path, capsys, monkeypatch, zipped)
 
 # -----------------------------------------------------------------------------
 # never half a file
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes of Unix")
+def test_a_device_stays_one(tmp_path):
+    """Catches `export.py --format gguf --out /dev/null` that makes a file of /dev/null, for root."""
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="no file that could be replaced"), atomic_write(tmp_path / "pipe") as f:
+        f.write(b"new")
+    assert (tmp_path / "pipe").is_fifo() and [p.name for p in tmp_path.iterdir()] == ["pipe"]
 
 
 def test_atomic_write_keeps_the_old_file(tmp_path):
@@ -490,7 +506,30 @@ SHARD_MISTAKES = {
     "int8": (lambda f: shard_state(f, 1, lambda s: {k: v.char() for k, v in s.items()}), "int8"),
     "a tensor less": (lambda f: shard_state(f, 2, lambda s: {k: v for k, v in s.items() if "1.ffn_norm" not in k}),
                       "layers.1.ffn_norm"),
-    "a tensor more": (lambda f: shard_state(f, 2, lambda s: s | {"lora_a": torch.ones(3)}), "lora_a")}
+    "a tensor more": (lambda f: shard_state(f, 2, lambda s: s | {"lora_a": torch.ones(3)}), "lora_a"),
+    "a number as a name": (lambda f: shard_state(f, 2, lambda s: s | {7: torch.ones(3)}), "7"),
+    "a state in a state": (lambda f: shard_state(f, 1, lambda s: {"model": s}), "model: dict"),
+    "no dictionary": (lambda f: torch.save([1], f / "consolidated.02.pth"), "a list in place of a dictionary"),
+    "sparse": (lambda f: shard_state(f, 1, lambda s: s | {"norm.weight": s["norm.weight"].to_sparse()}), "no numbers"),
+    "meta": (lambda f: shard_state(f, 1, lambda s: s | {"norm.weight": s["norm.weight"].to("meta")}), "no numbers"),
+    "a pointer": (lambda f: (f / "consolidated.01.pth").write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 2\n"), "git lfs pull"),
+    "a page": (lambda f: (f / "consolidated.01.pth").write_text("<html>404</html>"), "consolidated.01.pth"),
+    "a flipped bit": (lambda f: flip(f / "consolidated.01.pth", b"layers"), "checksum"),
+    "a flipped bit in the weights": (lambda f: flip(f / "consolidated.01.pth", bytes_of_weights(f, 1)), "checksum")}
+
+
+def flip(path, near: bytes) -> None:
+    """Flips a bit of the first byte of `near` in a file."""
+    data = bytearray(path.read_bytes())
+    data[data.index(near)] ^= 4
+    path.write_bytes(data)
+
+
+def bytes_of_weights(folder, i: int) -> bytes:
+    """The first bytes of a tensor as its file has them."""
+    w = torch.load(folder / f"consolidated.{i:02d}.pth", weights_only=True)["layers.0.attention.wq.weight"]
+    return w.flatten()[:8].numpy().tobytes()
 
 
 @pytest.mark.parametrize("mistake", SHARD_MISTAKES)

@@ -1,4 +1,5 @@
 """errors.py: how a program ends that does not end by itself."""
+import argparse
 import ast
 import os
 import signal
@@ -7,11 +8,14 @@ import sys
 
 import pytest
 
+from plumbing.errors import check_range, run_main
+from tests.helpers import one_line_error
 from tests.processes import ROOT
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals and pipes of Unix")
 PROGRAM = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore Ctrl-C
 sys.path.insert(0, sys.argv[1])
 from plumbing.errors import run_main
 
@@ -49,6 +53,22 @@ def test_a_reader_that_leaves_ends_it_without_a_word():
     process.wait(timeout=20)
     assert (process.returncode, process.stderr.read()) == (141, "")
     process.stderr.close()
+
+
+def test_a_file_that_cannot_be_used_ends_in_one_line(tmp_path, capsys):
+    """Catches a traceback where a path is a folder, too long, or not ours to write to, wherever that is found."""
+    for path in (tmp_path, tmp_path / ("x" * 300), tmp_path / "missing/place"):
+        with one_line_error(capsys, str(path)[:190], "all is kept"):
+            run_main(lambda: open(path, "w"), "all is kept")
+
+
+def test_numbers_have_a_range(capsys):
+    """Catches NaN, which is neither below nor above, a number without end, and one of a list that is not looked at."""
+    args = argparse.Namespace(lr=float("nan"), n=10 ** 400, budgets=[0.5, 2.0], steps=None)
+    for name, words in (("lr", "--lr nan"), ("n", "--n 1000"), ("budgets", "--budgets 2.0")):
+        with one_line_error(capsys, words, "0 or more, and at most 1"):
+            check_range(args, 0, "steps", name, highest=1)
+    check_range(args, 0, "steps", "budgets", highest=2)
 
 
 def test_every_program_ends_so():

@@ -1,6 +1,8 @@
 """importance.py: sorting changes nothing, and the scores are those of the slow and obvious computation, in fp32 and in
 bf16."""
 import contextlib
+import io
+import re
 
 import pytest
 import torch
@@ -249,3 +251,20 @@ def test_influence_is_the_formula(precision):
     of_the_last = slow_influence(model, tokens[4:])
     assert want != sorted(range(4), key=of_the_last.__getitem__, reverse=True), "a test of nothing"
     assert layers_by_influence(model, tokens, batch=2) == want
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_bar_says_how_long_the_ranking_takes(monkeypatch, terminal):
+    """Catches minutes of silence on a terminal, a bar that ends before its work or after it, and one in a log file."""
+    now = iter(range(10 ** 6))
+    monkeypatch.setattr("tqdm.std.time", lambda: float(next(now)))
+    screen = io.StringIO()
+    screen.isatty = lambda: terminal
+    monkeypatch.setattr("sys.stderr", screen)
+    model = random_llama(GQA)  # 4 layers: 4 + 3 + 2 passes
+    rank(model, tokens_for(GQA, batch=4, length=2048))
+    shown = re.findall(r"ranking layers: .*?(\d+)/(\d+) ", screen.getvalue())
+    if terminal:
+        assert ("1", "9") in shown and shown[-1] == ("9", "9") and "ranking:" in screen.getvalue()
+    else:
+        assert screen.getvalue() == ""

@@ -100,6 +100,29 @@ def test_fractions_are_of_the_same_round(monkeypatch):
     assert found["half"] == pytest.approx(0.5) and found["full"] == pytest.approx(1000 * 1.5 ** 4)
 
 
+@pytest.mark.parametrize("noise, rounds", [(0.0, 9), (1.0, 31)])
+def test_rounds_end_when_the_medians_stand_still(monkeypatch, noise, rounds):
+    """Catches a quarter of an hour of rounds that change nothing, and rounds that end while they do."""
+    generator = np.random.default_rng(0)
+    monkeypatch.setattr(timing, "seconds", lambda run, device: run() * (1 + noise * generator.random()))
+    runs = {"full": lambda: 1.0, "a": lambda: 0.5, "b": lambda: 0.7, "c": lambda: 0.2}
+    assert fractions(runs, torch.device("cpu"), 31)["rounds"] == rounds
+
+
+def test_a_slow_model_is_not_measured_for_hours(monkeypatch):
+    """Catches a limit that nothing keeps, and a first round of half an hour that is thrown away."""
+    now = [0.0]
+
+    def seconds(run, device):
+        now[0] += run()
+        return run()
+
+    monkeypatch.setattr(timing, "seconds", seconds)
+    monkeypatch.setattr(timing.time, "monotonic", lambda: now[0])
+    found = fractions({"full": lambda: 300.0, "a": lambda: 270.0, "b": lambda: 240.0}, torch.device("cpu"), 31)
+    assert (found["rounds"], found["a"], found["b"]) == (2, 0.9, 0.8) and now[0] == 2 * (600 + 270 + 240)
+
+
 def test_some():
     """Catches a grid without its ends."""
     assert some(range(1, 33), 4) == [1, 11, 22, 32] and some([8, 4], 4) == [4, 8]
@@ -214,6 +237,16 @@ def test_mistakes_end_in_one_line(flex, capsys):
     (flex / LATENCY_FILE).write_text("{}")
     with one_line_error(capsys, LATENCY_FILE, "measures it again"):
         export.main(flags + ["--latency", "0.6"])
+    for content in ('{"a":' * 100_000, "[]", "NaN"):
+        (flex / LATENCY_FILE).write_text(content)
+        with one_line_error(capsys, LATENCY_FILE):
+            export.main(flags + ["--latency", "0.6"])
+    (flex / LATENCY_FILE).unlink()
+    (flex / LATENCY_FILE).mkdir()  # it would be measured for minutes, and not be written
+    with one_line_error(capsys, LATENCY_FILE, "no file"):
+        export.main(flags + ["--latency", "0.6"])
+    (flex / LATENCY_FILE).rmdir()
+    (flex / LATENCY_FILE).write_text("{}")
     with one_line_error(capsys, "--rounds"):
         command.main(["--model", str(flex), "--rounds", "0"])
     save_tensors(flex / "flex.pt", router_state(random_router(GQA, "penalty"), seq_len=16))

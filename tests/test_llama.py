@@ -169,7 +169,7 @@ def test_a_dtype_that_is_asked_for(tmp_path):
     ("architectures", ["Qwen3ForCausalLM"], "Qwen3ForCausalLM"), ("architectures", ["LlamaForSequence"], "LlamaForS"),
     ("model_type", ..., None), ("hidden_size", ..., "'hidden_size'"), ("hidden_size", "48", "config.json"),
     ("num_hidden_layers", 10**12, "a size of"), ("num_attention_heads", 7, "7 query heads"),
-    ("head_dim", 7, "7 channels"), ("hidden_size", True, "no whole number"),
+    ("head_dim", 7, "7 channels"), ("hidden_size", True, "a size of True"),
     ("rms_norm_eps", float("nan"), "norm_eps is nan"), ("num_hidden_layers", 3, "layers.3.self_attn.q_proj.weight"),
     ("num_hidden_layers", 5, "layers.4.self_attn.q_proj.weight is missing"), ("intermediate_size", 96, "gate_proj"),
     ("vocab_size", 559, "embed_tokens")], ids=lambda value: str(value)[:40])
@@ -966,7 +966,7 @@ def test_lists_that_lie(tmp_path, capsys):
     whole = path.read_bytes()
     right = struct.pack("<IQ4I", 5, 4, 8, 2, 6, 4)  # of int32, 4 of them
     assert whole.count(right) == 1
-    for heads, said in (((8, 2, 6, 2), "blk.3.attn_q.weight"), ((8, 0, 6, 4), "not a positive integer"),
+    for heads, said in (((8, 2, 6, 2), "blk.3.attn_q.weight"), ((8, 0, 6, 4), "a size of 0"),
                         ((8, 2, 6, 3), "do not divide")):
         path.write_bytes(whole.replace(right, struct.pack("<IQ4I", 5, 4, *heads)))
         assert said in refused(capsys, path, tmp_path / "raw")

@@ -58,6 +58,7 @@ FEWER = {
     "bench.flextron_oracle": "--windows 1",
     "bench.harness": "--limit 2",
     "bench.loss": "--tokens 16 --vocab-size 99 --dim 8",
+    "bench.fuzz": "--cases 2",  # tests/test_fuzz.py runs more
     "bench.mutants": "--list",  # tests/test_bench.py plants some
     "bench.ablation_search": FEW_CANDIDATES + " --budgets 0.6 --seeds 0",
 }
@@ -66,7 +67,7 @@ PROGRAMS = {
     "tasks.download", "plumbing.describe",
     "bench.slices", "bench.steps", "bench.oracle", "bench.latency", "bench.results", "bench.big_export",
     "bench.token_time", "bench.flextron_oracle", "bench.ablation_search", "bench.alone", "bench.before",
-    "bench.mutants", "bench.harness", "bench.loss", "bench.speculative", "bench.take_over",
+    "bench.mutants", "bench.harness", "bench.loss", "bench.speculative", "bench.take_over", "bench.fuzz",
 }
 
 
@@ -129,7 +130,7 @@ def work(runs: dict, device, rounds: int) -> dict:
         with FlopCounterMode(display=False) as counter:
             run_slice()
         flops[key] = counter.get_total_flops()
-    return {key: n / flops["full"] for key, n in flops.items()}
+    return {key: n / flops["full"] for key, n in flops.items()} | dict(rounds=1)
 
 
 def few_tokens(model, tokens=None):

@@ -289,6 +289,37 @@ def test_what_a_run_is_made_of(odd_start, tmp_path, monkeypatch, capsys):
     assert load_tensors("flex/resume.pt")["step"] == 6
 
 
+RESUME_DAMAGES = {
+    "of something else": lambda s: {"model": s},
+    "no step": lambda s: s.pop("step"),
+    "a tensor for the settings": lambda s: s.update(settings=torch.ones(3)),
+    "a tensor among the settings": lambda s: s["settings"].update(lr=torch.ones(0)),
+    "a weight that is a list": lambda s: s["model"].update({"norm.weight": [1.0]}),
+    "a weight less": lambda s: s["model"].pop("norm.weight"),
+    "no router": lambda s: s.update(flex=None),
+    "moments of one optimizer": lambda s: s["optimizers"].pop(),
+    "moments that are text": lambda s: s["optimizers"][0].update(state="none")}
+
+
+@pytest.mark.parametrize("damage", RESUME_DAMAGES)
+def test_a_state_that_is_none(demo, tmp_path, capsys, damage):
+    """Catches a traceback where resume.pt is of something else, and a run that goes on with half of a state."""
+    root, flags = demo
+    shutil.copytree(root / "out", tmp_path / "out")
+    path = tmp_path / "out/flex/resume.pt"
+    state = torch.load(path, weights_only=True)
+    changed = RESUME_DAMAGES[damage](state)
+    torch.save(changed if damage == "of something else" else state, path)
+    before = files_of(tmp_path / "out/flex")
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        train.main([*flags, "--out", str(tmp_path / "out/flex"), "--resume"])
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert stop.value.code == 2 and len(errors) == 1 and str(path) in errors[0] and "delete it" in errors[0]
+    after = files_of(tmp_path / "out/flex")
+    assert all(after[name] == content for name, content in before.items() if name != "log.jsonl")
+
+
 def test_routers_of_another_save(odd_start, tmp_path, capsys):
     """Catches weights that run with the router of another step, as after a crash between the two files; --resume
     writes both again."""

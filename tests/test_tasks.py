@@ -22,7 +22,7 @@ from data.tokenizer import BOS, TOKENIZER, load_tokenizer
 from plumbing.checkpoint import load_llama
 from plumbing.family import open_family
 from tasks import download, report
-from tasks.likelihood import batches_of, requests_of, score
+from tasks.likelihood import Request, batches_of, requests_of, score, tokens_computed, tokens_unshared
 from tasks.metrics import perplexity_stderr, task_metrics
 from tasks.questions import TASKS, Question, load_task
 from tasks.report import computed_lines, computed_tokens, encode_tasks, load_questions, measure_tasks, task_table
@@ -266,6 +266,21 @@ def test_tokens_computed_are_counted_and_few(desk, monkeypatch):
         assert alone >= at_least * computed, name
         assert computed_lines({name: (computed, alone)})[0].startswith(f"{name}: {computed:,} tokens computed")
     assert all(len(r.rows) == 1 and len(r.choices) == 4 for r in requests(desk, "mmlu")[1])
+
+
+def test_sharing_never_costs_more_than_it_saves():
+    """Catches batches so large that two answers to a short question, as in PIQA, take more tokens than they would if
+    nothing was shared."""
+    generator = np.random.default_rng(0)
+    asked = []
+    for _ in range(60):
+        prefix = generator.integers(97, size=generator.integers(8, 20)).tolist()
+        rows = [prefix + [answer] * int(generator.integers(5, 40)) for answer in (97, 98)]
+        asked.append(Request(rows, [(0, [97]), (1, [98])], len(prefix), False))
+    batches = [[asked[i] for i in batch] for batch in batches_of(asked, None)]
+    computed = sum(map(tokens_computed, batches))
+    assert computed <= 1.05 * sum(tokens_unshared([request]) for request in asked)
+    assert len(batches) < 40  # and questions do go together
 
 
 def test_longest_first(desk):
@@ -519,7 +534,7 @@ def test_downloads_go_on_where_they_stopped(server, tmp_path, monkeypatch, capsy
     Server.files = {"/lambada_test.jsonl": data[::-1]}
     with one_line_error(capsys, "SHA-256", source.sha256):
         download.main([*flags[:2], str(tmp_path / "other")])
-    assert not list((tmp_path / "other" / "lambada_openai").iterdir())
+    assert not (tmp_path / "other" / "lambada_openai").exists()
     Server.files = {}
     with one_line_error(capsys, "404"):
         download.main([*flags[:2], str(tmp_path / "other")])
@@ -548,6 +563,31 @@ def test_archives_become_what_is_read(server, desk, tmp_path, monkeypatch, capsy
     for task in packed:
         assert without_places(load_task(task, tmp_path)) == without_places(load_task(task, desk / "raw"))
     assert not [p for p in tmp_path.rglob("*") if p.name == "evil" or p.name.endswith((".part", ".tmp", ".zip"))]
-    Server.files["/winogrande_1.1.zip"] = b"<html>"
-    with one_line_error(capsys, "winogrande_1.1.zip", "archive"):
-        download.main(["winogrande", "--out", str(tmp_path / "other")])
+    # What was deleted comes again.
+    (tmp_path / "winogrande/dev.jsonl").unlink()
+    download.main([*packed, "--out", str(tmp_path)])
+    assert len(Server.ranges) == 5 and (tmp_path / "winogrande/dev.jsonl").is_file()
+
+
+def test_a_bad_archive_does_not_stay(server, tmp_path, monkeypatch, capsys):
+    """Catches a damaged archive that is unpacked again and again, one that fills the disk, and a download without end."""
+    source, = download.SOURCES["winogrande"]
+    monkeypatch.setitem(download.SOURCES, "winogrande", [source._replace(url=f"{server}/winogrande_1.1.zip")])
+    monkeypatch.setattr(download, "MOST", 9_000)
+    good = archive("zip", {"winogrande_1.1/dev.jsonl": b"{}" * 1000})
+    flipped = bytearray(good)
+    flipped[100] ^= 1
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as out:
+        out.writestr("winogrande_1.1/dev.jsonl", b"0" * 9_001)
+    bomb = packed.getvalue()
+    bad = {"no archive": b"<html>", "flipped": bytes(flipped), "cut": good[:-30], "cut inside": bomb[:45] + bomb[60:],
+           "other": archive("zip", {"elsewhere/dev.jsonl": b"{}"}), "bomb": bomb, "endless": b"0" * 9_001}
+    for name, data in bad.items():
+        Server.files["/winogrande_1.1.zip"] = data
+        with one_line_error(capsys, "winogrande_1.1.zip", "run it again"):
+            download.main(["winogrande", "--out", str(tmp_path)])
+        assert not (tmp_path / "winogrande").exists(), name
+    Server.files["/winogrande_1.1.zip"] = good
+    download.main(["winogrande", "--out", str(tmp_path)])
+    assert (tmp_path / "winogrande/dev.jsonl").read_bytes() == b"{}" * 1000

@@ -55,6 +55,28 @@ def test_trainer_equals_the_definition():
     assert bpe.train_bpe([TEXT], 256 + 340) == slow_bpe(TEXT, 340)
 
 
+def test_a_long_word_costs_no_more_than_short_ones(monkeypatch):
+    """Catches: a text without blanks, such as DNA, that is read again whole at every merge."""
+    text = "".join("ACGT"[int(x)] for x in np.random.default_rng(0).integers(4, size=4000))
+    read = []
+    pairs_of = bpe.pairs_of
+
+    def counting(word):
+        read.append(len(word))
+        return pairs_of(word)
+
+    monkeypatch.setattr(bpe, "pairs_of", counting)
+    assert bpe.train_bpe([text], 256 + 300) == slow_bpe(text, 300)
+    assert sum(read) < 20 * len(text)
+
+
+def test_runs_of_blanks_are_cut():
+    """Catches: runs that are cut where no run is too long, a piece that is lost."""
+    text = "a" + " " * 25 + "b" + " " * 9 + "c" + " " * 10
+    pieces = ["a" + " " * 10, " " * 10, " " * 5 + "b" + " " * 9 + "c" + " " * 10, ""]
+    assert bpe.short_of_blanks(text, 10) == pieces
+
+
 def test_trained_ranks_are_what_tiktoken_merges(enc):
     """Catches: a rank that tiktoken never emits or merges in another order than the trainer."""
     words = [[bytes([b]) for b in piece.encode()] for piece in regex.findall(bpe.PATTERN, TEXT)]
@@ -190,6 +212,20 @@ def test_a_copy_leaves_nothing_of_another_tokenizer(tmp_path, enc):
     before = other.read_bytes()
     bpe.copy_tokenizer(other, tmp_path / "other")
     assert other.read_bytes() == before and (tmp_path / "other" / bpe.SETTINGS).is_file()
+
+
+def test_no_copy_of_a_damaged_one(tmp_path, enc, capsys):
+    """Catches an export that looks whole, with a tokenizer that nothing can read; SentencePiece's is passed on."""
+    lines = Path(enc.name).read_bytes().splitlines(keepends=True)
+    damaged = tmp_path / "damaged" / bpe.TOKENIZER
+    damaged.parent.mkdir()
+    damaged.write_bytes(b"".join(lines[:5] + lines[6:]))
+    with pytest.raises(SystemExit):
+        bpe.copy_tokenizer(damaged, tmp_path / "copy")
+    assert str(damaged) in one_line(capsys) and not (tmp_path / "copy").exists()
+    damaged.write_bytes(b"\x0a\x07 no base64")
+    bpe.copy_tokenizer(damaged, tmp_path / "copy")
+    assert (tmp_path / "copy" / bpe.TOKENIZER).read_bytes() == damaged.read_bytes()
 
 
 def test_without_settings_it_is_llama3s(enc):

@@ -637,6 +637,8 @@ def test_settings_of_the_demo_and_of_the_paper(tmp_path):
     (["--router", "magic"], "magic"), (["--log-every", "0"], "--log-every"),
     (["--micro-batch", "-5"], "--micro-batch"),
     (["--calibration-windows", "0"], "--calibration-windows"), (["--tau-end", "0"], "--tau-end"),
+    (["--lr", "-1"], "--lr -1"), (["--steps", "-1"], "--steps -1"), (["--steps", "1" + "0" * 400], "--steps 1000"),
+    (["--budgets", "1.0", "--extra-budgets", "1"], "--extra-budgets 1"), (["--seed", str(2 ** 64)], "--seed"),
     (["--kd", "5"], "--kd"), (["--lr", "nan"], "--lr"), (["--teach-end", "0.05"], "--teach-end"),
     (["--seq-len", "10000000", "--batch-tokens", "10000000"], "tokens")])
 def test_bad_input_is_one_line(random_start, tmp_path, extra, words, capsys):
