@@ -309,8 +309,6 @@ def main(argv=None) -> None:
     prompt = encode_document(tokenizer, args.prompt).tolist()
     prompt, n_new = fit(prompt, args.max_new_tokens, window, args.beyond)
 
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # for a terminal that lacks a character
     print(args.prompt, end="", flush=True)
     start = time.perf_counter()
     tokens = speak(parts, draft, prompt, n_new, window, tally, args)

@@ -23,7 +23,7 @@ DEMO = dict(steps=450, batch_tokens=1024, seq_len=128, lr=1e-3, eval_windows=128
 PAPER = dict(steps=28800, batch_tokens=128 * 4096, seq_len=4096, lr=4e-5, eval_windows=64,
              calibration_windows=128, eval_every=1000, save_every=1000)
 LAPTOP = dict(budgets=[1.0, 0.9, 0.8, 0.6], steps=110, batch_tokens=512, seq_len=256, lr=2e-4, router_lr=5.7e-3,
-              modulation_lr=1.4e-3, kd=0.5, depth_by="influence", eval_windows=32, calibration_windows=32,
+              modulation_lr=1.4e-3, teach="soft", kd=0.5, depth_by="influence", eval_windows=32, calibration_windows=32,
               eval_every=55, save_every=10, log_every=5)
 
 MAY_BE_ZERO = {"seed", "extra_budgets", "weight_decay", "teach_prob", "kd", "penalty", "warmup", "router_start"}
