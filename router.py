@@ -324,12 +324,14 @@ class Router(nn.Module):
 
         # The router was trained on budgets of parameters. With other costs, its budget is the mean
         # size of what fits.
+        fits = space.costs <= budget
         if costs is not None:
+            fits = costs <= budget
             sizes = space.costs[rows]
             budget = sizes.mean().item()
 
         # Our router takes the best member of F(b).
-        rows = self.near_trained(budget, rows)
+        rows = self.near_trained(budget, rows, fits)
         best = self.best_row(budget, rows)
         return space.subnet(space.members[best])
 
@@ -339,12 +341,15 @@ class Router(nn.Module):
         z = onehot @ self.logits(budget)
         return rows[z.argmax()]
 
-    def near_trained(self, budget: float, rows: torch.Tensor) -> torch.Tensor:
+    def near_trained(self, budget: float, rows: torch.Tensor, fits: torch.Tensor) -> torch.Tensor:
         """Those of these rows whose sizes training has prepared, or that are nearest to them.
 
             at a trained budget     all rows
             between two of them     sizes between those of the two trained slices, on every axis
             under the smallest      sizes no larger than the smallest trained slice's
+
+        fits: (M,), the members that cost no more than was asked. If none of the rows has such sizes,
+        but some that fits has, it is the largest of these: less than was asked, and prepared.
 
         Where no step ran, the logits are interpolated or extrapolated. They may combine sizes that
         never ran together: between trained budgets such a slice was seen to be 0.1 nats worse than
@@ -360,23 +365,27 @@ class Router(nn.Module):
         neighbours = smaller[-1:] + larger[:1]
         ends = []
         for neighbour in neighbours:
-            fits = space.feasible(neighbour)
-            best = self.best_row(neighbour, fits)
+            best = self.best_row(neighbour, space.feasible(neighbour))
             ends.append(space.members[best])
         ends = torch.stack(ends)                      # 1 or 2, 4
         lowest = ends.amin(0) if smaller else torch.zeros_like(ends[0])
         highest = ends.amax(0)
 
         # How far a member is outside: fractions of the full sizes, summed over the axes.
-        members = space.members[rows]                 # F(b), 4
-        below = (lowest - members).clamp(min=0)
-        above = (members - highest).clamp(min=0)
-        outside = below + above
+        below = (lowest - space.members).clamp(min=0)
+        above = (space.members - highest).clamp(min=0)
+        outside = below + above                       # M, 4
         full = torch.tensor(space.sizes(space.full))
         fractions = outside.double() / full
-        distance = fractions.sum(1)                   # F(b)
-        nearest = distance.min() + 1e-9
-        return rows[distance <= nearest]
+        distance = fractions.sum(1)                   # M
+
+        # Nothing in F(b) is inside: the largest that is, if there is one.
+        nearest = distance[rows].min()
+        inside = fits & (distance == 0)
+        if nearest > 0 and inside.any():
+            sizes = space.costs.masked_fill(~inside, -1)
+            return sizes.argmax()[None]
+        return rows[distance[rows] <= nearest + 1e-9]
 
     @torch.no_grad()
     def factors(self, subnet: SubNet) -> torch.Tensor | None:

@@ -136,7 +136,7 @@ def slow_route(router, costs, asked):
     fits = [m for m in range(len(costs)) if asked - space.delta < costs[m] <= asked] or [
         max((m for m in range(len(costs)) if costs[m] <= asked), key=lambda m: costs[m])]
     b = sum(space.costs[m].item() for m in fits) / len(fits)
-    fits = router.near_trained(b, torch.tensor(fits)).tolist()
+    fits = router.near_trained(b, torch.tensor(fits), costs <= asked).tolist()
     logits = dict(zip(("dim", "n_heads", "ffn_dim", "n_layers"), space.split(router.logits(b))))
     worth = lambda m: sum(logits[axis][space.choices[axis].index(size)].item()
                           for axis, size in zip(logits, space.members[m].tolist()))

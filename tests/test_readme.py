@@ -54,6 +54,7 @@ FEWER = {
     "bench.latency": "--rounds 1 --slices 1",
     "bench.results": "--assets .",
     "bench.big_export": "--scale 16",
+    "bench.rankings": "--windows 2 --few 2 --eval-windows 1 --seq-len 16",
     "bench.token_time": "--dim 64 --rounds 1",
     "bench.flextron_oracle": "--windows 1",
     "bench.harness": "--limit 2",
@@ -68,6 +69,7 @@ PROGRAMS = {
     "bench.slices", "bench.steps", "bench.oracle", "bench.latency", "bench.results", "bench.big_export",
     "bench.token_time", "bench.flextron_oracle", "bench.ablation_search", "bench.alone", "bench.before",
     "bench.mutants", "bench.harness", "bench.loss", "bench.speculative", "bench.take_over", "bench.fuzz",
+    "bench.rankings",
 }
 
 
@@ -159,6 +161,9 @@ def desk(tmp_path_factory):
     save_llama(desk / "Llama-3.1-8B", llama, random_llama(llama).state_dict(), tokenizer)
     (desk / "Llama-3.2-1B").mkdir()
     save_hf(desk / "Llama-3.2-1B", llama, random_llama(llama).state_dict(), load_tokenizer(tokenizer))
+    # A small Llama that was trained elsewhere, and its text.
+    save_llama(desk / "out/stories260K", llama, random_llama(llama).state_dict(), tokenizer)
+    shutil.copytree(desk / "data/pystdlib", desk / "data/stories260K")
     # What the walk's pip lines leave.
     shutil.copytree(desk / "notes", desk / "novels")
     if importlib.util.find_spec("gguf"):

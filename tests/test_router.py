@@ -344,7 +344,7 @@ def test_budgets_that_no_step_ran():
     that takes more on an axis than the smallest trained slice, though others fit; a trained budget
     that is bent; an empty set that is argmaxed."""
     bent = dict(between=0, under=0)
-    near = dict(between=0, under=0)
+    smaller_one = dict(between=0, under=0)
     for seed in range(4):
         router = random_router(GQA, seed=seed)
         free = {b / 100: router.route(b / 100) for b in range(16, 100, 2)}
@@ -354,17 +354,30 @@ def test_budgets_that_no_step_ran():
             got = router.route(b)
             smaller, larger = neighbours(router, b)
             members = [subnet for _, subnet in feasible(router, b)]
-            if b in router.budgets or not members:
-                assert got == without  # no members: the largest that fits
+            if b in router.budgets:
+                assert got == without
                 continue
+            members = members or [without]  # the largest that fits
             where = "between" if smaller else "under"
             ends = [trained[end] for end in smaller[-1:] + larger[:1]]
             off = {subnet: outside(router, ends, subnet) for subnet in members}
+            bent[where] += got != without
+            if min(off.values()) > 0:
+                # Nothing in F(b) is prepared: the largest that is and fits, if any.
+                space = router.space
+                inside = {}
+                for member in space.members:
+                    subnet = space.subnet(member)
+                    if cost(GQA, subnet) <= b and outside(router, ends, subnet) == 0:
+                        inside[subnet] = cost(GQA, subnet)
+                assert inside or where == "under"
+                if inside:
+                    assert inside[got] == max(inside.values())
+                    smaller_one[where] += 1
+                    continue
             assert off[got] <= min(off.values()) + 1e-9
             assert got == without or off[without] > off[got] + 1e-9
-            bent[where] += got != without
-            near[where] += got != without and off[got] > 0
-    assert min(bent.values()) > 10 and near["between"] > 3, "a test of nothing"
+    assert min(bent.values()) > 10 and smaller_one["between"] > 3, "a test of nothing"
 
 
 def test_trained_budgets_in_any_order():
