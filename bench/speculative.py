@@ -111,6 +111,7 @@ def costs_of(members: dict[float, Member], ks: list[int], length: int, rounds: i
              device) -> tuple[dict[float, float], dict[int, float]]:
     """(cost of each draft, verify of each K), behind `length` cached tokens, batch 1."""
     def forward(member: Member, T: int):
+        """A forward of a member on T tokens behind the cached ones, to be timed."""
         cache = KVCache(length + max(ks) + 1)
         tokens = torch.zeros(1, length, dtype=torch.long, device=device)
         arguments = dict(subnet=member.subnet, factors=member.factors, cache=cache)

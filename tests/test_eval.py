@@ -257,7 +257,7 @@ def test_speed_is_a_ratio_to_the_full_model(tmp_path, capsys, monkeypatch):
         assert full[part] == pytest.approx(1 / (2 * whole_multiplied), rel=0.2)  # tokens "per second"
     peak = small["speed"]["memory"] * full["memory"]
     for size, most in ((small["params_total"], peak), (whole_size, full["memory"])):
-        assert 4 * size < most < 1.5 * 4 * size, "fp32, a KV cache and activations of 32 tokens"
+        assert 4 * size < most < 1.6 * 4 * size, "fp32, a KV cache and activations of 32 tokens"
 
 
 def test_peak_counts_what_is_alive_at_a_time():
