@@ -221,7 +221,7 @@ class Latency:
 
     def fixed(self, d: np.ndarray) -> np.ndarray:
         """Embedding, last norm, output: (n,) widths -> (n,)."""
-        return self.over_dim(np.array(self.table["fixed"])[:, None].repeat(len(d), 1), d)
+        return self.over_dim(np.array(self.table["fixed"], float)[:, None].repeat(len(d), 1), d)
 
     def saved(self, name: str, grid: str, asked: np.ndarray) -> np.ndarray:
         """A table's rows interpolated at sizes (n,) -> (dims, n)."""
@@ -229,7 +229,7 @@ class Latency:
 
     def layer(self, d: np.ndarray, heads: np.ndarray, ffn: np.ndarray) -> np.ndarray:
         """Layers of widths (n,), heads (n,), neurons (n,) -> (n,)."""
-        whole = np.array(self.table["layer"])[:, None].repeat(len(d), 1)
+        whole = np.array(self.table["layer"], float)[:, None].repeat(len(d), 1)
         rows = whole + self.saved("heads", "n_heads", heads) + self.saved("neurons", "ffn_dim", ffn)
         return self.over_dim(rows, d)
 
@@ -292,6 +292,9 @@ def load_latency(folder, model: Llama, choices: dict | None = None) -> Latency:
         largest = (table["dim"][-1], table["n_heads"][-1], table["ffn_dim"][-1])
         if largest != full or not np.isfinite(latency.full):
             raise ValueError("another shape")
+        for name in ("fixed", "layer", "heads", "neurons"):  # each a share of the full model's time
+            if not (np.abs(np.array(table[name], float)) < 100).all():
+                raise ValueError(f"{name} is out of range")
     compared = ("hardware", "device", "threads", "torch")
     differ = [f"{key} {table.get(key)}" for key in compared if table.get(key) != here[key]]
     if differ:

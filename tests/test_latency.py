@@ -234,6 +234,15 @@ def test_mistakes_end_in_one_line(flex, capsys):
                          (["--latency", "0.6", "--budget", "0.5"], ["not allowed"])):
         with one_line_error(capsys, *words):
             export.main(flags + wrong)
+    measured = (flex / LATENCY_FILE).read_text()
+    for name in ("fixed", "layer", "heads", "neurons"):
+        for number in (2 ** 64, -1e300, float("nan")):
+            table = json.loads(measured)
+            row = table[name][-1] if isinstance(table[name][-1], list) else table[name]
+            row[0] = number
+            (flex / LATENCY_FILE).write_text(json.dumps(table))
+            with one_line_error(capsys, LATENCY_FILE, "measures it again"):
+                export.main(flags + ["--latency", "0.6"])
     (flex / LATENCY_FILE).write_text("{}")
     with one_line_error(capsys, LATENCY_FILE, "measures it again"):
         export.main(flags + ["--latency", "0.6"])
