@@ -109,7 +109,7 @@ def piqa(folder: Path) -> Iterator[Question]:
 
 def add_piqa_labels(rows: list[Row], path: Path, labels: Path) -> None:
     """Gives each row its label, a line of the other file."""
-    lines = labels.read_text().split()
+    lines = labels.read_text(encoding="utf-8", errors="replace").split()  # a letter is no label
     if len(lines) != len(rows):
         fail(f"{labels}:{len(lines)}: ends here, but {path} has {len(rows)} rows; expected as many "
              f"labels; download both again: {DOWNLOAD} piqa")
