@@ -64,19 +64,25 @@ def accumulate(total: Tensor | None, x: Tensor) -> Tensor:
     return total + squares
 
 
-@torch.no_grad()
-def activation_scores(model: Llama, windows: Tensor, batch: int = 8) -> dict[str, list[Tensor]]:
-    """A of every unit, from calibration windows (S, T), `batch` of them at a time.
-
-    Returns lists: "dim" has (dim,) per norm, "n_heads" and "ffn_dim" have (units,) per layer.
-    """
-    # the modules whose outputs are the activations x
+def listened_to(model: Llama) -> tuple[list, list, list]:
+    """(norms, heads, neurons): the modules whose outputs are the activations x, from the first layer
+    to the last. There are two norms a layer, and a last one."""
     norms, heads, neurons = [], [], []
     for block in model.layers:
         norms += [block.attention_norm, block.ffn_norm]
         heads.append(block.attention.heads)
         neurons.append(block.feed_forward.neurons)
     norms.append(model.norm)
+    return norms, heads, neurons
+
+
+@torch.no_grad()
+def activation_scores(model: Llama, windows: Tensor, batch: int = 8) -> dict[str, list[Tensor]]:
+    """A of every unit, from calibration windows (S, T), `batch` of them at a time.
+
+    Returns lists: "dim" has (dim,) per norm, "n_heads" and "ffn_dim" have (units,) per layer.
+    """
+    norms, heads, neurons = listened_to(model)
 
     # every module adds up its own sum while the model runs
     head_dim = model.config.head_dim
@@ -192,6 +198,22 @@ def best_heads_first(scores: Tensor, groups: int) -> Tensor:
     return order.flatten()                               # n_heads
 
 
+def unit_orders(model: Llama, scores: dict[str, list[Tensor]]) -> dict:
+    """The orders of channels, neurons and heads, best first, from their scores: see rank()."""
+    orders = {}
+    # channels: one order from the sum over all norms
+    channels = torch.stack(scores["dim"]).sum(0)
+    orders["dim"] = best_first(channels)
+    # neurons: an order for each layer
+    orders["ffn_dim"] = [best_first(s) for s in scores["ffn_dim"]]
+    # heads: an order for each layer, inside the KV groups
+    orders["n_heads"] = []
+    for block, s in zip(model.layers, scores["n_heads"]):
+        order = best_heads_first(s, block.attention.groups)
+        orders["n_heads"].append(order)
+    return orders
+
+
 def yardstick(units: str, scores: Tensor, generator: torch.Generator) -> Tensor:
     """Scores for an order that the real one has to beat: a random one, or the worst first."""
     if units == "random":
@@ -221,17 +243,7 @@ def rank(
         for axis, of_axis in scores.items():
             scores[axis] = [yardstick(units, s, generator) for s in of_axis]
 
-    orders = {}
-    # channels: one order from the sum over all norms
-    channels = torch.stack(scores["dim"]).sum(0)
-    orders["dim"] = best_first(channels)
-    # neurons: an order for each layer
-    orders["ffn_dim"] = [best_first(s) for s in scores["ffn_dim"]]
-    # heads: an order for each layer, inside the KV groups
-    orders["n_heads"] = []
-    for block, s in zip(model.layers, scores["n_heads"]):
-        order = best_heads_first(s, block.attention.groups)
-        orders["n_heads"].append(order)
+    orders = unit_orders(model, scores)
     # layers: only a few of the windows for the logits, because n_layers^2 / 4 passes read them
     if depth == "logits":
         few = min(len(windows), max(2, 2048 // T))

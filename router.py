@@ -20,6 +20,10 @@ with the largest kappa * logit + g, and the distribution is
 
 In training kappa rises from 1 to 10, and tau falls from 1 to 0.056 (train.py: schedule).
 
+There are two ways to learn (--teach). With `pairs`, the default, two slices are drawn and read the
+same tokens, and the better one gets likelier: y and tau have no part in it. With `soft`, the
+paper's, the gradient goes through y.
+
 There are two ways to keep to the budget (--router):
 
     penalty      the paper's. Every axis chooses alone. A term |E[cost] / b - 1| in the loss pulls

@@ -25,8 +25,8 @@ import torch
 
 from data.shards import Shards
 from eval import evaluate
-from importance import (activation_scores, best_first, best_heads_first, layers_by_influence,
-                        layers_by_logits, sort_, with_layers)
+from importance import (activation_scores, layers_by_influence, layers_by_logits, listened_to, sort_,
+                        unit_orders, with_layers)
 from model import Llama, SubNet
 from plumbing.checkpoint import load_llama
 from plumbing.errors import Parser, run_main
@@ -66,12 +66,7 @@ def fisher_scores(model: Llama, windows: torch.Tensor, targets: torch.Tensor) ->
     """The sum over windows of the squared gradient of factors on all units. A channel has one factor
     in all norms."""
     config = model.config
-    norms, heads, neurons = [], [], []
-    for block in model.layers:
-        norms += [block.attention_norm, block.ffn_norm]
-        heads.append(block.attention.heads)
-        neurons.append(block.feed_forward.neurons)
-    norms.append(model.norm)
+    norms, heads, neurons = listened_to(model)
     factors = dict(
         dim=[torch.ones(config.dim)],
         n_heads=[torch.ones(n) for n in config.per_layer("n_heads")],
@@ -95,15 +90,6 @@ def fisher_scores(model: Llama, windows: torch.Tensor, targets: torch.Tensor) ->
         handle.remove()
     n = config.n_layers
     return dict(dim=sums[:1], n_heads=sums[1:1 + n], ffn_dim=sums[1 + n:])
-
-
-def order_of_units(model: Llama, scores: dict) -> dict:
-    """The orders that sort_ takes, from scores; layers are sorted apart."""
-    orders = dict(dim=best_first(torch.stack(scores["dim"]).sum(0)))
-    orders["ffn_dim"] = [best_first(s) for s in scores["ffn_dim"]]
-    orders["n_heads"] = [best_heads_first(s, block.attention.groups)
-                         for block, s in zip(model.layers, scores["n_heads"])]
-    return orders
 
 
 # -----------------------------------------------------------------------------
@@ -194,7 +180,7 @@ def main(argv=None) -> None:
                 scores = fisher_scores(model, x, y)
             else:
                 scores = (weighted_scores if by == "weighted" else activation_scores)(model, x, batch)
-            sort_(model, order_of_units(model, scores))
+            sort_(model, unit_orders(model, scores))
         seconds = time.process_time() - start
         full = n_params(model.config, model.full)
         for axis in axes:

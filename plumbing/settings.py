@@ -136,9 +136,10 @@ def router_rate(steps: int) -> float:
 
     Adam moves a logit by about its rate in every step, whether the gradient is a signal or noise. Noise is a random
     walk: it goes as far as the root of the number of steps. A signal goes straight, as far as their number. A rate that
-    falls with the 0.6th power of the steps keeps the walk in bounds, while the signal's reach grows: from 110 to 28,800
-    steps noise alone decides no choice in the first half of the soft passes, and a signal of its size does from 450 on
-    (tests/test_router_rate.py). The paper's 4e-2 at 28,800 steps is certain of some choice in 450 of them, by noise."""
+    falls with the 0.6th power of the steps keeps the walk in bounds, while the signal's reach grows: from 450 to 28,800
+    steps noise alone decides no choice in the first half of the steps in which the router learns, and a signal of its
+    size has decided at their end (tests/test_router_rate.py). The paper's 4e-2 at 28,800 steps is certain of some choice
+    within 6 % of those steps, by noise."""
     return 1e-3 * (450 / max(1, steps)) ** 0.6
 
 
