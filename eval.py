@@ -16,7 +16,6 @@ of the flextron folder's is evaluated too: mean widths per layer, and with --tex
 each token took.
 """
 import argparse
-import importlib.util
 import json
 import time
 from pathlib import Path
@@ -24,6 +23,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from bench.plot import check_picture, plot
 from data.heldout import shard_windows, text_windows
 from data.tokenizer import load_tokenizer, same_tokenizer
 from model import Llama, SubNet
@@ -240,10 +240,7 @@ def parse_args(argv) -> argparse.Namespace:
     p.add_argument("--json", action="store_true", help="one JSON object as stdout's last line")
     args = p.parse_args(argv)
     check_at_least_one(args, "batch", "windows", "seq_len", "limit")
-    if args.plot and Path(args.plot).suffix not in (".png", ".svg", ".pdf"):
-        fail(f"--plot {args.plot} found; expected a file that ends in .png, .svg or .pdf")
-    if args.plot and importlib.util.find_spec("matplotlib") is None:
-        fail("--plot needs matplotlib, which is not installed: pip install matplotlib")
+    check_picture(args.plot)
     return args
 
 
@@ -256,18 +253,9 @@ def main(argv=None) -> None:
         print(json.dumps(json.loads(json.dumps(result), parse_constant=lambda name: None)), flush=True)
     # The picture comes last: what was measured is out, whatever becomes of it.
     if args.plot and RANK == 0:
-        draw(args.plot, result)
+        plot(args.plot, result["rows"], result.get("base"), result["trained"] or [1.0],
+             result["model"])
     finish()
-
-
-def draw(path: str, result: dict) -> None:
-    """The picture of --plot, or fail()."""
-    from bench.plot import plot
-    try:
-        plot(path, result["rows"], result.get("base"), result["trained"] or [1.0], result["model"])
-    except OSError as error:
-        fail(f"--plot {path} cannot be written ({error.strerror or error}); the tables above are "
-             "whole; choose another place")
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ models over 100M parameters, as the paper has them:
     mod. lr    1e-3 (1e-3)            the modulation's
     tau        1 -> .056              how soft the router's choice is
     kappa      1 -> 10                its logits against the noise
+    kd         0; with --llama .5     share of the loss under b = 1 in which the base is the teacher
     teach      1 -> 0                 share of passes that teach the router, from .12 to .45 of the
                                       steps
 """
@@ -477,7 +478,7 @@ def train_family(args, base: str, router: Router, data, settings: dict, state, d
             orders = state["orders"]
     model.requires_grad_(not args.freeze_backbone)
     teacher = None
-    if args.kd > 0:
+    if args.kd > 0 and len(args.budgets) > 1:
         teacher = load_llama(base, device).requires_grad_(False)  # the frozen base
     space = router.space
     asked = " ".join(f"{b:g}" for b in args.budgets)

@@ -53,6 +53,7 @@ TESTS = {
     "plumbing/settings.py": "train",
     "plumbing/tables.py": "eval train",
     "plumbing/speculation.py": "speculation",
+    "bench/choices.py": "choices",
     "bench": "bench results",
 }
 
@@ -1053,6 +1054,8 @@ BUGS = {
             "the router's rate is too high in long runs"),
         Bug("(450 / max(1, steps)) ** 0.6", "(450 / max(1, steps)) ** 0.9",
             "the router's rate is too low in long runs"),
+        Bug('derived["kd"] = 0.0 if args.llama is None else 0.5', 'derived["kd"] = 0.0',
+            "a Llama from elsewhere is no teacher"),
     ],
     "plumbing/sharding.py": [
         Bug("DistributedDataParallel) and not now:", "DistributedDataParallel) and now:",
@@ -1105,6 +1108,12 @@ BUGS = {
         Bug("    return 6 * (share * (blocks + attention) + output)\n",
             "    return 6 * share * (blocks + attention + output)\n",
             "the output layer is taken to shrink with the slice"),
+    ],
+    "bench/choices.py": [
+        Bug("                if budget < 1:\n", "                if budget <= 1:\n",
+            "budget 1 is among the rows"),
+        Bug('            steps[record["step"]] = record\n', '            steps.setdefault(record["step"], record)\n',
+            "of a step that ran twice the first time counts"),
     ],
     "bench/results.py": [
         Bug("            share = 1.0 if soft else got  # a soft pass runs everything\n",

@@ -90,7 +90,8 @@ def plan(config: LlamaConfig, args: argparse.Namespace, ranks: int, bf16: bool) 
     # Two gradients of the softmax. Its output is among what is kept, if there is one chunk only; if
     # there are several, they are made again one by one.
     activations += (2 if tokens <= LOSS_TOKENS else 3) * logits
-    teacher = 4 * n + 3 * logits + 4 * tokens * config.dim if args.kd > 0 else 0
+    distils = args.kd > 0 and len(args.budgets) > 1
+    teacher = 4 * n + 3 * logits + 4 * tokens * config.dim if distils else 0
     rows = []
     for kind in SHARDINGS:
         split = ranks if kind == "fsdp" else 1

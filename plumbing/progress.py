@@ -43,7 +43,9 @@ def log_step(run: Run, step: int, config: LlamaConfig, result: dict, norms: dict
     result: what train_step() returned. norms: of the gradients, before they were clipped."""
     passes = result["passes"]
     for p in passes:
-        p["got"] = round(cost(config, p.pop("subnet")), 4)
+        subnet = p.pop("subnet")
+        p["got"] = round(cost(config, subnet), 4)
+        p["sizes"] = [subnet.dim, subnet.n_heads[0], subnet.ffn_dim[0], len(subnet.layers)]  # as in every layer
         if p["other"] is not None:
             p["other"] = round(cost(config, p["other"]), 4)
     cells = []

@@ -22,9 +22,8 @@ DEMO = dict(steps=450, batch_tokens=1024, seq_len=128, lr=1e-3, eval_windows=128
             calibration_windows=64, eval_every=150, save_every=150)
 PAPER = dict(steps=28800, batch_tokens=128 * 4096, seq_len=4096, lr=4e-5, eval_windows=64,
              calibration_windows=128, eval_every=1000, save_every=1000)
-LAPTOP = dict(budgets=[1.0, 0.9, 0.8, 0.6], steps=110, batch_tokens=512, seq_len=256, lr=2e-4, router_lr=5.7e-3,
-              modulation_lr=1.4e-3, teach="soft", kd=0.5, depth_by="influence", eval_windows=32, calibration_windows=32,
-              eval_every=55, save_every=10, log_every=5)
+LAPTOP = dict(budgets=[1.0, 0.9, 0.8, 0.6], steps=110, batch_tokens=512, seq_len=256, lr=2e-4,
+              depth_by="influence", eval_windows=32, calibration_windows=32, eval_every=55, save_every=10, log_every=5)
 
 MAY_BE_ZERO = {"seed", "extra_budgets", "weight_decay", "teach_prob", "kd", "penalty", "warmup", "router_start"}
 SHARES = {"warmup", "router_start", "teach_prob", "teach_end", "kd", "tau_end"}  # between 0 and 1
@@ -71,7 +70,8 @@ def add_method(p: argparse.ArgumentParser) -> None:
     add("--depth-by", choices=["logits", "influence"], default="logits", help="how layers are ranked")
     add("--units-by", choices=["activation", "random", "reversed"], default="activation",
         help="how channels, heads and neurons are ranked; random and reversed are yardsticks")
-    add("--kd", type=float, default=0.0, help="weight of the KL to the frozen base at budgets under 1")
+    add("--kd", type=float, help="weight of the KL to the frozen base at budgets under 1 (default: 0.5 with --llama; "
+        "0 for the demo, whose base is no better than the family)")
     add("--modulation", choices=["none", "scalar"], default="scalar",
         help="policy-aware modulation: none, or a factor per block and sub-block")
     add("--freeze-backbone", action="store_true", help="train router and modulation only")
@@ -153,6 +153,7 @@ def derive(args: argparse.Namespace) -> None:
     seq_len = args.seq_len if args.seq_len is not None else derived["seq_len"]
     derived["micro_batch"] = max(1, 8192 // max(1, seq_len))
     derived["router_lr"] = router_rate(steps)
+    derived["kd"] = 0.0 if args.llama is None else 0.5
     derived["teach"] = "soft" if args.router == "penalty" else "pairs"
     derived["teach_end"] = 1.0 if args.router == "penalty" else 0.45
     for name, value in derived.items():

@@ -308,7 +308,7 @@ def test_a_picture_that_cannot_be_written(folders, capsys, monkeypatch):
 def test_plot_without_matplotlib(folders, capsys, monkeypatch):
     """Catches a traceback at the end of a long evaluation, in place of a line at its start."""
     monkeypatch.chdir(folders)
-    monkeypatch.setattr(evaluation.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with one_line_error(capsys, "pip install matplotlib"):
         evaluation.main("--model nowhere --plot out.png".split())
 

@@ -69,7 +69,7 @@ PROGRAMS = {
     "bench.slices", "bench.steps", "bench.oracle", "bench.latency", "bench.results", "bench.big_export",
     "bench.token_time", "bench.flextron_oracle", "bench.ablation_search", "bench.alone", "bench.before",
     "bench.mutants", "bench.harness", "bench.loss", "bench.speculative", "bench.take_over", "bench.fuzz",
-    "bench.rankings",
+    "bench.rankings", "bench.choices",
 }
 
 

@@ -614,16 +614,19 @@ def test_nothing_is_infinite(capsys, flag):
 
 def test_settings_of_the_demo_and_of_the_paper(tmp_path):
     """Catches the demo's settings for a large Llama, a router's rate that does not know the steps, a modulation that
-    takes it, more than 8192 tokens in a forward, and a penalty whose soft passes end before it does."""
+    takes it, more than 8192 tokens in a forward, a teacher for the demo or none for a Llama from elsewhere, and a
+    penalty whose soft passes end before it does."""
     args = train.parse_args([])
     assert (args.steps, args.batch_tokens, args.seq_len, args.micro_batch) == (450, 1024, 128, 64)
     assert args.lr == args.router_lr == args.modulation_lr == 1e-3 and args.teach_end == 0.45
     assert train.parse_args(["--router", "penalty"]).teach_end == 1
+    assert args.kd == 0 and train.parse_args(["--kd", "0.3"]).kd == 0.3
     shape = dict(dim=4096, n_layers=32, n_heads=32, n_kv_heads=8, multiple_of=1024, ffn_dim_multiplier=1.3,
                  vocab_size=128256, norm_eps=1e-5, rope_theta=500000.0)
     (tmp_path / "params.json").write_text(json.dumps(shape))
     args = train.parse_args(["--llama", str(tmp_path)])
     assert (args.steps, args.batch_tokens, args.seq_len, args.micro_batch) == (28800, 128 * 4096, 4096, 2)
+    assert args.kd == 0.5 and train.parse_args(["--llama", str(tmp_path), "--kd", "0"]).kd == 0
     assert args.lr == 4e-5 and args.router_lr == pytest.approx(1e-3 / 64 ** 0.6) and args.modulation_lr == 1e-3
     args = train.parse_args(["--llama", str(tmp_path), "--router-lr", "0.01", "--budgets", "0.5", "1", "0.5"])
     assert args.router_lr == 0.01 and args.modulation_lr == 1e-3 and args.budgets == [1.0, 0.5]
