@@ -220,9 +220,10 @@ def parse_args(argv) -> argparse.Namespace:
     ask.add_argument("--latency", type=float, nargs="+",
                      help="instead: fractions of the full model's time")
     p.add_argument("--base", help="a plain Llama to compare with; same tokenizer")
-    p.add_argument("--text", help="a text file to score instead of the validation shards")
-    p.add_argument("--data", help="folder of shards, its val split (default: the one trained on, "
-                   "or data/pystdlib)")
+    text = p.add_mutually_exclusive_group()
+    text.add_argument("--text", help="a text file to score instead of the validation shards")
+    text.add_argument("--data", help="folder of shards, its val split (default: the one trained on, "
+                      "or data/pystdlib)")
     p.add_argument("--windows", type=int, help="validation windows (default: training's, or 128)")
     p.add_argument("--seq-len", type=int, help="tokens per window (default: the model's context)")
     p.add_argument("--tasks", nargs="+", default=[], metavar="TASK", help="benchmarks: arc_easy "
@@ -241,6 +242,8 @@ def parse_args(argv) -> argparse.Namespace:
     args = p.parse_args(argv)
     check_at_least_one(args, "batch", "windows", "seq_len", "limit")
     check_picture(args.plot)
+    if args.plot and args.text and Path(args.plot).resolve() == Path(args.text).resolve():
+        fail(f"--plot {args.plot} is the text that is scored; choose another place")
     return args
 
 

@@ -146,7 +146,7 @@ def check_size(config: LlamaConfig, axis: str, size: int) -> None:
     multiple = 1
     if axis == "n_heads":
         multiple = kv_groups(config)
-    fits = 0 < size <= full
+    fits = type(size) is int and 0 < size <= full
     if not fits or size % multiple != 0:
         flag = axis.replace("_", "-")
         raise ValueError(f"{axis} {size} does not fit this Llama; expected sizes up to {full} "

@@ -80,7 +80,7 @@ from plumbing.sharding import (
     shard,
     whole,
 )
-from plumbing.tensors import fingerprint
+from plumbing.tensors import fingerprint, load_weights
 from router import Choice, Router, lesson
 from space import n_params, random_generator
 
@@ -371,6 +371,17 @@ def train_step(wrapped, model, router, shards, step, args, device, teacher=None)
 # the loop
 
 
+def go_on(optimizers: list, state: dict, args) -> int:
+    """Gives the optimizers what resume.pt holds of them. Returns the step that comes next."""
+    with of_a_run(Path(args.out) / RESUME):
+        for optimizer, moments in zip(optimizers, state["optimizers"], strict=True):
+            load_optimizer_state(optimizer, moments)
+    start = state["step"]
+    if start > 0:
+        set_rates(optimizers, start - 1, args)  # as they were saved: those of the last step
+    return start
+
+
 def train(model, router, data, orders, settings: dict, args, device, tokenizer, state=None,
           teacher=None) -> None:
     """Trains model (and router) for args.steps steps into args.out.
@@ -386,12 +397,7 @@ def train(model, router, data, orders, settings: dict, args, device, tokenizer, 
         compile_blocks(teacher)
     wrapped = shard(model, args.shard, device)
     optimizers = make_optimizers(model, router, args)
-    start = 0
-    if state is not None:
-        with of_a_run(Path(args.out) / RESUME):
-            for optimizer, moments in zip(optimizers, state["optimizers"], strict=True):
-                load_optimizer_state(optimizer, moments)
-        start = state["step"]
+    start = 0 if state is None else go_on(optimizers, state, args)
 
     def save(step: int) -> None:
         """All ranks gather, the first one writes."""
@@ -445,7 +451,7 @@ def train_base(args, config: LlamaConfig, data, settings: dict, state, device, t
     model = Llama(config).init_weights(args.seed)
     if state is not None:
         with of_a_run(Path(args.out) / RESUME):
-            model.load_state_dict(state["model"])
+            load_weights(model, state["model"])
     n = n_params(config, model.full)
     say(f"base: a dense Llama of {n:,} non-embedding parameters into {args.out}")
     train(model.to(device), None, data, None, settings, args, device, tokenizer, state)
@@ -473,7 +479,7 @@ def train_family(args, base: str, router: Router, data, settings: dict, state, d
         # The weights in resume.pt are sorted already.
         say(f"{args.out} is there at step {state['step']} of {args.steps}: going on from it")
         with of_a_run(Path(args.out) / RESUME):
-            model.load_state_dict(state["model"])
+            load_weights(model, state["model"])
             router = restore_router(model.config, state["flex"])
             orders = state["orders"]
     model.requires_grad_(not args.freeze_backbone)

@@ -16,7 +16,7 @@ from flextron.network import timed_sizes
 from model import Llama, SubNet
 from plumbing.errors import Parser, check_at_least_one, fail, run_main
 from plumbing.family import Family, open_family
-from plumbing.latency import (LATENCY_FILE, ROUNDS, Latency, batch_for, fractions,
+from plumbing.latency import (LATENCY_FILE, ROUNDS, Latency, batch_for, check_place, fractions,
                               measure_latency, run_slice, save_table)
 from plumbing.parallel import default_device, device_of
 from space import choices_for, random_generator
@@ -72,6 +72,7 @@ def main(argv=None) -> None:
     check_at_least_one(args, "rounds", "slices", "seq_len")
 
     # The table.
+    check_place(args.model)
     family = open_family(args.model, device_of(args.device))
     model = family.model
     choices = choices_in(family)

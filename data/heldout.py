@@ -11,6 +11,7 @@ import torch
 from data.shards import Shards
 from data.tokenizer import check_same_tokenizer, encode_document
 from plumbing.errors import fail
+from plumbing.tensors import POINTER
 
 
 def text_windows(path, tokenizer, context: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -24,6 +25,8 @@ def text_windows(path, tokenizer, context: int) -> list[tuple[torch.Tensor, torc
     except UnicodeDecodeError as error:
         fail(f"--text {path} is not UTF-8 ({error.reason} at byte {error.start}); expected a UTF-8 text file; "
              f"iconv -t UTF-8 converts it")
+    if text.startswith(POINTER.decode()):
+        fail(f"--text {path} is a pointer of Git LFS, not the file itself; expected text: fetch it with git lfs pull")
     tokens = torch.from_numpy(encode_document(tokenizer, text).astype("int64"))
     if len(tokens) < 2:
         fail(f"--text {path} is empty; expected at least one token of text")

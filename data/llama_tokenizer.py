@@ -125,11 +125,18 @@ def pairs_in(merges: list) -> list[tuple[str, str]]:
     return pairs
 
 
+def parts_of(whole: dict | None, key: str) -> list[dict]:
+    """The parts of a Sequence, under this key; anything else is its only part."""
+    if whole and key in whole and whole.get("type") != "Sequence":
+        raise NoTokenizer(f"its {key} are in something of the kind {str(whole.get('type'))[:40]}")
+    return (whole or {}).get(key, [whole or {}])
+
+
 def hf_steps(pre_tokenizer: dict | None) -> list[str]:
     """The regular expressions that cut a text, one after the other."""
     steps = []
     last = None
-    for part in (pre_tokenizer or {}).get("pretokenizers", [pre_tokenizer or {}]):
+    for part in parts_of(pre_tokenizer, "pretokenizers"):
         last = part.get("type")
         if last == "Digits":
             steps.append(r"\p{N}" if part.get("individual_digits") else r"\p{N}+")
@@ -151,8 +158,7 @@ def hf_ends(t: dict, beside: dict, config: dict, special: dict) -> tuple[str, li
     """(the token in front of a text, those that end one)."""
     said = beside["tokenizer_config.json"]
     starts = []
-    processor = t.get("post_processor") or {}
-    for part in processor.get("processors", [processor]):
+    for part in parts_of(t.get("post_processor"), "processors"):
         if part.get("type") == "TemplateProcessing":
             first = part["single"][0]
             starts += [first["SpecialToken"]["id"]] if "SpecialToken" in first else []

@@ -40,7 +40,7 @@ from plumbing.errors import Parser, fail, run_main
 from plumbing.files import new_folder, only_holds
 from plumbing.parallel import rank0_first
 from plumbing.params import read_config
-from plumbing.tensors import refuse_another_kind
+from plumbing.tensors import POINTER, refuse_another_kind
 
 TEXT_SUFFIXES = (".txt", ".md", ".py", ".jsonl")  # each may have .gz behind it
 HIDDEN = re.compile(r"\..*")
@@ -149,7 +149,9 @@ def documents(files: list[tuple[str, Path]], skipped: Skipped) -> Iterator[tuple
     for key, path in files:
         try:
             for document_key, text in read_file(key, path):
-                if text.strip():
+                if text.startswith(POINTER.decode()):
+                    skipped.add("pointers of Git LFS", path)
+                elif text.strip():
                     yield document_key, text
         except UnicodeDecodeError:
             skipped.add("not UTF-8", path)

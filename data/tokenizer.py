@@ -28,8 +28,8 @@ import regex
 import tiktoken
 from tqdm import tqdm
 
-from plumbing.errors import fail
-from plumbing.files import atomic_write
+from plumbing.errors import fail, note
+from plumbing.files import atomic_write, is_there
 
 TOKENIZER = "tokenizer.model"  # its name in every folder: a Llama's, a family's, a data folder
 SETTINGS = "tokenizer_settings.json"  # beside it, where the tokenizer is not of Llama 3's form
@@ -146,7 +146,7 @@ def settings_of(path: Path, ranks: dict[bytes, int]) -> Settings:
     """The settings of a tokenizer.model with these ranks: the file beside it, else Llama 3's.
 
     fail() if the ids of ranks and special tokens are not 0..n-1, each once."""
-    if path.with_name(SETTINGS).is_file():
+    if is_there(path.with_name(SETTINGS)):
         settings = read_settings(path.with_name(SETTINGS))
         ids = [*ranks.values(), *settings.special_tokens.values()]
         if not ranks or sorted(ids) != list(range(len(ids))):
@@ -219,7 +219,7 @@ def copy_tokenizer(source: str | Path, folder: str | Path) -> None:
         return
     check_tokenizer(source)
     settings = source.with_name(SETTINGS)
-    if settings.is_file():
+    if is_there(settings):
         with atomic_write(folder / SETTINGS) as file:
             file.write(settings.read_bytes())
     else:
@@ -246,11 +246,11 @@ def same_tokenizer(a: str | Path, b: str | Path) -> bool:
     Another chat template or another end of a turn makes no other tokenizer."""
     first = Path(a) / TOKENIZER
     second = Path(b) / TOKENIZER
-    if not first.is_file() or not second.is_file():
+    if not is_there(first) or not is_there(second):
         return True
     if first.read_bytes() != second.read_bytes():
         return False
-    if not first.with_name(SETTINGS).is_file() and not second.with_name(SETTINGS).is_file():
+    if not is_there(first.with_name(SETTINGS)) and not is_there(second.with_name(SETTINGS)):
         return True
     one = tokenizer_settings(first)
     other = tokenizer_settings(second)
@@ -264,6 +264,10 @@ def check_same_tokenizer(model_folder: str | Path, data_folder: str | Path) -> N
         fail(f"{data_folder} was made with another tokenizer than {own}; name the model's own data "
              f"with --data, or make it: python data/prepare.py --input TEXT --tokenizer {own} "
              "--out data/NAME")
+    for folder, other in ((model_folder, data_folder), (data_folder, model_folder)):
+        silent = Path(folder).is_dir() and not is_there(Path(folder) / TOKENIZER)
+        if silent and is_there(Path(other) / TOKENIZER):
+            note(f"{folder} has no {TOKENIZER}: its ids are taken to be those of {Path(other) / TOKENIZER}")
 
 
 # -----------------------------------------------------------------------------

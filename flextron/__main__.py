@@ -46,13 +46,16 @@ from model import Llama, SubNet
 from plumbing.checkpoint import RESUME, load_llama, of_a_run, resume_state
 from plumbing.errors import SEEDS, Parser, check_at_least_one, check_range, fail, run_main
 from plumbing.family import FLEX, FLEXTRON
+from plumbing.files import check_out
 from plumbing.latency import load_latency
 from plumbing.locks import one_writer
 from plumbing.parallel import WORLD, default_device, say, setup
 from plumbing.params import read_config
 from plumbing.run import Run, first_tokenizer, write_checkpoint
 from plumbing.settings import SMALL
+from plumbing.sharding import load_optimizer_state
 from plumbing.tensors import fingerprint as of_weights
+from plumbing.tensors import load_weights
 from space import n_params
 from train import lr_factor
 
@@ -112,11 +115,13 @@ class Trained:
         self.updates = 0
         if state is not None:
             with of_a_run(Path(args.out) / RESUME):
-                self.for_llama.load_state_dict(state["optimizers"][0])
-                self.for_routers.load_state_dict(state["optimizers"][1])
+                load_optimizer_state(self.for_llama, state["optimizers"][0])
+                load_optimizer_state(self.for_routers, state["optimizers"][1])
                 self.surrogate.load(state["surrogate"])
                 self.updates = state["updates"] + 0
             self.start = state["step"]
+            if self.start > 0:  # the rates that were saved, those of the last step
+                set_rates(self.for_llama, self.for_routers, self.start - 1, args)
 
     def save(self, step: int, settings: dict, args: argparse.Namespace) -> None:
         """Writes resume.pt, the Llama and flextron.pt into args.out."""
@@ -309,11 +314,12 @@ def check(args: argparse.Namespace) -> None:
     check_range(args, 0, "elastic_steps", "router_steps", "joint_steps", "samples",
                 "weight_decay", "penalty", "warmup")
     check_range(args, 1e-12, "lr", "router_lr", "clip", "threshold", "tau_end", "kappa_end")
+    if args.override and not args.resume:
+        fail("--override found without --resume; expected both: it says what may differ when a run goes on")
     if args.batch_tokens % args.seq_len:
         fail(f"--batch-tokens {args.batch_tokens} found; expected whole sequences of "
              f"--seq-len {args.seq_len}")
-    if Path(args.llama).resolve() == Path(args.out).resolve():
-        fail(f"--out {args.out} is the Llama that training starts from; choose another --out")
+    check_out(args.out, Llama=args.llama, data=args.data)
 
 
 def derive(args: argparse.Namespace) -> None:
@@ -413,7 +419,7 @@ def run_stages(args, device) -> None:
     else:
         say(f"{args.out} is there at step {state['step']} of {steps}: going on from it")
         with of_a_run(Path(args.out) / RESUME):
-            model.load_state_dict(state["model"])
+            load_weights(model, state["model"])
             flextron = restore_flextron(model, state["flextron"])
     check_targets(flextron, args)
     say(describe(flextron, args))

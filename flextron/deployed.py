@@ -13,11 +13,12 @@ import math
 
 import torch
 
-from flextron.network import Flextron, costs_of, parameter_cost, timed_sizes, total_cost
+from flextron.network import Flextron, costs_of, parameter_cost, sizes_for, timed_sizes, total_cost
 from flextron.routers import ELASTIC
 from model import Llama
 from plumbing.errors import fail
 from plumbing.latency import check_latency, load_latency
+from plumbing.tensors import load_weights
 from space import n_params
 
 BARS = "▁▂▃▄▅▆▇█"  # under a character: what its token took
@@ -103,8 +104,11 @@ def restore_flextron(model: Llama, saved: dict) -> Flextron:
     if saved["unit"] not in ("params", "latency"):
         raise ValueError(f"unit is {saved['unit']!r}")
     costs = {axis: saved["costs"][axis].clone() for axis in ELASTIC}
-    flextron = Flextron(model, saved["sizes"], saved["dynamic"], costs, saved["unit"], saved["seed"])
-    flextron.routers.load_state_dict(saved["routers"], strict=True)
+    sizes = sizes_for(model.config, saved["sizes"])
+    if sizes != saved["sizes"]:
+        raise ValueError(f"sizes are {str(saved['sizes'])[:60]}, expected ascending ones, the full one last")
+    flextron = Flextron(model, sizes, saved["dynamic"], costs, saved["unit"], saved["seed"])
+    load_weights(flextron.routers, saved["routers"])
     flextron.calibrated = saved["calibrated"]
     return flextron.to(model.tok_embeddings.weight.device)
 

@@ -21,6 +21,8 @@ from flextron.network import Flextron
 from flextron.routers import ELASTIC, Noise
 from model import SubNet, losses_in_chunks
 from plumbing.parallel import autocast
+from plumbing.sharding import load_optimizer_state
+from plumbing.tensors import load_weights
 from space import random_generator
 
 # -----------------------------------------------------------------------------
@@ -93,8 +95,8 @@ class Surrogate:
 
     def load(self, state: dict) -> None:
         """Inverse of state()."""
-        self.net.load_state_dict(state["net"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_weights(self.net, state["net"])
+        load_optimizer_state(self.optimizer, state["optimizer"])
         self.x = state["x"]
         self.y = state["y"]
         self.error = state["error"]

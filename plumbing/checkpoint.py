@@ -19,12 +19,13 @@ import torch
 from data.tokenizer import SETTINGS, TOKENIZER, copy_tokenizer
 from model import Llama, LlamaConfig
 from plumbing.errors import fail, note
-from plumbing.files import atomic_write
+from plumbing.files import atomic_write, is_there
 from plumbing.parallel import bar
 from plumbing.params import PARAMS, params_json, read_config
-from plumbing.tensors import WEIGHTS, load_tensors, shard_paths, taken_apart
+from plumbing.tensors import WEIGHTS, another_kind, load_tensors, shard_paths, taken_apart
 
 RESUME = "resume.pt"
+LOG = "log.jsonl"
 LLAMA_FILES = {PARAMS, WEIGHTS, TOKENIZER, SETTINGS}  # what an export in Meta's layout holds
 ROUNDING = 1e-2  # a step of bf16 is .4 to .8 %
 
@@ -33,7 +34,7 @@ ROUNDING = 1e-2  # a step of bf16 is .4 to .8 %
 
 
 def save_tensors(path, state: dict) -> None:
-    """torch.save, atomically. OSError if the disk is full.
+    """torch.save, atomically. OSError if the disk is full, KeyboardInterrupt after a signal.
 
     It goes through a file object: given a path, torch.save would write the file's name inside."""
     with atomic_write(path) as file:
@@ -41,7 +42,7 @@ def save_tensors(path, state: dict) -> None:
             torch.save(state, file)
         except RuntimeError as error:  # torch's writer covers what stopped it with a complaint of its own
             cause = error.__context__
-            raise cause if isinstance(cause, OSError) else error
+            raise cause if isinstance(cause, (OSError, KeyboardInterrupt)) else error
 
 
 # -----------------------------------------------------------------------------
@@ -235,7 +236,7 @@ def save_llama(folder, config: LlamaConfig, state: dict, tokenizer=None) -> None
     save_tensors(folder / WEIGHTS, tensors)
     with atomic_write(folder / PARAMS) as file:
         file.write((json.dumps(params_json(config), indent=2) + "\n").encode())
-    if tokenizer is not None and Path(tokenizer).is_file():
+    if tokenizer is not None and is_there(tokenizer):
         copy_tokenizer(tokenizer, folder)
 
 
@@ -279,6 +280,20 @@ def of_a_run(path):
     return taken_apart(path, "the state of this run; copy it again, or delete it and start again")
 
 
+def check_free(folder, mend: str) -> None:
+    """fail() for a folder without a state whose Llama no run has written: the new one would replace
+    it. A run leaves a log. And where a folder or a pipe has a file's name: its first save would fail."""
+    folder = Path(folder)
+    for path in folder.glob("*.*"):
+        if path.suffix in (".pt", ".pth", ".json", ".model"):
+            is_there(path)
+    from_elsewhere = another_kind(folder)
+    if not from_elsewhere and (folder / PARAMS).exists() and not (folder / LOG).exists():
+        from_elsewhere = "a Llama that no run has written"
+    if from_elsewhere:
+        fail(f"{folder} is {from_elsewhere}; expected a new folder, or one of an earlier run; {mend}")
+
+
 def resume_state(folder, settings: dict, steps: int, resume: bool, override=(), mend="choose another --out"):
     """What resume.pt in `folder` holds, None without one.
 
@@ -286,13 +301,16 @@ def resume_state(folder, settings: dict, steps: int, resume: bool, override=(), 
     further than `steps`, or if it stopped before its last step and is not to be resumed. mend: what
     else the user can do."""
     path = Path(folder) / RESUME
-    if not path.exists():
+    if not is_there(path):
+        check_free(folder, mend)
         return None
     state = load_tensors(path)
     now = json.loads(json.dumps(settings))
     with of_a_run(path):
         then = state["settings"]
-        json.dumps([then, state["step"] + 0])  # plain values
+        json.dumps(then)  # plain values
+        if type(state["step"]) is not int or state["step"] < 0:
+            raise ValueError(f"step is {str(state['step'])[:40]}")
         differ = [key for key in sorted(then.keys() | now.keys()) if then.get(key) != now.get(key)]
     # A folder that was moved is the same folder: what counts are the fingerprints beside the paths.
     differ = [key for key in differ if key not in PATHS]

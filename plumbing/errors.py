@@ -34,6 +34,15 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, command: str, description: str):
         super().__init__(prog=command, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
 
+    def parse_args(self, args=None, namespace=None):
+        """The flags. An empty text (--out "$UNSET") names no place: fail(). Only a prompt may be one."""
+        found = super().parse_args(args, namespace)
+        for name, value in vars(found).items():
+            texts = value if isinstance(value, list) else [value]
+            if "" in texts and name != "prompt":
+                self.error(f"an empty text found for {name.replace('_', '-')}; expected one that says something")
+        return found
+
     def error(self, message: str) -> NoReturn:
         fail(f"{message}; {self.prog} --help lists the flags")
 

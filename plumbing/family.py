@@ -22,7 +22,8 @@ from model import Llama, LlamaConfig, SubNet
 from plumbing.checkpoint import load_llama, load_tensors
 from plumbing.errors import fail, note
 from plumbing.latency import load_latency
-from plumbing.tensors import fingerprint, taken_apart
+from plumbing.files import is_there
+from plumbing.tensors import fingerprint, load_weights, taken_apart
 from router import Router
 from space import Space, cost
 
@@ -57,10 +58,10 @@ class Family:
         self.router = None
         self.flextron = None
         self.noted = set()  # budgets that a note was printed about
-        if (self.folder / FLEX).exists():
+        if is_there(self.folder / FLEX):
             self.saved = load_tensors(self.folder / FLEX)
             self.router = self.restored(FLEX, restore_router, model.config)
-        elif (self.folder / FLEXTRON).exists():
+        elif is_there(self.folder / FLEXTRON):
             from flextron.deployed import restore_flextron  # another paper: imported where a folder needs it
             self.saved = load_tensors(self.folder / FLEXTRON)
             self.flextron = self.restored(FLEXTRON, restore_flextron, model)
@@ -176,6 +177,8 @@ def router_state(router: Router, **more) -> dict:
 def restore_router(config: LlamaConfig, saved: dict) -> Router:
     """Inverse of router_state()."""
     space = Space(config, saved["choices"], saved["layer_order"], saved["delta"])
+    if space.choices != saved["choices"]:  # an axis that is missing would get the default's
+        raise ValueError(f"choices are {str(saved['choices'])[:60]}, expected all axes, ascending, the full size last")
     router = Router(space, saved["mode"], saved["seed"], saved["budgets"])
-    router.load_state_dict(saved["router"], strict=True)
+    load_weights(router, saved["router"])
     return router

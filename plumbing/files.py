@@ -100,6 +100,24 @@ def nothing_half_written(what: str):
         signal.signal(signal.SIGTERM, before)
 
 
+def check_out(out, **read) -> None:
+    """fail() if a program would write into a folder that it reads. read: what it is -> the folder,
+    or None."""
+    for what, folder in read.items():
+        if folder is not None and Path(folder).resolve() == Path(out).resolve():
+            fail(f"--out {out} is the {what} that training starts from; choose another --out")
+
+
+def is_there(path) -> bool:
+    """Is there a file of this name? False where there is nothing; a folder, a pipe, or a link that
+    leads nowhere (to a disk that is not mounted?): fail(), for nothing was meant by that."""
+    path = Path(path)
+    if os.path.lexists(path) and not path.is_file():
+        what = "a link that leads nowhere" if not path.exists() else "no file"
+        fail(f"{path} is {what}; expected a file or nothing; copy it from its source, or remove it")
+    return path.is_file()
+
+
 def read_json(path: Path) -> dict:
     """A file that holds a JSON object, or fail()."""
     if path.exists() and not path.is_file():  # a pipe would be waited for

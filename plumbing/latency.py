@@ -262,6 +262,28 @@ def check_latency(asked: float, smallest: float) -> None:
              f"--latency {smallest + 5e-5:.4f} or more")
 
 
+def check_grids(table: dict) -> None:
+    """ValueError unless sizes ascend and every time has its size: others would be interpolated
+    between the wrong ones."""
+    sizes = {}
+    for axis in ("dim", "n_heads", "ffn_dim"):
+        grid = table[axis]
+        sizes[axis] = len(grid)
+        if not all(type(size) is int and size > 0 for size in grid) or grid != sorted(set(grid)):
+            raise ValueError(f"{axis} does not ascend")
+    shapes = dict(fixed=["dim"], layer=["dim"], heads=["dim", "n_heads"], neurons=["dim", "ffn_dim"])
+    for name, axes in shapes.items():
+        if np.shape(table[name]) != tuple(sizes[axis] for axis in axes):
+            raise ValueError(f"{name} has other sizes than {' and '.join(axes)}")
+
+
+def check_place(folder) -> None:
+    """fail() where a table cannot be written: said before it is measured, which takes its time."""
+    if not os.access(folder, os.W_OK):
+        fail(f"{folder} cannot be written to, and its table of latencies belongs there; copy the Llama into a folder of "
+             "yours")
+
+
 def save_table(path: Path, table: dict) -> None:
     """Writes a table beside its Llama, or one line about why not."""
     try:
@@ -279,6 +301,7 @@ def load_latency(folder, model: Llama, choices: dict | None = None) -> Latency:
 
     def measure_if_missing() -> None:
         if not os.path.lexists(path):
+            check_place(folder)
             print(f"measuring latencies on {here['hardware']}, {here['threads']} threads, into {path}: until the medians "
                   f"stand still, {ROUNDS} rounds or {LIMIT // 60} minutes", file=sys.stderr)
             save_table(path, measure_latency(model, choices))
@@ -289,6 +312,7 @@ def load_latency(folder, model: Llama, choices: dict | None = None) -> Latency:
     with taken_apart(path, f"a table of latencies of the Llama beside it; {again} measures it again"):
         table = read_json(path)
         latency = Latency(table, model.config.n_layers)
+        check_grids(table)
         largest = (table["dim"][-1], table["n_heads"][-1], table["ffn_dim"][-1])
         if largest != full or not np.isfinite(latency.full):
             raise ValueError("another shape")

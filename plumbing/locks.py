@@ -54,10 +54,15 @@ def locked(path: Path, what: str):
         file.close()  # gives the lock back
 
 
+def without_waiting(path, flags: int) -> int:
+    """open()'s opener: a pipe under this name, which nobody reads, is an OSError and not waited for."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0), 0o666)
+
+
 def open_locked(path: Path, what: str):
     """The lock file, open and locked."""
     while True:
-        file = open(path, "a")
+        file = open(path, "a", opener=without_waiting)
         if not take(file):
             file.close()
             fail(f"another process writes to {what}; wait until it ends, or choose another --out")
@@ -84,7 +89,7 @@ def take(file) -> bool:
 
 def remove_if_dead(half: Path) -> None:
     """Removes a half-written file that no process is writing. (A writer takes its file.)"""
-    with contextlib.suppress(OSError), open(half, "ab") as file:
+    with contextlib.suppress(OSError), open(half, "ab", opener=without_waiting) as file:
         if fcntl and take(file):
             half.unlink(missing_ok=True)
 

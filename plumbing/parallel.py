@@ -109,6 +109,7 @@ class Stop:
 
     def __init__(self):
         self.wished = False
+        self.number = signal.SIGTERM  # of the signal; another rank may have got it
 
     def __enter__(self):
         self.before = {number: signal.signal(number, self.wish) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -116,6 +117,7 @@ class Stop:
 
     def wish(self, number, frame):
         self.wished = True
+        self.number = number
         self.__exit__()
 
     def __exit__(self, *_):

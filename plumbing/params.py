@@ -9,7 +9,6 @@ Meta never writes head_dim, the MLP's width, the RoPE factor, tying or the conte
 context from the model that has this shape, the vocabulary from the weights. Our own files say all
 of it.
 """
-import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +22,8 @@ from plumbing.tensors import RAW, another_kind, how_to_mend, load_tensors, refus
 PARAMS = "params.json"
 LARGEST = 100_000_000  # of any size: channels, neurons, tokens, positions
 MOST_LAYERS = 1000
+# What a Llama still computes something with; published: 1e-6 and 1e-5, 1e4 to 1e6, 8 and 32.
+RANGES = dict(norm_eps=(1e-12, 0.1), rope_theta=(1, 1e12), rope_factor=(1, 1e6))
 PER_LAYER = ("n_heads", "n_kv_heads", "ffn_dim")  # lists in a heterogeneous slice's file
 
 # -----------------------------------------------------------------------------
@@ -90,7 +91,8 @@ def check_architecture(path: Path, p: dict) -> None:
 def says_vocabulary(p: dict) -> bool:
     """Does a params.json say the size of the vocabulary? Llama 1's and 2's say -1, Code Llama's
     nothing."""
-    return (p.get("vocab_size") or -1) > 0
+    size = given(p, "vocab_size", -1)
+    return type(size) is not int or size not in (-1, 0)
 
 
 def told_by_weights(folder, dim: int) -> dict:
@@ -125,26 +127,45 @@ def config_of(p: dict) -> LlamaConfig:
     dim = p["dim"]
     n_layers = p["n_layers"]
     n_heads = listed(p["n_heads"])
-    n_kv_heads = listed(p.get("n_kv_heads")) or n_heads
-    head_dim = p.get("head_dim") or dim // n_heads
+    n_kv_heads = listed(given(p, "n_kv_heads", n_heads))
+    head_dim = p.get("head_dim")
+    if head_dim is None:
+        head_dim = dim // n_heads
     ffn_dim = listed(p.get("ffn_dim"))
-    if not ffn_dim:
-        ffn_dim = meta_ffn_dim(dim, p.get("ffn_dim_multiplier"), p.get("multiple_of", 256))
+    if ffn_dim is None:
+        ffn_dim = meta_ffn_dim(dim, p.get("ffn_dim_multiplier"), given(p, "multiple_of", 256))
     rope_factor = 1.0
-    if p.get("use_scaled_rope"):
+    scaled = given(p, "use_scaled_rope", False)
+    if type(scaled) is not bool:
+        raise ValueError(f"use_scaled_rope is {str(scaled)[:40]}, expected true or false")
+    if scaled:
         small = (dim, n_layers) in {(2048, 16), (3072, 28)}  # Llama 3.2 text; else 3.1 and 3.3
         said = p.get("rope_factor")
         if said is None:
             said = p.get("rope_scaling_factor")
         if said is None:
             said = 32.0 if small else 8.0
-        rope_factor = float(said)
-    context = p.get("context") or published_context(p)
+        rope_factor = number("rope_factor", said)
+    context = given(p, "context", published_context(p))
     return LlamaConfig(
         dim=dim, n_layers=n_layers, n_heads=n_heads, n_kv_heads=n_kv_heads, head_dim=head_dim, ffn_dim=ffn_dim,
         vocab_size=p["vocab_size"] if says_vocabulary(p) else 32000,
-        norm_eps=float(p.get("norm_eps", 1e-5)), rope_theta=float(p.get("rope_theta", 10000.0)),
+        norm_eps=number("norm_eps", given(p, "norm_eps", 1e-5)),
+        rope_theta=number("rope_theta", given(p, "rope_theta", 10000.0)),
         rope_factor=rope_factor, context=context)
+
+
+def given(p: dict, key: str, default):
+    """A key's value; the default only where it has none. (0 is a value, and a wrong one.)"""
+    value = p.get(key)
+    return default if value is None else value
+
+
+def number(name: str, value) -> float:
+    """A number of params.json as a float; ValueError for true, and for text that looks like one."""
+    if type(value) not in (int, float):
+        raise ValueError(f"{name} is {str(value)[:40]}, expected a number")
+    return float(value)
 
 
 def listed(value):
@@ -193,12 +214,10 @@ def check_shape(config: LlamaConfig) -> None:
         raise ValueError(f"heads of {config.head_dim} channels cannot be rotated in pairs")
     if any(h % kv for h, kv in zip(config.per_layer("n_heads"), config.per_layer("n_kv_heads"))):
         raise ValueError(f"{config.n_heads} query heads do not divide among {config.n_kv_heads} KV heads")
-    for name in ("norm_eps", "rope_theta", "rope_factor"):
+    for name, (lowest, highest) in RANGES.items():
         value = getattr(config, name)
-        if not 0 < value < math.inf:
-            raise ValueError(f"{name} is {value}")
-    if config.rope_factor < 1:
-        raise ValueError(f"rope_factor is {config.rope_factor}, expected 1 or more")
+        if not lowest <= value <= highest:
+            raise ValueError(f"{name} is {value}, expected {lowest:g} to {highest:g}")
 
 
 # -----------------------------------------------------------------------------

@@ -29,8 +29,10 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from plumbing.checkpoint import RESUME, TOKENIZER, save_llama, save_tensors
+from plumbing.checkpoint import LOG, RESUME, TOKENIZER, save_llama, save_tensors
 from plumbing.errors import fail, note
+from plumbing.files import is_there
+from plumbing.locks import without_waiting
 from plumbing.parallel import RANK, WORLD, Stop, finish, mean_over_ranks, say
 from plumbing.tensors import fingerprint
 
@@ -90,7 +92,7 @@ def write_checkpoint(out, resume: dict, config, tokenizer: Path | None, name: st
 def first_tokenizer(*folders) -> Path | None:
     """The tokenizer.model of the first of the folders that has one."""
     paths = [Path(folder) / TOKENIZER for folder in folders if folder]
-    return next((path for path in paths if path.is_file()), None)
+    return next((path for path in paths if is_there(path)), None)
 
 
 # -----------------------------------------------------------------------------
@@ -122,8 +124,9 @@ class Run:
         self.timed = 0
 
     def __enter__(self) -> "Run":
-        path = self.out / "log.jsonl" if RANK == 0 else os.devnull
-        self.log = open(path, "a", encoding="utf-8", buffering=1)  # a line at a time: nothing is lost in a crash
+        path = self.out / LOG if RANK == 0 else os.devnull
+        # A line at a time: nothing is lost in a crash.
+        self.log = open(path, "a", encoding="utf-8", buffering=1, opener=without_waiting)
         name = torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu"
         self.record(argv=sys.argv, settings=self.settings, start=self.start, commit=git_commit(),
                     torch=torch.__version__, ranks=WORLD, device=name)
@@ -142,7 +145,7 @@ class Run:
         try:
             self.log.write(json.dumps(entry) + "\n")
         except OSError as error:
-            note(f"{self.out / 'log.jsonl'} cannot be written ({error.strerror or error}): the run goes on without it")
+            note(f"{self.out / LOG} cannot be written ({error.strerror or error}): the run goes on without it")
             self.close_log()
             self.log = open(os.devnull, "a")
 
@@ -166,8 +169,9 @@ class Run:
         a signal came.
 
         A good checkpoint is replaced by a good one only: after bad steps nothing is saved, and a
-        run that ends with them ends with fail(). After a signal the program ends here with status
-        0. A disk that is full ends it with fail()."""
+        run that ends with them ends with fail(). After a signal the program ends here, with the
+        status that shells give it, 130 or 143: what a script has behind it must not follow. A disk
+        that is full ends it with fail()."""
         last = step == self.steps
         stopped = self.asked_to_stop()
         if last or stopped or self.due(step, self.save_every):
@@ -179,11 +183,11 @@ class Run:
                 self.say(step, f"not saved: {spoilt}; {self.kept()}")
             if dist.is_initialized():
                 dist.barrier()
-        if stopped and not last:
+        if stopped:  # at the last step too: a base has a family behind it
             where = f"saved in {self.out}" if self.saved == step else self.kept()
             say(f"stopped at step {step} of {self.steps}, {where}; go on with:  {resume_command()}")
             finish()
-            raise SystemExit(0)
+            raise SystemExit(128 + self.stop.number)
 
     def try_to_save(self, step: int, save) -> str:
         """Saves, or says why that would replace a good state by a bad one. A full disk: fail()."""

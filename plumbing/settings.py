@@ -10,6 +10,7 @@ from pathlib import Path
 
 from model import LlamaConfig, SubNet
 from plumbing.errors import LARGEST, SEEDS, Parser, check_range, fail
+from plumbing.files import check_out
 from plumbing.parallel import WORLD, default_device
 from plumbing.params import read_config
 from plumbing.sharding import SHARDINGS
@@ -171,6 +172,11 @@ def check(args: argparse.Namespace) -> None:
     if args.laptop and args.llama is None:
         fail("--laptop found, without --llama; expected a Llama to start from: python train.py --laptop --llama out/llama "
              "--data data/mytext (the demo, python train.py, is small as it is)")
+    if args.override and not args.resume:
+        fail("--override found without --resume; expected both: it says what may differ when a run goes on")
+    if args.ranks != WORLD and not args.dry_run:
+        fail(f"--ranks {args.ranks} found without --dry-run, which it belongs to; a run takes its processes from torchrun: "
+             f"torchrun --nproc_per_node={args.ranks} train.py ...")
     several = len(args.budgets) > 1
     if several and args.teach_prob > 0 and args.teach_end <= args.router_start:
         fail(f"--teach-end {args.teach_end:g} found, --router-start is {args.router_start:g}; expected a larger one: "
@@ -208,10 +214,11 @@ def check_ranges(args: argparse.Namespace) -> None:
 
 def base_folder(args: argparse.Namespace) -> str:
     """The Llama that training starts from: --llama, or the demo's base beside --out. fail() if it
-    is --out itself."""
+    is --out itself, or the text."""
     base = args.llama or str(Path(args.out).parent / "base")
-    if Path(base).resolve() == Path(args.out).resolve():
-        fail(f"--out {args.out} is the Llama that training starts from; choose another --out")
+    check_out(args.out, Llama=base, data=args.data)
+    if not args.llama:
+        check_out(base, data=args.data)
     return base
 
 

@@ -114,6 +114,9 @@ def load_optimizer_state(optimizer, state: dict) -> None:
     params = [p for group in optimizer.param_groups for p in group["params"]]
     moments = {}
     for i, tensors in state["state"].items():
+        for name, t in tensors.items():
+            if t.dtype != params[i].dtype:  # torch would round it without a word
+                raise ValueError(f"{name} is {t.dtype}, expected {params[i].dtype}")
         moments[i] = {name: split_like(t, params[i]) for name, t in tensors.items()}
     optimizer.load_state_dict(state | dict(state=moments))
     if isinstance(optimizer, ZeroRedundancyOptimizer):

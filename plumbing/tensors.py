@@ -78,6 +78,16 @@ def taken_apart(path, expected: str):
         fail(f"{path} is damaged, or of something else ({type(error).__name__}: {reason}); expected {expected}")
 
 
+def load_weights(module: torch.nn.Module, state: dict) -> None:
+    """module.load_state_dict(state), for a state of the module's own dtypes. torch would round any
+    other without a word, int8 to zeros. ValueError for one."""
+    for name, own in module.state_dict().items():
+        found = state[name].dtype
+        if found != own.dtype:
+            raise ValueError(f"{name} is {found}, expected {own.dtype}")
+    module.load_state_dict(state, strict=True)
+
+
 # -----------------------------------------------------------------------------
 # the shards of a folder: the parts of a model-parallel run
 

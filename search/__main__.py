@@ -35,6 +35,7 @@ from plumbing.checkpoint import (
     save_tensors,
 )
 from plumbing.errors import SEEDS, Parser, check_at_least_one, check_range, fail, run_main
+from plumbing.files import check_out as check_apart
 from plumbing.locks import one_writer
 from plumbing.parallel import WORLD, default_device, device_of, say
 from plumbing.params import PARAMS, read_config
@@ -206,6 +207,7 @@ def main(argv=None) -> None:
     check_shape(config, source)
     check_budget(config, args.budget, args.uniform)
     check_out(out, source)
+    check_apart(out, data=args.data)
     check_same_tokenizer(source, args.data)
     windows = disjoint_windows(args, config, args.seed)
 

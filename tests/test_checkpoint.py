@@ -1,5 +1,7 @@
 """checkpoint.py: what is written is read back, Meta's own folders are understood, damaged ones end in one line."""
+import contextlib
 import dataclasses
+import io
 import json
 import os
 import shutil
@@ -15,7 +17,7 @@ import search.__main__ as search
 import train
 from bench import latency
 from data import prepare
-from plumbing import describe
+from plumbing import checkpoint, describe
 from plumbing.checkpoint import check_target, load_llama, load_tensors, matrix_dtype, save_llama, save_tensors
 from plumbing.files import new_folder
 from model import LlamaConfig
@@ -276,6 +278,10 @@ PARAMS_MISTAKES = {
     "a pipe": lambda f: ((f / "params.json").unlink(), os.mkfifo(f / "params.json")),
     "a huge number": lambda f: rewrite(f, lambda p: p | dict(rope_theta=10**400)),
     "no epsilon": lambda f: rewrite(f, lambda p: p | dict(norm_eps=0)),
+    **{f"{key} {value!r}": lambda f, key=key, value=value: rewrite(f, lambda p: p | {key: value}) for key, value in (
+        ("ffn_dim", 0), ("ffn_dim", -0.0), ("head_dim", 0), ("n_kv_heads", 0), ("context", 0), ("ffn_dim", []),
+        ("rope_theta", True), ("rope_theta", "1e4"), ("rope_theta", 1e308), ("norm_eps", 3), ("norm_eps", "1e-5"),
+        ("use_scaled_rope", 1e-320), ("use_scaled_rope", []), ("vocab_size", -2))},
     "infinite theta": lambda f: rewrite(f, lambda p: p | dict(rope_theta=float("inf"))),
     **{f"factor {factor}": lambda f, factor=factor: rewrite(f, lambda p: p | dict(
         use_scaled_rope=True, rope_factor=factor)) for factor in (0, 0.5, -8.0, float("nan"), float("inf"))}}
@@ -296,7 +302,8 @@ WEIGHTS_MISTAKES = {
 
 @pytest.mark.parametrize("mistake", PARAMS_MISTAKES)
 def test_mistakes_in_params(tmp_path, capsys, mistake):
-    """Catches a traceback where a user needs one line that names the file."""
+    """Catches a traceback where a user needs one line that names the file; a size of 0 or a false that means the
+    default, a true that means 1, and numbers that no Llama computes with."""
     saved(tmp_path / "llama")
     PARAMS_MISTAKES[mistake](tmp_path / "llama")
     with one_line_error(capsys, str(tmp_path / "llama")):
@@ -352,6 +359,22 @@ def test_atomic_write_keeps_the_old_file(tmp_path):
             assert path.read_bytes() == b"second"
             raise error
     assert files_of(tmp_path) == {os.path.join("new", "file"): b"second"}
+
+
+def test_a_signal_while_tensors_are_written(tmp_path, monkeypatch):
+    """Catches Ctrl-C that torch's writer turns into a complaint of its own, and so into a traceback."""
+    class Interrupted(io.BytesIO):
+        writes = 0
+
+        def write(self, data):
+            self.writes += 1
+            if self.writes > 3:
+                raise KeyboardInterrupt
+            return super().write(data)
+
+    monkeypatch.setattr(checkpoint, "atomic_write", lambda path: contextlib.nullcontext(Interrupted()))
+    with pytest.raises(KeyboardInterrupt):
+        save_tensors(tmp_path / "x.pt", dict(x=torch.ones(3)))
 
 
 def test_new_folder_appears_whole_or_not_at_all(tmp_path):

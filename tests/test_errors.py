@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from plumbing.errors import check_range, run_main
+from plumbing.errors import Parser, check_range, run_main
 from tests.helpers import one_line_error
 from tests.processes import ROOT
 
@@ -69,6 +69,19 @@ def test_numbers_have_a_range(capsys):
         with one_line_error(capsys, words, "0 or more, and at most 1"):
             check_range(args, 0, "steps", name, highest=1)
     check_range(args, 0, "steps", "budgets", highest=2)
+
+
+def test_an_empty_text_is_no_place(capsys):
+    """Catches --out "$UNSET" that writes where nobody meant to, or takes the default without a word; a prompt may be
+    empty."""
+    parser = Parser("python x.py", "")
+    parser.add_argument("--out", default="out/x")
+    parser.add_argument("--input", nargs="+", default=[])
+    parser.add_argument("--prompt")
+    for words, name in ((["--out", ""], "out"), (["--input", "a", ""], "input")):
+        with one_line_error(capsys, f"an empty text found for {name}", "python x.py --help"):
+            parser.parse_args(words)
+    assert parser.parse_args(["--prompt", ""]).prompt == ""
 
 
 def test_every_program_ends_so():

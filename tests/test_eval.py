@@ -324,7 +324,7 @@ def folders(tmp_path_factory):
     save_llama(path / "small", GQA, random_llama(GQA).state_dict(), path / "flex" / "tokenizer.model")
     dense = random_llama(model.config, 5).state_dict()
     save_llama(path / "dense", model.config, dense, path / "flex" / "tokenizer.model")
-    for name, content in dict(good=b"the cat", latin1=b"the c\xe9t", empty=b"").items():
+    for name, content in dict(good=b"the cat", latin1=b"the c\xe9t", empty=b"", pointer=b"version https://git-lfs.x").items():
         (path / name).write_bytes(content)
     return path
 
@@ -332,6 +332,7 @@ def folders(tmp_path_factory):
 @pytest.mark.parametrize("command,words", [
     ("plain --text good --budgets 0.5", "plain 1.0"), ("plain --text good --budgets 1.0 0.5", "plain"),
     ("flex --text latin1", "latin1 UTF-8 5"), ("flex --text empty", "empty"), ("flex --text nowhere", "nowhere"),
+    ("flex --text a.svg --plot a.svg", "a.svg text"), ("flex --text pointer", "pointer LFS"), ("flex --text good --data good", "--data not allowed"),
     ("flex --text flex", "flex"), ("flex --text good --budgets 0.01", "0.01"),
     ("flex --text good --budgets 0.5 1.2", "1.2"),
     ("flex --data nowhere", "nowhere"), ("mute --text good", "tokenizer.model"), ("small --text good", "small"),

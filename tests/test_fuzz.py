@@ -27,6 +27,11 @@ def test_forty_cases_end_well():
     assert refused >= 20 and accepted >= 3 and refused + accepted == 40
 
 
+def endless() -> None:
+    while True:
+        pass
+
+
 def two_errors() -> None:
     print("error: one", file=sys.stderr)
     fail("two")
@@ -41,6 +46,7 @@ ENDS = {
     "is killed": (lambda: os.kill(os.getpid(), signal.SIGKILL), fuzz.TRACEBACK),
     "takes all memory": (lambda: bytearray(9 << 30), fuzz.TRACEBACK),
     "never ends": (lambda: time.sleep(60), fuzz.HANG),
+    "works for ever": (endless, fuzz.HANG),
     "leaves something": (lambda: open(".new.json.7.tmp", "w").close(), fuzz.LEFTOVER),
     "runs code": (lambda: os.mkdir(fuzz.CANARY), fuzz.CODE)}
 
@@ -50,8 +56,8 @@ def test_what_a_case_counts_as(tmp_path, monkeypatch, end):
     """Catches a fuzzer that finds nothing because it does not look."""
     main, kind = ENDS[end]
     monkeypatch.setitem(sys.modules, "program", types.SimpleNamespace(main=main))
-    monkeypatch.setattr(fuzz, "SECONDS", 1 if kind == fuzz.HANG else 20)
-    found = fuzz.run_in(tmp_path, [], ["program"], "seed")
+    monkeypatch.setattr(fuzz, "SECONDS", 1 if end == "works for ever" else 20)
+    found = fuzz.run_in(tmp_path, [], ["program"], "seed", 1 if end == "never ends" else 60)
     assert fuzz.kind_of(found, tmp_path) == kind, found
 
 

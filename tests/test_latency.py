@@ -243,6 +243,15 @@ def test_mistakes_end_in_one_line(flex, capsys):
             (flex / LATENCY_FILE).write_text(json.dumps(table))
             with one_line_error(capsys, LATENCY_FILE, "measures it again"):
                 export.main(flags + ["--latency", "0.6"])
+    other_grids = (lambda t: t["dim"].pop(0), lambda t: t["n_heads"].sort(reverse=True), lambda t: t["heads"][0].pop(),
+                   lambda t: t["neurons"].pop(), lambda t: t["ffn_dim"].insert(0, t["ffn_dim"][0]),
+                   lambda t: t["fixed"].append(0.1), lambda t: t["n_heads"].__setitem__(0, 0.5))
+    for change in other_grids:  # each would be interpolated, between the wrong sizes
+        table = json.loads(measured)
+        change(table)
+        (flex / LATENCY_FILE).write_text(json.dumps(table))
+        with one_line_error(capsys, LATENCY_FILE, "measures it again"):
+            export.main(flags + ["--latency", "0.6"])
     (flex / LATENCY_FILE).write_text("{}")
     with one_line_error(capsys, LATENCY_FILE, "measures it again"):
         export.main(flags + ["--latency", "0.6"])
@@ -255,6 +264,13 @@ def test_mistakes_end_in_one_line(flex, capsys):
     with one_line_error(capsys, LATENCY_FILE, "no file"):
         export.main(flags + ["--latency", "0.6"])
     (flex / LATENCY_FILE).rmdir()
+    with pytest.MonkeyPatch.context() as patch:  # as on a disk that is read-only
+        patch.setattr("plumbing.latency.os.access", lambda path, mode: False)
+        patch.setattr("plumbing.latency.measure_latency", None)
+        with one_line_error(capsys, "cannot be written to", "copy the Llama"):
+            export.main(flags + ["--latency", "0.6"])
+        with one_line_error(capsys, "cannot be written to", "copy the Llama"):
+            command.main(["--model", str(flex), "--rounds", "1", "--device", "cpu"])
     (flex / LATENCY_FILE).write_text("{}")
     with one_line_error(capsys, "--rounds"):
         command.main(["--model", str(flex), "--rounds", "0"])

@@ -107,6 +107,17 @@ def test_half_a_file_goes_when_its_writer_is_dead(tmp_path):
     assert files_of(tmp_path) == {"x.gguf": b"third"}
 
 
+def test_a_pipe_in_place_of_a_lock_is_not_waited_for(tmp_path):
+    """Catches a program that hangs, without a word, where a pipe has the name of its lock, or of half a file."""
+    os.mkfifo(tmp_path / LOCK)
+    with pytest.raises(OSError), one_writer(tmp_path):
+        raise AssertionError("the body must not run")
+    os.unlink(tmp_path / LOCK)
+    os.mkfifo(tmp_path / ".x.7.tmp")
+    with one_writer(tmp_path):
+        assert (tmp_path / LOCK).is_file()
+
+
 def test_a_lock_file_that_was_removed_is_no_lock(tmp_path, monkeypatch):
     """Catches two holders: the second opened the file of the first, who removed it and went, and a third made another
     one. Who locks a file that is no longer there tries again."""

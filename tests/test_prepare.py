@@ -103,7 +103,7 @@ def test_every_kind_of_input(tmp_path, tokenizer):
 @pytest.mark.skipif(os.name != "posix", reason="links and pipes of Unix")
 def test_what_is_not_read_is_named(corpus, tmp_path, tokenizer, monkeypatch, capsys):
     """Catches: a folder that cannot be opened, or a link to one, that is passed over without a word; a pipe
-    that is waited for."""
+    that is waited for; a pointer of Git LFS that is taken for text."""
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere/a.txt").write_text("not read")
     (corpus / "link").symlink_to(tmp_path / "elsewhere")
@@ -112,6 +112,7 @@ def test_what_is_not_read_is_named(corpus, tmp_path, tokenizer, monkeypatch, cap
     os.mkfifo(corpus / "pipe.txt")
     for k in range(4):
         (corpus / f"latin{k}.txt").write_bytes(b"\xe9")
+    (corpus / "lfs.txt").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214\nsize 2471\n")
     scandir = os.scandir
 
     def refuse(path):
@@ -127,6 +128,7 @@ def test_what_is_not_read_is_named(corpus, tmp_path, tokenizer, monkeypatch, cap
         "circle link", "nowhere.txt pipe.txt", "latin0.txt latin1.txt latin2.txt"))
     assert any(f"2 links to folders ({a}, {b})" in said for a, b in (links, links[::-1]))
     assert any(f"2 links to nothing or pipes ({a}, {b})" in said for a, b in (files, files[::-1]))
+    assert f"1 pointers of Git LFS ({corpus / 'lfs.txt'})" in said
     assert f"4 not UTF-8 ({', '.join(latin)} ...)" in said
 
 

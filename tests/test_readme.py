@@ -60,6 +60,7 @@ FEWER = {
     "bench.harness": "--limit 2",
     "bench.loss": "--tokens 16 --vocab-size 99 --dim 8",
     "bench.fuzz": "--cases 2",  # tests/test_fuzz.py runs more
+    "bench.kills": "--kills 1 --programs export",  # tests/test_kills.py runs more
     "bench.mutants": "--list",  # tests/test_bench.py plants some
     "bench.ablation_search": FEW_CANDIDATES + " --budgets 0.6 --seeds 0",
 }
@@ -69,7 +70,7 @@ PROGRAMS = {
     "bench.slices", "bench.steps", "bench.oracle", "bench.latency", "bench.results", "bench.big_export",
     "bench.token_time", "bench.flextron_oracle", "bench.ablation_search", "bench.alone", "bench.before",
     "bench.mutants", "bench.harness", "bench.loss", "bench.speculative", "bench.take_over", "bench.fuzz",
-    "bench.rankings", "bench.choices",
+    "bench.rankings", "bench.choices", "bench.kills",
 }
 
 

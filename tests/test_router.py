@@ -924,13 +924,25 @@ def no_choices(path):
     save_tensors(path, state)
 
 
+def one_axis_less(path):
+    state = load_tensors(path)
+    del state["choices"]["dim"]  # the default's sizes are as many, but others
+    save_tensors(path, state)
+
+
+def in_bf16(path):
+    state = load_tensors(path)
+    state["router"] = {name: weight.bfloat16() for name, weight in state["router"].items()}
+    save_tensors(path, state)
+
+
 def of_another_llama(path):
     deeper = dataclasses.replace(GQA, n_layers=5)
     choices = odd_choices(GQA) | {"n_heads": [2, 8]}
     save_tensors(path, router_state(random_router(deeper, choices=choices)))
 
 
-@pytest.mark.parametrize("damage", [cut_short, a_list, no_choices, of_another_llama])
+@pytest.mark.parametrize("damage", [cut_short, a_list, no_choices, one_axis_less, in_bf16, of_another_llama])
 def test_a_damaged_flex_pt(tmp_path, capsys, damage):
     """Catches a traceback where a user needs to hear which file does not fit."""
     path = tmp_path / "flex.pt"

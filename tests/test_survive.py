@@ -14,11 +14,12 @@ import plumbing.checkpoint as checkpoint
 import plumbing.run as running
 import train
 from plumbing.checkpoint import load_llama, load_tensors, save_llama
+from plumbing.errors import run_main
 from plumbing.family import open_family
 from plumbing.parallel import Stop
 from plumbing.run import Run
 from tests.helpers import files_of, one_line_error
-from tests.miniature import RUN, TINY
+from tests.miniature import RUN, TINY, bytes_of
 from tests.processes import ROOT, environment_of, run, started
 
 pytestmark = pytest.mark.usefixtures("small_base")
@@ -117,11 +118,45 @@ def test_asked_to_stop(odd_start, tmp_path, ranks):
             break
     process.send_signal(signal.SIGTERM)
     said = process.stderr.read()
-    assert process.wait(timeout=60) == (1 if ranks else 0), said[-2000:]  # torchrun itself ends so, with a traceback
+    assert process.wait(timeout=60) == (1 if ranks else 143), said[-2000:]  # torchrun itself ends so, with a traceback
     assert ranks or "Traceback" not in said, said[-2000:]
     assert "stopped at step" in said and "--resume" in said, said[-2000:]
     state = load_tensors(tmp_path / "flex/resume.pt")
     assert 3 < state["step"] < 1500 and f"stopped at step {state['step']} " in said
+
+
+def test_a_signal_in_the_last_step_of_the_base(demo, tmp_path, monkeypatch, capsys):
+    """Catches Ctrl-C that ends nothing, because the stage was at its end anyway and the next one begins; and a status
+    that a script takes for success."""
+    root, flags = demo
+    flags = [*flags, "--out", str(tmp_path / "out/flex")]
+    step = train.train_step
+
+    def signalled(wrapped, model, router, shards, n, *rest, **more):
+        if router is None and n == 7:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(wrapped, model, router, shards, n, *rest, **more)
+
+    monkeypatch.setattr(train, "train_step", signalled)
+    with pytest.raises(SystemExit) as stop:
+        train.main(flags)
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 130 and "stopped at step 8 of 8" in said and "--resume" in said
+    assert not (tmp_path / "out/flex").exists(), "the family was begun"
+    monkeypatch.setattr(train, "train_step", step)
+    train.main([*flags, "--resume"])
+    assert bytes_of(tmp_path / "out/flex") == bytes_of(root / "out/flex")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes of Unix")
+def test_a_pipe_in_place_of_the_log_is_not_waited_for(odd_start, tmp_path, capsys):
+    """Catches a run that waits for ever, without a word, for somebody to read its log."""
+    _, flags = odd_start
+    (tmp_path / "flex").mkdir()
+    os.mkfifo(tmp_path / "flex/log.jsonl")
+    with pytest.raises(SystemExit) as stop:
+        run_main(lambda: train.main(flags + ["--out", str(tmp_path / "flex")]))
+    assert stop.value.code == 2 and "log.jsonl cannot be used" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_signal_to_one_rank_stops_all(tmp_path, monkeypatch):
@@ -294,6 +329,14 @@ RESUME_DAMAGES = {
     "no step": lambda s: s.pop("step"),
     "a tensor for the settings": lambda s: s.update(settings=torch.ones(3)),
     "a tensor among the settings": lambda s: s["settings"].update(lr=torch.ones(0)),
+    "a step that is half": lambda s: s.update(step=5.5),
+    "a step before the first": lambda s: s.update(step=-1),
+    "true for a step": lambda s: s.update(step=True),
+    "a weight of whole numbers": lambda s: s["model"].update({"norm.weight": s["model"]["norm.weight"].to(torch.int8)}),
+    "a weight in bf16": lambda s: s["model"].update({"norm.weight": s["model"]["norm.weight"].bfloat16()}),
+    "moments of whole numbers": lambda s: s["optimizers"][0]["state"][0].update(exp_avg=torch.ones(3, dtype=torch.int8)),
+    "a router in bf16": lambda s: s["flex"]["router"].update(
+        {name: weight.bfloat16() for name, weight in s["flex"]["router"].items()}),
     "a weight that is a list": lambda s: s["model"].update({"norm.weight": [1.0]}),
     "a weight less": lambda s: s["model"].pop("norm.weight"),
     "no router": lambda s: s.update(flex=None),
@@ -334,6 +377,20 @@ def test_routers_of_another_save(odd_start, tmp_path, capsys):
     train.main(flags + ["--resume"])
     open_family(tmp_path / "flex")
     assert before == {name: (tmp_path / "flex" / name).read_bytes() for name in before}
+
+
+def test_a_state_that_leads_nowhere(demo, tmp_path, capsys):
+    """Catches a run that starts at step 0, over what it would have gone on from, because the disk that its state is on
+    is not mounted."""
+    root, flags = demo
+    shutil.copytree(root / "out", tmp_path / "out")
+    (tmp_path / "out/flex/resume.pt").unlink()
+    (tmp_path / "out/flex/resume.pt").symlink_to("/not/mounted/resume.pt")
+    before = files_of(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        train.main([*flags, "--out", str(tmp_path / "out/flex"), "--resume"])
+    assert stop.value.code == 2 and "resume.pt is a link that leads nowhere" in capsys.readouterr().err.splitlines()[-1]
+    assert files_of(tmp_path) == before
 
 
 def test_override(demo, tmp_path, capsys):

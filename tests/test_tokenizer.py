@@ -289,6 +289,11 @@ def test_two_folders_of_one_tokenizer(tmp_path, capsys):
     assert not bpe.same_tokenizer(folders["model"], folders["other"])
     assert bpe.same_tokenizer(folders["model"], folders["ids"]) and bpe.same_tokenizer(folders["ids"], folders["data"])
     bpe.check_same_tokenizer(folders["model"], folders["data"])
+    assert capsys.readouterr().err == ""
+    for model, data in (("model", "ids"), ("ids", "data")):
+        bpe.check_same_tokenizer(folders[model], folders[data])
+        note = capsys.readouterr().err
+        assert note.startswith(f"note: {folders['ids']} has no tokenizer.model: its ids are taken") and note.count("\n") == 1
     with pytest.raises(SystemExit) as stop:
         bpe.check_same_tokenizer(folders["model"], folders["other"])
     assert stop.value.code == 2

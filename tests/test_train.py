@@ -17,7 +17,7 @@ from model import Llama, LlamaConfig
 from plumbing.checkpoint import load_llama, load_tensors
 from plumbing.family import open_family
 from space import AXES, cost
-from tests.helpers import close, one_line_error
+from tests.helpers import close, files_of, one_line_error
 from tests.miniature import TINY, bytes_of, gradients, log, parts
 from tests.processes import run
 
@@ -642,6 +642,7 @@ def test_settings_of_the_demo_and_of_the_paper(tmp_path):
     (["--calibration-windows", "0"], "--calibration-windows"), (["--tau-end", "0"], "--tau-end"),
     (["--lr", "-1"], "--lr -1"), (["--steps", "-1"], "--steps -1"), (["--steps", "1" + "0" * 400], "--steps 1000"),
     (["--budgets", "1.0", "--extra-budgets", "1"], "--extra-budgets 1"), (["--seed", str(2 ** 64)], "--seed"),
+    (["--override"], "--resume"), (["--ranks", "2"], "--dry-run"), (["--data", ""], "empty text found for data"),
     (["--kd", "5"], "--kd"), (["--lr", "nan"], "--lr"), (["--teach-end", "0.05"], "--teach-end"),
     (["--seq-len", "10000000", "--batch-tokens", "10000000"], "tokens")])
 def test_bad_input_is_one_line(random_start, tmp_path, extra, words, capsys):
@@ -657,8 +658,17 @@ def test_the_llama_it_starts_from_is_safe(random_start, tmp_path, capsys):
     before = (root / "llama/consolidated.00.pth").read_bytes()
     file = tmp_path / "file"
     file.write_text("mine")
-    for out, words in ((root / "llama", "starts from"), (file, "file")):
+    for out, words in ((root / "llama", "starts from"), (file, "file"), (root / "data", "data that training starts from")):
         assert words in refused([*flags, "--out", str(out)], capsys)
+    for name in ("mine", "hf"):  # Llamas that no run has written
+        shutil.copytree(root / "odd", tmp_path / name)
+    (tmp_path / "hf/params.json").rename(tmp_path / "hf/config.json")
+    others = files_of(tmp_path)
+    for name, words in (("mine", "a Llama that no run has written"), ("hf", "a Hugging Face folder")):
+        assert words in refused([*flags, "--out", str(tmp_path / name)], capsys)
+    assert files_of(tmp_path) == others
+    (tmp_path / "new/flex.pt").mkdir(parents=True)
+    assert "flex.pt is no file" in refused([*flags, "--out", str(tmp_path / "new")], capsys)
     assert (root / "llama/consolidated.00.pth").read_bytes() == before
     assert file.read_text() == "mine"
 
