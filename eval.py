@@ -31,9 +31,11 @@ from plumbing.checkpoint import TOKENIZER, load_llama
 from plumbing.errors import Parser, check_at_least_one, fail, run_main
 from plumbing.family import Family, Member, open_family
 from plumbing.parallel import (
+    AUTOCASTS,
     RANK,
     WORLD,
     autocast,
+    autocast_is,
     bar,
     default_device,
     finish,
@@ -238,6 +240,8 @@ def parse_args(argv) -> argparse.Namespace:
     p.add_argument("--plot", help="a picture to write: loss or accuracy against parameters; .png, "
                    ".svg or .pdf")
     p.add_argument("--device", choices=["cpu", "cuda"], default=default_device())
+    p.add_argument("--autocast", choices=AUTOCASTS, help="what matrix products run in (default: "
+                   "bfloat16 on CUDA, float32 on the CPU)")
     p.add_argument("--json", action="store_true", help="one JSON object as stdout's last line")
     args = p.parse_args(argv)
     check_at_least_one(args, "batch", "windows", "seq_len", "limit")
@@ -250,7 +254,9 @@ def parse_args(argv) -> argparse.Namespace:
 def main(argv=None) -> None:
     """Prints tables on stderr, and with --json the same as one JSON line on stdout."""
     args = parse_args(argv)
-    result = run(args, setup(args.device))
+    device = setup(args.device)
+    with autocast_is(args.autocast):
+        result = run(args, device)
     if args.json and RANK == 0:
         # JSON has no NaN.
         print(json.dumps(json.loads(json.dumps(result), parse_constant=lambda name: None)), flush=True)

@@ -50,6 +50,7 @@ from plumbing.parallel import (
     RANK,
     WORLD,
     autocast,
+    autocast_is,
     default_device,
     finish,
     mean_over_ranks,
@@ -535,12 +536,13 @@ def main(argv=None) -> None:
     """The command line."""
     args = parse_args(argv, __doc__)
     if args.dry_run:
-        dry_run(args)
+        with autocast_is(args.autocast):
+            dry_run(args)
         return
     device = setup(args.device)
     say("settings: " + " ".join(f"{k}={v}" for k, v in vars(args).items() if v is not None))
     base = base_folder(args)
-    with one_writer(args.out, *([] if args.llama else [base])):
+    with autocast_is(args.autocast), one_writer(args.out, *([] if args.llama else [base])):
         run_stages(args, base, device)
     finish()
 

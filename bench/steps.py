@@ -31,7 +31,7 @@ from model import Llama, LlamaConfig, SubNet, apply_rope, rope_frequencies
 from plumbing.duration import train_flops
 from plumbing.errors import Parser, run_main
 from plumbing.latency import seconds
-from plumbing.parallel import autocast, device_of
+from plumbing.parallel import AUTOCASTS, autocast, autocast_is, device_of
 from plumbing.settings import parse_args
 from plumbing.sharding import compile_blocks, compiled_graphs
 from router import Router
@@ -40,6 +40,7 @@ from space import Space, cost, n_params
 # bf16 without sparsity, for MFU: NVIDIA's data sheets, FLOP/s
 PEAK = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "L40S": 362e12, "4090": 165e12}
 BUDGETS = [1.0, 0.8, 0.6, 0.4]
+PASSES = {"plain": 1, "dense": 1, "elastic": len(BUDGETS), "soft .25": len(BUDGETS)}  # of each step
 WARM_UP = 2  # rounds that do not count
 
 # -----------------------------------------------------------------------------
@@ -155,23 +156,25 @@ class RandomTokens:
 
 class OurStep:
     """Makes whole steps of train.py's, as its loop does. costs: the mean cost of each step's passes
-    so far."""
+    so far. losses: of the last step, budget by budget."""
 
-    def __init__(self, config: LlamaConfig, shards, args, device, budgets: list, soft: float):
+    def __init__(self, model: Llama, shards, args, device, budgets: list, soft: float):
         """soft: the share of soft passes. It stays what it is, and the router learns from the
-        start."""
+        start. model: on the device; the steps train it."""
         fixed = dict(budgets=budgets, teach="soft", teach_prob=soft, teach_end=1e9, router_start=0.0)
         self.args = argparse.Namespace(**vars(args) | fixed)
         self.shards = shards
         self.device = device
-        self.model = Llama(config).init_weights().to(device)
+        self.model = model
+        self.model.activation_checkpointing = args.activation_checkpointing
         self.router = None
         if len(budgets) > 1:
-            self.router = Router(Space(config), budgets=budgets)
+            self.router = Router(Space(model.config), budgets=budgets)
         if args.compile:
             compile_blocks(self.model)
         self.optimizers = train.make_optimizers(self.model, self.router, self.args)
         self.costs = []
+        self.losses = []
 
     def __call__(self, i: int) -> float:
         """Step i; the loss at budget 1."""
@@ -184,7 +187,8 @@ class OurStep:
             optimizer.step()
         passes = result["passes"]
         self.costs.append(statistics.mean(self.cost_of(one) for one in passes))
-        return passes[-1]["loss"]
+        self.losses = [one["loss"] for one in passes]
+        return self.losses[-1]
 
     def cost_of(self, one: dict) -> float:
         """The cost of a pass. A soft pass runs at full width."""
@@ -207,33 +211,55 @@ def mfu(config: LlamaConfig, seq_len: int, tokens_per_second: float, name: str,
     return None
 
 
-def measure_steps(config: LlamaConfig, flags, device, rounds: int) -> tuple[dict, dict]:
-    """(tokens/s of every counted round, mean cost of the counted passes), by the name of the
-    step."""
-    shards = RandomTokens(config.vocab_size, flags.seq_len)
-    given = (config, shards, flags, device)
-    steps = {
-        "plain": plain_step(*given),
-        "dense": OurStep(*given, [1.0], 0.0),
-        "elastic": OurStep(*given, BUDGETS, 0.0),
-        "soft .25": OurStep(*given, BUDGETS, 0.25)}
-    passes = {
-        "plain": 1,
-        "dense": 1,
-        "elastic": len(BUDGETS),
-        "soft .25": len(BUDGETS)}
+def fresh_llama(config: LlamaConfig, device: torch.device) -> Llama:
+    """Random weights, made where they are used: init_weights() takes long for a billion of them."""
+    torch.manual_seed(0)
+    with device:
+        model = Llama(config)
+    nn.init.normal_(model.tok_embeddings.weight, std=0.02)
+    return model
 
+
+def make_step(name: str, config: LlamaConfig, flags, device):
+    """One of PASSES, with a Llama of its own."""
+    shards = RandomTokens(config.vocab_size, flags.seq_len)
+    if name == "plain":
+        return plain_step(config, shards, flags, device)
+    model = fresh_llama(config, device)
+    budgets = [1.0] if name == "dense" else BUDGETS
+    soft = 0.25 if name == "soft .25" else 0.0
+    return OurStep(model, shards, flags, device, budgets, soft)
+
+
+def time_steps(steps: dict, flags, device, rounds: int) -> tuple[dict, dict]:
+    """(tokens/s of every counted round, mean cost of the counted passes), by the name of the step.
+    steps: name -> a step that was not made yet; they take turns."""
     speeds = {name: [] for name in steps}
     for r in range(rounds + WARM_UP):
         for name, step in steps.items():
             took = seconds(lambda: step(r), device)
             if r >= WARM_UP:
-                speeds[name].append(passes[name] * flags.batch_tokens / took)
+                speeds[name].append(PASSES[name] * flags.batch_tokens / took)
 
-    costs = {"plain": 1.0}
-    for name in ("dense", "elastic", "soft .25"):
-        costs[name] = statistics.mean(steps[name].costs[WARM_UP:])
+    costs = {}
+    for name, step in steps.items():
+        costs[name] = statistics.mean(step.costs[-rounds:]) if name != "plain" else 1.0
     return speeds, costs
+
+
+def measure_steps(config: LlamaConfig, flags, device, rounds: int) -> tuple[dict, dict]:
+    """time_steps() of all PASSES, in turns."""
+    steps = {name: make_step(name, config, flags, device) for name in PASSES}
+    return time_steps(steps, flags, device, rounds)
+
+
+def flags_of(args: argparse.Namespace, *more: str) -> argparse.Namespace:
+    """train.py's own flags, for its step."""
+    words = ["--batch-tokens", str(args.batch * args.seq_len)]
+    words += ["--seq-len", str(args.seq_len)]
+    words += ["--micro-batch", str(args.micro_batch)]
+    words += ["--device", args.device]
+    return parse_args([*words, *more])
 
 
 def main(argv=None) -> None:
@@ -242,20 +268,13 @@ def main(argv=None) -> None:
     add_shape(p)
     p.add_argument("--micro-batch", type=int, default=4, help="sequences per forward")
     p.add_argument("--compile", action="store_true", help="compile the blocks, the plain ones too")
+    p.add_argument("--autocast", choices=AUTOCASTS, help="as train.py's")
     args = p.parse_args(argv)
     config = shape_of(args)
     device = device_of(args.device)
-
-    # train.py's own flags, for its step.
-    words = ["--batch-tokens", str(args.batch * args.seq_len)]
-    words += ["--seq-len", str(args.seq_len)]
-    words += ["--micro-batch", str(args.micro_batch)]
-    words += ["--device", args.device]
-    if args.compile:
-        words.append("--compile")
-    flags = parse_args(words)
-
-    speeds, costs = measure_steps(config, flags, device, args.rounds)
+    flags = flags_of(args, *(["--compile"] if args.compile else []))
+    with autocast_is(args.autocast):
+        speeds, costs = measure_steps(config, flags, device, args.rounds)
 
     name = f"cpu, {torch.get_num_threads()} threads"
     if device.type == "cuda":

@@ -9,7 +9,7 @@ import torch
 
 from model import LlamaConfig, SubNet
 from plumbing.errors import note
-from plumbing.parallel import WORLD, autocast, say
+from plumbing.parallel import WORLD, autocast, autocast_is, say
 from space import n_params
 
 DAYS = 3  # a run on a CPU that takes longer is most likely not what was meant
@@ -47,16 +47,21 @@ def run_flops(config: LlamaConfig, args: argparse.Namespace) -> float:
     return flops * args.batch_tokens * args.steps
 
 
-def machine_flops(device: torch.device, size: int = 1024, rounds: int = 5) -> float:
+def machine_flops(device: torch.device, size: int | None = None, rounds: int = 5) -> float:
     """FLOP/s of a matrix product on this device now, in training's precision: the best of some
-    rounds."""
+    rounds, one at least and about a second at most."""
+    if size is None:
+        size = 8192 if device.type == "cuda" else 1024  # a GPU takes longer to begin than to multiply 1024
     a = torch.ones(size, size, device=device)
     best = float("inf")
     with autocast(device):
+        begin = time.perf_counter()
         for _ in range(rounds):
             start = time.perf_counter()
             (a @ a)[0, 0].item()  # .item() waits for a GPU
             best = min(best, time.perf_counter() - start)
+            if time.perf_counter() - begin > 1:
+                break
     return 2 * size ** 3 / best
 
 
@@ -70,7 +75,8 @@ def readable(seconds: float) -> str:
 
 def say_duration(config: LlamaConfig, args: argparse.Namespace, device: torch.device) -> None:
     """A line of what is ahead; on a CPU that has no chance, a second one with the flag that helps."""
-    seconds = expected_seconds(config, args, device)
+    speed = machine_flops(device)
+    seconds = expected_seconds(config, args, speed)
     passes = len(args.budgets) + args.extra_budgets
     where = device.type if WORLD == 1 else f"{WORLD} {device.type} ranks"
     say(f"{args.steps:,} steps of {passes} x {args.batch_tokens:,} tokens: {readable(seconds)} at "
@@ -78,9 +84,16 @@ def say_duration(config: LlamaConfig, args: argparse.Namespace, device: torch.de
     if device.type == "cpu" and seconds > DAYS * 86400 and not args.laptop:
         note("the defaults from 100M parameters on are the paper's, made for many GPUs; on a CPU, "
              "--laptop trains on 225k tokens: somewhat over an hour for 135M parameters")
+    if device.type == "cpu" and args.autocast == "bfloat16":
+        with autocast_is("float32"):
+            in_fp32 = machine_flops(device)
+        if speed < in_fp32:
+            note(f"--autocast bfloat16 multiplies at {speed / 1e9:.1f} GFLOP/s here, float32 at {in_fp32 / 1e9:.1f}; "
+                 "it wants a processor with avx512_bf16 or amx; on this one leave it out")
 
 
-def expected_seconds(config: LlamaConfig, args: argparse.Namespace, device: torch.device) -> float:
-    """What the elastic steps take at least, in seconds: the machine never does better than its
-    matrix product. Toys take longer, for what is not multiplication."""
-    return run_flops(config, args) / (machine_flops(device) * WORLD)
+def expected_seconds(config: LlamaConfig, args: argparse.Namespace, speed: float) -> float:
+    """What the elastic steps take at least, in seconds, on ranks that multiply with `speed` FLOP/s:
+    a machine never does better than its matrix product. Toys take longer, for what is not
+    multiplication."""
+    return run_flops(config, args) / (speed * WORLD)

@@ -121,7 +121,7 @@ def plan_table(args: argparse.Namespace) -> str:
         Space(config)
     except ValueError as error:
         fail(str(error))
-    bf16 = args.device == "cuda"
+    bf16 = args.autocast == "bfloat16"
     sequences = args.batch_tokens // args.seq_len // args.ranks
     micro = min(args.micro_batch, sequences)
     rows = plan(config, args, args.ranks, bf16)

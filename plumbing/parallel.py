@@ -20,6 +20,9 @@ from plumbing.errors import fail
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
+AUTOCASTS = ("float32", "bfloat16")
+_chosen = None  # the one of them that a flag chose for this program; None: the usual one of the device
+
 
 def default_device() -> str:
     """cuda where this torch sees a GPU, else cpu."""
@@ -47,9 +50,29 @@ def setup(kind: str) -> torch.device:
     return device
 
 
+def usual_autocast(kind: str) -> str:
+    """What the matrix products of a forward run in on cpu or cuda, when no flag says it: bfloat16 on
+    CUDA, float32 on the CPU, where few processors multiply bf16 faster."""
+    return "bfloat16" if kind == "cuda" else "float32"
+
+
+@contextlib.contextmanager
+def autocast_is(chosen: str | None):
+    """Inside, every autocast() of this program is the chosen one of AUTOCASTS; None: the usual one."""
+    global _chosen
+    before = _chosen
+    _chosen = chosen
+    try:
+        yield
+    finally:
+        _chosen = before
+
+
 def autocast(device: torch.device):
-    """bf16 on CUDA; fp32, bit for bit repeatable, on the CPU."""
-    return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
+    """Around a forward, without its backward: bf16 products, or nothing, for fp32."""
+    if (_chosen or usual_autocast(device.type)) == "bfloat16":
+        return torch.autocast(device.type, torch.bfloat16)
+    return contextlib.nullcontext()
 
 
 def mean_over_ranks(tensor: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ from pathlib import Path
 from model import LlamaConfig, SubNet
 from plumbing.errors import LARGEST, SEEDS, Parser, check_range, fail
 from plumbing.files import check_out
-from plumbing.parallel import WORLD, default_device
+from plumbing.parallel import AUTOCASTS, WORLD, default_device, usual_autocast
 from plumbing.params import read_config
 from plumbing.sharding import SHARDINGS
 from space import AXES, Space, n_params
@@ -32,8 +32,8 @@ SHARES = {"warmup", "router_start", "teach_prob", "teach_end", "kd", "tau_end"} 
 # A resumed run may differ in these always, and in those of OVERRIDES with --override.
 MAY_DIFFER = {"resume", "override", "laptop", "out", "shard", "activation_checkpointing", "device", "micro_batch", "eval_every",
               "save_every", "log_every", "max_bad_steps", "compile", "dry_run", "ranks"}
-OVERRIDES = {"steps", "base_steps", "lr", "base_lr", "router_lr", "modulation_lr", "clip", "weight_decay"}
-OF_BASE = ("base_steps", "base_lr", "seed", "batch_tokens", "seq_len", "clip", "weight_decay", "warmup")
+OVERRIDES = {"autocast", "steps", "base_steps", "lr", "base_lr", "router_lr", "modulation_lr", "clip", "weight_decay"}
+OF_BASE = ("autocast", "base_steps", "base_lr", "seed", "batch_tokens", "seq_len", "clip", "weight_decay", "warmup")
 
 # -----------------------------------------------------------------------------
 # the flags
@@ -117,6 +117,8 @@ def add_machine(p: argparse.ArgumentParser) -> None:
     add("--save-every", type=int, help="steps between checkpoints")
     add("--log-every", type=int, default=10, help="steps between printed lines")
     add("--device", choices=["cpu", "cuda"], default=default_device())
+    add("--autocast", choices=AUTOCASTS, help="what the matrix products of every forward run in (default: bfloat16 on "
+        "CUDA; float32 on the CPU, where bfloat16 is faster only with avx512_bf16 or amx)")
     add("--shard", choices=SHARDINGS, default="ddp", help="what torchrun's processes share (plumbing/sharding.py)")
     add("--activation-checkpointing", action="store_true", help="recompute blocks in backward: less memory, more time")
     add("--compile", action="store_true", help="torch.compile every block; CPUs need a C++ compiler")
@@ -155,6 +157,7 @@ def derive(args: argparse.Namespace) -> None:
     derived["micro_batch"] = max(1, 8192 // max(1, seq_len))
     derived["router_lr"] = router_rate(steps)
     derived["kd"] = 0.0 if args.llama is None else 0.5
+    derived["autocast"] = usual_autocast(args.device)
     derived["teach"] = "soft" if args.router == "penalty" else "pairs"
     derived["teach_end"] = 1.0 if args.router == "penalty" else 0.45
     for name, value in derived.items():

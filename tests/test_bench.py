@@ -9,8 +9,11 @@ import torch
 
 from bench import (
     alone,
+    autocast,
     before,
+    beside,
     big_export,
+    gpu,
     latency,
     loss,
     mutants,
@@ -78,12 +81,15 @@ def test_the_plain_loop_is_the_same_llama():
 def test_every_step_learns_and_is_counted():
     """Catches a step that leaves its gradients or weights alone, and soft passes counted as sliced."""
     flags = steps.parse_args(["--batch-tokens", "64", "--seq-len", "16", "--device", "cpu", "--lr", "1e-2"])
-    given = (SMALL, steps.RandomTokens(99, 16), flags, torch.device("cpu"))
+    given = (steps.RandomTokens(99, 16), flags, torch.device("cpu"))
+
+    def ours(budgets, soft):
+        return steps.OurStep(steps.fresh_llama(SMALL, given[-1]), *given, budgets, soft)
     compared = dict(
-        plain=steps.plain_step(*given),
-        dense=steps.OurStep(*given, [1.0], 0.0),
-        sliced=steps.OurStep(*given, [1.0, 0.5], 0.0),
-        soft=steps.OurStep(*given, [1.0, 0.5], 1.0))
+        plain=steps.plain_step(SMALL, *given),
+        dense=ours([1.0], 0.0),
+        sliced=ours([1.0, 0.5], 0.0),
+        soft=ours([1.0, 0.5], 1.0))
     for name, step in compared.items():
         losses = [step(0) for _ in range(25)]
         assert losses[-1] < losses[0] - 0.1, name
@@ -121,6 +127,121 @@ def test_tokens_of_all_budgets_count(monkeypatch):
     speeds, costs = steps.measure_steps(SMALL, flags, torch.device("cpu"), 1)
     assert speeds == {"plain": [16], "dense": [8], "elastic": [16], "soft .25": [8]}
     assert costs["plain"] == costs["dense"] == 1 and costs["elastic"] < 1
+
+
+def test_two_precisions_on_the_same_tokens(demo_data, tmp_path, capsys, monkeypatch):
+    """Catches a bf16 step that runs in fp32, other tokens or slices for the two, and a time upside down: the first step
+    starts from the same weights, so its losses differ by rounding alone."""
+    took = iter([9.0, 9.0, 1.0, 4.0, 2.0, 4.0, 1.0, 3.0])
+
+    def seconds(run, device):
+        run()
+        return next(took)
+    monkeypatch.setattr(autocast, "seconds", seconds)
+    llama = dataclasses.replace(SMALL, vocab_size=560)
+    save_llama(tmp_path / "llama", llama, random_llama(llama).state_dict())
+    flags = ["--llama", str(tmp_path / "llama"), "--data", str(demo_data), "--batch", "2", "--seq-len", "16"]
+    autocast.main([*flags, "--rounds", "4", "--device", "cpu", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["ratio"] == 3 and [row["step"] for row in found["rows"]] == [0, 1, 2, 3]
+    differences = [row["bfloat16"] - row["float32"] for row in found["rows"]]
+    assert all(0 < abs(difference) < 0.01 for difference in differences), differences
+    assert found["rows"][3]["float32"] != found["rows"][0]["float32"]
+    with one_line_error(capsys, "--data"):
+        autocast.main(["--llama", str(tmp_path / "llama")])
+
+
+# -----------------------------------------------------------------------------
+# everything that wants a GPU
+
+
+def test_the_parts_of_a_gpu_run_on_toys(tmp_path, capsys):
+    """Catches a part that fails, a row that is lost, a table that leaves one out."""
+    parts = ["steps-100M-checkpointing", "slices"]
+    gpu.main(["--device", "cpu", "--toy", "--minutes", "60", "--out", str(tmp_path), "--parts", *parts])
+    capsys.readouterr()
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    stepped, sliced = found["parts"]
+    assert stepped["error"] is None and sliced["error"] is None
+    dense, elastic = stepped["rows"]
+    assert dense["step"] == "dense" and dense["cost"] == 1 and elastic["cost"] < 1 and dense["checkpointing"]
+    assert 0.8 < dense["planned"] / dense["peak"] < 1.2 and dense["tokens_per_second"] > 0
+    ways = {(row["budget"], row["way"]) for row in sliced["rows"]}
+    assert ways == {(1.0, "full")} | {(b, way) for b in (0.8, 0.6, 0.4) for way in ("sliced", "masked", "exported")}
+    page = (tmp_path / "gpu.md").read_text()
+    assert page.count("| 100M | `--activation-checkpointing` |") == 2 and page.count("| 1B |") == 10
+
+
+# In place of a part: it prints a row and half of another, then fails, or works for ever.
+ROWS = "import sys, time; print('{\"size\": 1}'); print('{\"si', end='', flush=True); "
+FAILS = ROWS + "sys.exit('no such kernel')"
+HANGS = ROWS + "time.sleep(60)"
+
+
+def test_a_part_that_fails_is_reported_and_the_rest_runs(tmp_path, monkeypatch, capsys):
+    """Catches a failed part that stops those behind it or goes unsaid, rows that are lost with it, a part that takes
+    the others' time, and an exit status that says all is well."""
+    started = {}
+    popen = gpu.subprocess.Popen
+
+    def child(words, **how):
+        name = words[words.index("--part") + 1]
+        started[name] = popen([words[0], "-c", FAILS if name == "tests" else HANGS], **how)
+        return started[name]
+    monkeypatch.setattr(gpu.subprocess, "Popen", child)
+    with pytest.raises(SystemExit) as stop:
+        gpu.main(["--device", "cpu", "--toy", "--out", str(tmp_path), "--minutes", "0.1",
+                  "--parts", "tests", "slices", "deployed"])
+    assert stop.value.code == 1 and list(started) == ["tests", "slices", "deployed"]
+    assert all(process.poll() is not None for process in started.values()), "a part works on"
+    failed, first, second = json.loads((tmp_path / "gpu.json").read_text())["parts"]
+    assert "status 1: no such kernel" in failed["error"]
+    for part in (first, second):
+        assert "stopped after its" in part["error"]
+    assert all(part["rows"] == [{"size": 1}] for part in (failed, first, second))
+    # 6 seconds for parts of 65, 40 and 70: what the first one leaves goes to the others
+    assert 1 < first["seconds"] < second["seconds"] and sum(part["seconds"] for part in (failed, first, second)) < 8
+    assert "no such kernel" in capsys.readouterr().out
+
+
+def test_the_whole_fits_in_nine_minutes(capsys):
+    """Catches parts that hope for more time than there is, and a Llama of a billion parameters on a CPU."""
+    assert sum(seconds for seconds, _ in gpu.PARTS.values()) == 540 == 60 * gpu.parse_args(["--device", "cuda"]).minutes
+    with one_line_error(capsys, "--toy"):
+        gpu.main(["--device", "cpu"])
+
+
+def test_our_time_over_theirs(capsys, monkeypatch):
+    """Catches a time upside down or of another kind, and a traceback where transformers is not installed."""
+    times = {"ours": dict(forward=1.0, both=2.0), "theirs": dict(forward=4.0, both=6.0)}
+    pairs = {0.6: beside.Pair("ours", "theirs")}
+    rows = beside.compare(pairs, lambda model, tokens, device: times[model], None, 3, torch.device("cpu"))
+    assert rows == {0.6: {"forward": (0.25, 1.0), "both": (1 / 3, 2.0)}}
+    monkeypatch.setattr(beside.importlib.util, "find_spec", lambda name: None)
+    with one_line_error(capsys, "pip install transformers"):
+        beside.main(SHAPE)
+
+
+def test_beside_transformers(capsys):
+    """Catches weights that lose their place on the way to transformers, a budget or a kind left out, and a comparison
+    of two different Llamas."""
+    pytest.importorskip("transformers")
+    config = dataclasses.replace(SMALL, tied=True, rope_factor=32.0)
+    x = tokens_for(config, length=16)
+    device = torch.device("cpu")
+    pairs = {budget: beside.pair_of(random_llama(config), Space(config).uniform(budget), device, None)
+             for budget in (1.0, 0.6)}
+    for pair in pairs.values():
+        beside.check_same(pair, x, 1e-5)
+        for run, kinds in ((beside.run_passes, beside.KINDS[:2]), (beside.run_text, beside.KINDS[2:])):
+            for model in pair:
+                assert tuple(run(model, x, device)) == kinds
+    with pytest.raises(AssertionError, match="losses differ"):
+        beside.check_same(beside.Pair(pairs[1.0].ours, pairs[0.6].theirs), x, 1e-5)
+    beside.main([*SHAPE, "--rounds", "1", "--json", "--device", "cpu", "--budgets", "1.0", "0.6"])
+    found = json.loads(capsys.readouterr().out)["rows"]
+    assert [row["budget"] for row in found] == [1.0, 0.6]
+    assert all(row[kind] > 0 and row[f"{kind} tok/s"] > 0 for row in found for kind in beside.KINDS)
 
 
 # -----------------------------------------------------------------------------

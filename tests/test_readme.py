@@ -48,6 +48,8 @@ FEWER = {
                 "--batch-tokens 16 --seq-len 16",
     "bench.slices": TINY_SHAPE,
     "bench.steps": TINY_SHAPE,
+    "bench.autocast": TINY_SHAPE,
+    "bench.beside": TINY_SHAPE,
     "bench.oracle": "--windows 1",
     "bench.speculative": "--k 1 --rounds 1 --batch 1 --tokens 3 --prompt-tokens 4 --modes greedy --dim 64 --layers 2",
     "bench.take_over": "--windows 2",
@@ -71,12 +73,13 @@ PROGRAMS = {
     "bench.token_time", "bench.flextron_oracle", "bench.ablation_search", "bench.alone", "bench.before",
     "bench.mutants", "bench.harness", "bench.loss", "bench.speculative", "bench.take_over", "bench.fuzz",
     "bench.rankings", "bench.choices", "bench.kills",
+    "bench.autocast", "bench.beside",
 }
 
 
 WALK = "## A real Llama on a laptop"
 # Flags and programs that a package of requirements-interop.txt makes possible.
-NEEDS = {"gguf": "gguf", "bench.harness": "lm_eval"}
+NEEDS = {"gguf": "gguf", "bench.harness": "lm_eval", "bench.beside": "transformers"}
 
 
 def text_of_pages() -> str:
