@@ -23,7 +23,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from bench.plot import check_picture, plot
 from data.heldout import shard_windows, text_windows
 from data.tokenizer import load_tokenizer, same_tokenizer
 from model import Llama, SubNet
@@ -42,6 +41,7 @@ from plumbing.parallel import (
     setup,
 )
 from plumbing.params import max_positions
+from plumbing.pictures import check_picture
 from plumbing.tables import say_results, say_speed, say_widths
 from space import cost, n_params
 
@@ -262,6 +262,7 @@ def main(argv=None) -> None:
         print(json.dumps(json.loads(json.dumps(result), parse_constant=lambda name: None)), flush=True)
     # The picture comes last: what was measured is out, whatever becomes of it.
     if args.plot and RANK == 0:
+        from bench.plot import plot
         plot(args.plot, result["rows"], result.get("base"), result["trained"] or [1.0],
              result["model"])
     finish()

@@ -29,7 +29,7 @@ from model import Llama, SubNet
 from plumbing import gguf, hf
 from plumbing.checkpoint import LLAMA_FILES, TOKENIZER, check_target, matrix_dtype, save_llama
 from plumbing.errors import Parser, check_at_least_one, fail, run_main
-from plumbing.family import Family, Member, open_family
+from plumbing.family import Family, Member, open_family, open_to_cut
 from plumbing.files import new_folder, nothing_half_written
 from plumbing.sizes import (
     asked_of,
@@ -96,11 +96,13 @@ def export(family: Family, member: Member, out: Path, dtype: torch.dtype, format
         encoding = hf.check(config, tokenizer, out)
         encoding = hf.with_template(encoding, chat_template)
     with new_folder(out, may_replace=FILES[format]) as temporary:
-        state = fold(family.model, member.subnet, member.factors, dtype)
         if format == "hf":
+            state = fold(family.model, member.subnet, member.factors, dtype)
             hf.save_hf(temporary, config, state, encoding)
         else:
-            save_llama(temporary, config, state, tokenizer)
+            weights = folded(family.model, member.subnet, member.factors)
+            rounded = ((name, weight.to(dtype)) for name, weight in weights)
+            save_llama(temporary, config, rounded, tokenizer)
 
 
 # -----------------------------------------------------------------------------
@@ -139,7 +141,8 @@ def parse_args(argv=None) -> argparse.Namespace:
 def main(argv=None) -> None:
     """Exports the budgets asked for and says what they got."""
     args = parse_args(argv)
-    family = open_family(args.model, dtype=None)  # in the file's dtype until weights are folded
+    # In the file's dtype until weights are folded. To measure times, all of it must run.
+    family = open_family(args.model, dtype=None) if args.latency else open_to_cut(args.model)
     full = family.model.config
     template = hf.read_template(args.chat_template) if args.chat_template else None
     dtype = DTYPES.get(args.dtype, matrix_dtype(family.model))

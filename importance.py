@@ -35,7 +35,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model import Llama, SubNet
-from plumbing.parallel import bar
+from plumbing.parallel import bar, share, sum_over_ranks
+from plumbing.rows import local, own_rows, whole
 from space import random_generator
 
 # -----------------------------------------------------------------------------
@@ -43,11 +44,19 @@ from space import random_generator
 
 
 def listen(hook, modules, model: Llama, windows: Tensor, batch: int) -> None:
-    """Runs the model on all windows (S, T), and calls hook(module, inputs, output) every time one
-    of the modules has run."""
-    handles = [module.register_forward_hook(hook) for module in modules]
+    """Runs the model on this rank's share of windows (S, T). Calls hook(module, x, y) every time one
+    of the modules has run, with its input and output, (B, T, ...)."""
+    mine, count = share(windows)
+    counted = 0  # windows of a batch that are this rank's own
+
+    def call(module, inputs, output):
+        hook(module, inputs[0][:counted], output[:counted])
+
+    handles = [module.register_forward_hook(call) for module in modules]
     try:
-        for tokens in bar(windows.split(batch), "ranking"):
+        for tokens in bar(mine.split(batch), "ranking"):
+            counted = min(len(tokens), count)
+            count -= counted
             model.states(tokens)
     finally:
         for handle in handles:
@@ -88,17 +97,18 @@ def activation_scores(model: Llama, windows: Tensor, batch: int = 8) -> dict[str
     head_dim = model.config.head_dim
     sums = {}
 
-    def add(module, inputs, x):
+    def add(module, _, x):
         if module in heads:
             x = x.float().unflatten(-1, (-1, head_dim))   # B, T, n_heads, head_dim
             x = x.norm(dim=-1)                            # B, T, n_heads
         sums[module] = accumulate(sums.get(module), x)
 
     listen(add, norms + heads + neurons, model, windows, batch)
+    scores = {module: sum_over_ranks(total).sqrt() for module, total in sums.items()}
     return dict(
-        dim=[sums[module].sqrt() for module in norms],
-        n_heads=[sums[module].sqrt() for module in heads],
-        ffn_dim=[sums[module].sqrt() for module in neurons],
+        dim=[scores[module] for module in norms],
+        n_heads=[scores[module] for module in heads],
+        ffn_dim=[scores[module] for module in neurons],
     )
 
 
@@ -132,8 +142,8 @@ def layers_by_logits(model: Llama, windows: Tensor, batch: int = 8) -> list[int]
     """
     output = model.output.weight.float()  # vocab_size, dim
     gram = output.T @ output              # dim, dim
-    batches = windows.split(batch)
-    full = [model.states(tokens).float() for tokens in batches]
+    batches = [share(tokens) for tokens in windows.split(batch)]
+    full = [model.states(mine)[:count].float() for mine, count in batches]
     kept = list(range(model.config.n_layers))
     removed = []
     passes = sum(range(2, len(kept) + 1)) * len(batches)
@@ -141,14 +151,14 @@ def layers_by_logits(model: Llama, windows: Tensor, batch: int = 8) -> list[int]
     while len(kept) > 1:
         # the damage that each removal does, relative to the full model's logits
         damage = {}
-        for tokens, before in zip(batches, full):
-            size = squared_logits(before, gram)
-            x = model.tok_embeddings(tokens)
+        for (mine, count), before in zip(batches, full):
+            size = sum_over_ranks(squared_logits(before, gram))
+            x = model.tok_embeddings(mine)
             for i, layer in enumerate(kept):
                 # x has passed the layers in front of this one: on without it to the end
                 after = model.stream(x, with_layers(model, kept[i + 1:]))
-                after = model.norm(after).float()
-                change = squared_logits(after - before, gram)
+                after = model.norm(after)[:count].float()
+                change = sum_over_ranks(squared_logits(after - before, gram))
                 damage[layer] = damage.get(layer, 0.0) + (change / size).item()
                 x = model.stream(x, with_layers(model, [layer]))
                 progress.update()
@@ -166,16 +176,18 @@ def layers_by_influence(model: Llama, windows: Tensor, batch: int = 8) -> list[i
 
     A layer that hardly turns the residual stream does little. One pass over windows (S, T).
     """
-    influence = torch.zeros(model.config.n_layers, dtype=torch.float64)
+    n_layers = model.config.n_layers
+    influence = torch.zeros(n_layers, dtype=torch.float64, device=windows.device)
 
-    def add(block, inputs, output):
-        before = inputs[0].float()
-        after = output.float()
+    def add(block, before, after):
+        before = before.float()
+        after = after.float()
         similar = F.cosine_similarity(before, after, dim=-1)   # B, T
         turned = (1 - similar).sum()
-        influence[block.layer] += turned.double().cpu()
+        influence[block.layer] += turned.double()
 
     listen(add, model.layers, model, windows, batch)
+    sum_over_ranks(influence)
     order = influence.argsort(descending=True, stable=True)
     return order.tolist()
 
@@ -272,9 +284,11 @@ def rank(
 
 
 def permute_(weight: Tensor, order: Tensor, axis: int) -> None:
-    """Puts the rows (axis 0) or columns (axis 1) of a weight in this order, in place."""
+    """Puts the rows (axis 0) or columns (axis 1) of a weight in this order, in place. All ranks must
+    ask: a weight that is split over them is put together and split again."""
     order = order.to(weight.device)
-    weight.copy_(weight.index_select(axis, order))
+    in_order = whole(weight).index_select(axis, order)
+    local(weight).copy_(in_order[own_rows(weight)])
 
 
 @torch.no_grad()

@@ -40,7 +40,7 @@ import torch.nn as nn
 from data.prepare import open_data
 from importance import rank, sort_
 from model import Llama, LlamaConfig, SubNet
-from plumbing.checkpoint import RESUME, load_llama, of_a_run, resume_state
+from plumbing.checkpoint import RESUME, of_a_run, resume_state
 from plumbing.duration import say_duration
 from plumbing.errors import run_main
 from plumbing.family import FLEX, restore_router, router_state
@@ -61,6 +61,7 @@ from plumbing.parallel import (
 )
 from plumbing.params import read_config
 from plumbing.progress import log_step, show_family, validate
+from plumbing.rows import whole
 from plumbing.run import Run, first_tokenizer, write_checkpoint
 from plumbing.settings import (
     OVERRIDES,
@@ -74,14 +75,17 @@ from plumbing.settings import (
 from plumbing.sharding import (
     adamw,
     compile_blocks,
+    gathered,
     gradients_meet,
+    load_model_state,
+    load_on_ranks,
     load_optimizer_state,
     model_state,
     optimizer_state,
     shard,
-    whole,
+    whole_weights,
 )
-from plumbing.tensors import fingerprint, load_weights
+from plumbing.tensors import fingerprint
 from router import Choice, Router, lesson
 from space import n_params, random_generator
 
@@ -401,24 +405,21 @@ def train(model, router, data, orders, settings: dict, args, device, tokenizer, 
     start = 0 if state is None else go_on(optimizers, state, args)
 
     def save(step: int) -> None:
-        """All ranks gather, the first one writes."""
-        weights = model_state(model)
+        """Every rank writes its part of the state, the first one all the rest."""
         moments = [optimizer_state(optimizer) for optimizer in optimizers]
-        if RANK > 0:
-            return
         flex = None
         if router is not None:
             flex = router_state(router, seq_len=args.seq_len, data=settings["data"],
                                 eval_windows=args.eval_windows)
-        resume = dict(model=weights, flex=flex, optimizers=moments, step=step, orders=orders,
-                      settings=settings)
-        write_checkpoint(args.out, resume, model.config, tokenizer, FLEX, flex)
+        resume = dict(model=model_state(model), flex=flex, optimizers=moments, step=step,
+                      orders=orders, settings=settings)
+        write_checkpoint(args.out, resume, whole_weights(model), model.config, tokenizer, FLEX, flex)
 
     slower = f"--override {'--base-lr' if router is None else '--lr'} {args.lr / 2:g}"
     tokens = args.batch_tokens * (len(args.budgets) + args.extra_budgets)
     with Run(args.out, args.steps, device, settings, start=start,
              save_every=args.save_every, log_every=args.log_every,
-             max_bad_steps=args.max_bad_steps, slower=slower, tokens=tokens) as run:
+             max_bad_steps=args.max_bad_steps, slower=slower, tokens=tokens) as run, gathered(teacher):
         for step in range(start, args.steps + 1):
             run.checkpoint(step, save)
             if router is not None and run.due(step, args.eval_every):
@@ -452,7 +453,7 @@ def train_base(args, config: LlamaConfig, data, settings: dict, state, device, t
     model = Llama(config).init_weights(args.seed)
     if state is not None:
         with of_a_run(Path(args.out) / RESUME):
-            load_weights(model, state["model"])
+            load_model_state(model, state["model"])
     n = n_params(config, model.full)
     say(f"base: a dense Llama of {n:,} non-embedding parameters into {args.out}")
     train(model.to(device), None, data, None, settings, args, device, tokenizer, state)
@@ -461,7 +462,8 @@ def train_base(args, config: LlamaConfig, data, settings: dict, state, device, t
 def train_family(args, base: str, router: Router, data, settings: dict, state, device, tokenizer):
     """Ranks, sorts and trains the Llama in `base` into args.out, then prints the table of
     budgets."""
-    model = load_llama(base, device)
+    model = load_on_ranks(base, args.shard, device)
+    model.requires_grad_(not args.freeze_backbone)
     model.config = replace(model.config, context=max(model.config.context, args.seq_len))
     if state is None:
         # Rank the units on training windows, sort them, and tell the router in which order layers
@@ -471,22 +473,21 @@ def train_family(args, base: str, router: Router, data, settings: dict, state, d
         windows = data[0].windows(args.calibration_windows)[0].to(device)
         say(f"ranking {model.config.dim} channels, heads, neurons and layers on {len(windows)} "
             "windows")
-        with autocast(device):
-            orders = rank0_first(
-                lambda: rank(model, windows, args.depth_by, args.units_by, args.seed))
+        with autocast(device), gathered(model):
+            orders = rank(model, windows, args.depth_by, args.units_by, args.seed)
+        orders = rank0_first(lambda: orders)  # the same to the bit
         sort_(model, orders)
         router.space.order_layers(orders["layers"])
     else:
         # The weights in resume.pt are sorted already.
         say(f"{args.out} is there at step {state['step']} of {args.steps}: going on from it")
         with of_a_run(Path(args.out) / RESUME):
-            load_weights(model, state["model"])
+            load_model_state(model, state["model"])
             router = restore_router(model.config, state["flex"])
             orders = state["orders"]
-    model.requires_grad_(not args.freeze_backbone)
     teacher = None
     if args.kd > 0 and len(args.budgets) > 1:
-        teacher = load_llama(base, device).requires_grad_(False)  # the frozen base
+        teacher = load_on_ranks(base, args.shard, device).requires_grad_(False)  # the frozen base
     space = router.space
     asked = " ".join(f"{b:g}" for b in args.budgets)
     say(f"elastic: budgets {asked}, {len(space.members)} slices of cost "

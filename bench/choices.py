@@ -12,9 +12,9 @@ decided.
 import json
 from pathlib import Path
 
-from bench.plot import check_picture, write_picture
 from plumbing.errors import Parser, check_at_least_one, fail, run_main
 from plumbing.params import read_config
+from plumbing.pictures import check_picture, write_picture
 from space import AXES
 
 COLUMNS = [*AXES, "max_p"]

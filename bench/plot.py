@@ -4,33 +4,7 @@ A picture of a family: loss, or average accuracy on the tasks, against parameter
     python eval.py --plot flex.png                      needs matplotlib
     python eval.py --plot flex.png --base out/base      with a dense Llama as a dashed line
 """
-import importlib.util
-import io
-from pathlib import Path
-
-from plumbing.errors import fail
-from plumbing.files import atomic_write
-
-
-def check_picture(path: str | None) -> None:
-    """Can a picture go to the path of --plot? Asked before anything is measured; else fail()."""
-    if path and Path(path).suffix not in (".png", ".svg", ".pdf"):
-        fail(f"--plot {path} found; expected a file that ends in .png, .svg or .pdf")
-    if path and importlib.util.find_spec("matplotlib") is None:
-        fail("--plot needs matplotlib, which is not installed: pip install matplotlib")
-
-
-def write_picture(figure, path: str) -> None:
-    """Writes a matplotlib figure whole, or fail(): matplotlib itself writes a path piece by piece,
-    and a reader must not see half."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format=Path(path).suffix[1:], dpi=150)
-    try:
-        with atomic_write(path) as file:
-            file.write(buffer.getvalue())
-    except OSError as error:
-        fail(f"--plot {path} cannot be written ({error.strerror or error}); the tables above are "
-             "whole; choose another place")
+from plumbing.pictures import write_picture
 
 
 def plot(path: str, rows: list[dict], base: dict | None, trained, title: str) -> None:

@@ -138,7 +138,8 @@ class Trained:
             settings=settings,
         )
         tokenizer = first_tokenizer(args.llama, settings["data"])
-        write_checkpoint(args.out, resume, model.config, tokenizer, FLEXTRON, routers)
+        weights = resume["model"].items()
+        write_checkpoint(args.out, resume, weights, model.config, tokenizer, FLEXTRON, routers)
 
 
 def train(flextron: Flextron, shards, val, settings: dict, args, device, state=None) -> None:

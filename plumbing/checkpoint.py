@@ -9,10 +9,18 @@ run.
 Nothing here is ever half-written (files.py), and nothing here runs code from a file: every load is
 weights_only.
 """
+import contextlib
+import errno
+import io
 import json
-from collections import Counter
+import math
+import pickle
+import shutil
+import sys
+from collections import Counter, OrderedDict
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -20,8 +28,9 @@ from data.tokenizer import SETTINGS, TOKENIZER, copy_tokenizer
 from model import Llama, LlamaConfig
 from plumbing.errors import fail, note
 from plumbing.files import atomic_write, is_there
-from plumbing.parallel import bar
+from plumbing.parallel import RANK, WORLD, bar, rank0_first, sum_over_ranks
 from plumbing.params import PARAMS, params_json, read_config
+from plumbing.rows import ALL, is_split, joined, local, merged, own_rows
 from plumbing.tensors import WEIGHTS, another_kind, load_tensors, shard_paths, taken_apart
 
 RESUME = "resume.pt"
@@ -33,16 +42,81 @@ ROUNDING = 1e-2  # a step of bf16 is .4 to .8 %
 # one file of tensors; plumbing/tensors.py opens it
 
 
-def save_tensors(path, state: dict) -> None:
-    """torch.save, atomically. OSError if the disk is full, KeyboardInterrupt after a signal.
+@contextlib.contextmanager
+def torch_file(path):
+    """Yields a file for torch to write, that appears whole. OSError if the disk is full,
+    KeyboardInterrupt after a signal.
 
-    It goes through a file object: given a path, torch.save would write the file's name inside."""
+    A file object: given a path, torch.save would write the file's name inside."""
     with atomic_write(path) as file:
         try:
-            torch.save(state, file)
+            yield file
         except RuntimeError as error:  # torch's writer covers what stopped it with a complaint of its own
             cause = error.__context__
             raise cause if isinstance(cause, (OSError, KeyboardInterrupt)) else error
+
+
+def save_tensors(path, state: dict) -> None:
+    """torch.save, atomically. OSError if the disk is full."""
+    with torch_file(path) as file:
+        torch.save(state, file)
+
+
+STORAGES = {torch.float32: torch.FloatStorage, torch.bfloat16: torch.BFloat16Storage, torch.float16: torch.HalfStorage,
+            torch.float64: torch.DoubleStorage}
+
+
+class Stored(NamedTuple):
+    """A tensor that is in a file already: the number of its record there, and what it looks like."""
+    record: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    def strides(self) -> tuple[int, ...]:
+        """Of a contiguous tensor."""
+        return tuple(math.prod(self.shape[i + 1:]) for i in range(len(self.shape)))
+
+
+class Record(NamedTuple):
+    """The numbers of a stored tensor, which are no part of a pickle."""
+    tensor: Stored
+
+
+class StoredPickler(pickle.Pickler):
+    """Pickles Stored in the way of torch.save, as a tensor around a record."""
+
+    def reducer_override(self, value):
+        if not isinstance(value, Stored):
+            return NotImplemented
+        return torch._utils._rebuild_tensor_v2, (Record(value), 0, value.shape, value.strides(), False, OrderedDict())
+
+    def persistent_id(self, value):
+        if isinstance(value, Record):
+            stored = value.tensor
+            return "storage", STORAGES[stored.dtype], stored.record, "cpu", math.prod(stored.shape)
+
+
+def save_one_by_one(path, tensors, same: dict[str, str]) -> None:
+    """save_tensors() for (name, tensor) of which one exists at a time: its numbers are written before
+    the next one is asked for.
+
+    same: a name -> the name of the tensor that it is, too. torch.save wants all tensors at once; this
+    is its format, by its own writer, with the dictionary behind the numbers."""
+    stored = {}
+    with torch_file(path) as file, torch.serialization._open_zipfile_writer(file) as writer:
+        for name, t in tensors:
+            if name in same:
+                stored[name] = None  # its place in the dictionary
+                continue
+            t = compact(t.detach().cpu())
+            stored[name] = Stored(str(len(stored)), t.dtype, tuple(t.shape))
+            writer.write_record(f"data/{stored[name].record}", t.untyped_storage(), t.nbytes)
+        for name, other in same.items():
+            stored[name] = stored[other]
+        content = io.BytesIO()
+        StoredPickler(content, protocol=2).dump(stored)
+        for name, record in (("data.pkl", content.getvalue()), ("byteorder", sys.byteorder.encode())):
+            writer.write_record(name, record, len(record))
 
 
 # -----------------------------------------------------------------------------
@@ -196,44 +270,68 @@ def load_llama(folder, device="cpu", dtype: torch.dtype | None = torch.float32) 
     embeddings that are equal, or an output that is missing, make the model tied. A weight that is
     NaN or infinite: fail()."""
     _, axes, config = open_shards(folder, read_config(folder))
-    layers = {}  # a layer's prefix -> the names of its tensors
-    for name in axes:
-        prefix = ".".join(name.split(".")[:2])
-        layers.setdefault(prefix, []).append(name)
     state = {}
-    for names in bar(layers.values(), f"reading {folder}"):
-        shards = [load_tensors(path) for path in shard_paths(folder)]  # anew: what was read of them is let go
-        for name in names:
-            if config.tied and name == "output.weight":
-                continue
-            parts = [shard[name] for shard in shards]
-            merged = parts[0] if axes[name] is None else torch.cat(parts, dim=axes[name])
-            check_finite(merged, name, folder)
-            state[name] = merged.to(device, dtype or merged.dtype)
+    for name, weight in read_tensors(folder, axes, config):
+        check_finite(weight, name, folder)
+        state[name] = weight.to(device, dtype or weight.dtype)
     if config.tied:
         state["output.weight"] = state["tok_embeddings.weight"]
     return Llama.from_state(config, state).requires_grad_(True)
 
 
-def check_finite(weight: torch.Tensor, name: str, folder) -> None:
+def fill_llama_(model: Llama, folder) -> None:
+    """Puts the weights of a raw folder of its shape into a model, in the model's dtype. A model that
+    is split over ranks (sharding.py) takes its own rows of every tensor, and reads no others."""
+    _, axes, config = open_shards(folder, read_config(folder))
+    weights = model.state_dict()
+    for name, weight in read_tensors(folder, axes, config, {name: own_rows(t) for name, t in weights.items()}):
+        check_finite(weight, name, folder, on_all_ranks=is_split(weights[name]))
+        local(weights[name]).copy_(weight)
+
+
+def read_tensors(folder, axes: dict[str, int | None], config: LlamaConfig, rows: dict[str, slice] | None = None):
+    """Yields (name, tensor) of a raw folder, one by one, merged by their axes from its shards.
+
+    rows: which of them, None: all. Where embeddings and output are tied, the embeddings alone."""
+    layers = {}  # a layer's prefix -> the names of its tensors
+    for name in axes:
+        prefix = ".".join(name.split(".")[:2])
+        layers.setdefault(prefix, []).append(name)
+    for names in bar(layers.values(), f"reading {folder}"):
+        shards = [load_tensors(path) for path in shard_paths(folder)]  # anew: what was read of them is let go
+        for name in names:
+            if config.tied and name == "output.weight":
+                continue
+            wanted = rows[name] if rows else ALL
+            yield name, merged([shard[name] for shard in shards], axes[name], wanted)
+
+
+def check_finite(weight: torch.Tensor, name: str, folder, on_all_ranks: bool = False) -> None:
     """Every number of a weight is one, or fail(): a loss would still be printed, and be wrong.
+    on_all_ranks: each has rows of its own, and all fail() if one does.
 
     A sum is NaN or infinite if a part of it is, and takes no longer than reading."""
-    if weight.sum(dtype=torch.float32).isfinite() or weight.isfinite().all():
-        return
-    bad = weight.numel() - int(weight.isfinite().sum())
-    fail(f"{folder}: {bad:,} of {weight.numel():,} numbers in {name} are NaN or infinite; its training diverged, or "
-         "the file is damaged: copy it again from its source, or train again with a lower --lr")
+    counts = torch.tensor([0, weight.numel()])
+    if not weight.sum(dtype=torch.float32).isfinite():
+        counts[0] = weight.numel() - weight.isfinite().sum()
+    if on_all_ranks:
+        counts = sum_over_ranks(counts)
+    bad, all_of_it = counts.tolist()
+    if bad:
+        fail(f"{folder}: {bad:,} of {all_of_it:,} numbers in {name} are NaN or infinite; its training diverged, or "
+             "the file is damaged: copy it again from its source, or train again with a lower --lr")
 
 
-def save_llama(folder, config: LlamaConfig, state: dict, tokenizer=None) -> None:
+def save_llama(folder, config: LlamaConfig, weights, tokenizer=None) -> None:
     """Writes params.json, consolidated.00.pth and, if there is one at this path, a copy of the
-    tokenizer.model, with the settings that belong to it."""
+    tokenizer.model, with the settings that belong to it.
+
+    weights: a state dict, or an iterator over its (name, tensor), of which one exists at a time."""
     folder = Path(folder)
-    tensors = {name: compact(t.detach().cpu()) for name, t in state.items()}
-    if config.tied:
-        tensors["output.weight"] = tensors["tok_embeddings.weight"]  # stored once
-    save_tensors(folder / WEIGHTS, tensors)
+    if isinstance(weights, dict):
+        weights = weights.items()
+    same = {"output.weight": "tok_embeddings.weight"} if config.tied else {}  # stored once
+    save_one_by_one(folder / WEIGHTS, weights, same)
     with atomic_write(folder / PARAMS) as file:
         file.write((json.dumps(params_json(config), indent=2) + "\n").encode())
     if tokenizer is not None and is_there(tokenizer):
@@ -272,7 +370,90 @@ def check_target(out, source) -> None:
 # the state of a run
 
 
+# Where every rank has a part of its own, as under --shard fsdp, each writes its part, and reads what it
+# needs of all of them, however many wrote. resume.pt is the part of rank 0, and decides: it names the
+# folder with the others, which are there before it. So one rename replaces the whole state.
+# (torch.distributed.checkpoint cuts tensors in the same way. Its loader runs what a pickle asks for.)
+
 PATHS = ("llama", "data")
+PARTS = ("resume-a", "resume-b")  # folders of parts; a save takes the one that is not in use
+
+
+def save_state(folder, state: dict) -> None:
+    """Writes the state of a run. All ranks call it, each with its part of state["model"] and
+    state["optimizers"], which may be nothing. OSError, on all of them, if a disk is full."""
+    folder = Path(folder)
+    used = None
+    has_part = bool(state["model"]) or any(moments["state"] for moments in state["optimizers"])
+    if sum_over_ranks(torch.tensor(float(RANK > 0 and has_part))):
+        used = rank0_first(lambda: free_parts(folder))
+        save_part(folder, used, state)
+        state = state | dict(parts=dict(folder=used, ranks=WORLD))
+    if RANK == 0:
+        save_tensors(folder / RESUME, state)
+        for name in set(PARTS) - {used}:
+            shutil.rmtree(folder / name, ignore_errors=True)
+
+
+def save_part(folder, name: str, state: dict) -> None:
+    """Writes this rank's part of the state, if it is not that of rank 0."""
+    failed = None
+    try:
+        if RANK > 0:
+            part = {key: state[key] for key in ("step", "model", "optimizers")}
+            save_tensors(part_path(folder, name, RANK), part)
+    except OSError as error:
+        failed = error
+    if sum_over_ranks(torch.tensor(float(failed is not None))):
+        raise failed or OSError(errno.EIO, "another rank could not write its part")
+
+
+def part_path(folder, name: str, rank: int) -> Path:
+    """The file with a rank's part of the state."""
+    return Path(folder) / name / f"rank-{rank:03d}.pt"
+
+
+def free_parts(folder) -> str:
+    """The name of the folder of parts that no state uses, which is emptied."""
+    path = Path(folder) / RESUME
+    in_use = None
+    if path.exists():
+        in_use = load_tensors(path).get("parts", {}).get("folder")
+    free = PARTS[1] if in_use == PARTS[0] else PARTS[0]
+    shutil.rmtree(Path(folder) / free, ignore_errors=True)
+    return free
+
+
+def with_all_parts(folder, state: dict) -> dict:
+    """The state of rank 0 together with those of the other ranks; tensors in parts are rows.py's
+    Rows."""
+    if "parts" not in state:
+        return state
+    name = state["parts"]["folder"]
+    if name not in PARTS:
+        raise ValueError(f"parts in {str(name)[:40]}")
+    parts = [state]
+    for rank in range(1, state["parts"]["ranks"]):
+        path = part_path(folder, name, rank)
+        part = load_tensors(path)
+        if part["step"] != state["step"]:
+            fail(f"{path} is of step {part['step']}, {RESUME} of {state['step']}; expected the parts of one save; copy "
+                 f"{folder} again, or delete it and start again")
+        parts.append(part)
+    optimizers = []
+    for i, moments in enumerate(state["optimizers"]):
+        optimizers.append(moments | dict(state=joined_all([part["optimizers"][i]["state"] for part in parts])))
+    return state | dict(model=joined_all([part["model"] for part in parts]), optimizers=optimizers)
+
+
+def joined_all(parts: list[dict]) -> dict:
+    """One dictionary of tensors, or of dictionaries of tensors. Each part has some rows of a tensor, or
+    lacks it."""
+    found = {}
+    for key in dict.fromkeys(key for part in parts for key in part):
+        values = [part[key] for part in parts if key in part]
+        found[key] = joined_all(values) if isinstance(values[0], dict) else joined(values)
+    return found
 
 
 def of_a_run(path):
@@ -321,4 +502,5 @@ def resume_state(folder, settings: dict, steps: int, resume: bool, override=(), 
         fail(f"{folder} is at step {state['step']} already, {steps} were asked for; ask for more, or {mend}")
     if state["step"] < steps and not resume:
         fail(f"{folder} holds a run that stopped at step {state['step']} of {steps}; go on with --resume, or delete it")
-    return state
+    with of_a_run(path):
+        return with_all_parts(folder, state)

@@ -21,8 +21,9 @@ import torch
 from model import Llama, LlamaConfig, SubNet
 from plumbing.checkpoint import load_llama, load_tensors
 from plumbing.errors import fail, note
-from plumbing.latency import load_latency
 from plumbing.files import is_there
+from plumbing.latency import load_latency
+from plumbing.lazy import open_lazily
 from plumbing.tensors import fingerprint, load_weights, taken_apart
 from router import Router
 from space import Space, cost
@@ -157,6 +158,15 @@ def open_family(folder, device="cpu", dtype: torch.dtype | None = torch.float32)
     """The family in a folder, its Llama loaded as load_llama() does (dtype None: as in the
     file)."""
     return Family(folder, load_llama(folder, device, dtype))
+
+
+def open_to_cut(folder) -> Family:
+    """The family in a folder, for what cuts a member out and runs nothing: its weights are read layer
+    by layer when they are asked for, as in the file. Those of flextron, whose routers are made for a
+    model that runs, at once."""
+    if (Path(folder) / FLEXTRON).exists():
+        return open_family(folder, dtype=None)
+    return Family(folder, open_lazily(folder))
 
 
 # -----------------------------------------------------------------------------

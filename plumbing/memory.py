@@ -82,6 +82,7 @@ def plan(config: LlamaConfig, args: argparse.Namespace, ranks: int, bf16: bool) 
     n = n_params(config, full, embeddings=True)
     block = largest_block(config)
     outside = n - n_params(config, full) + config.dim  # embeddings, output, last norm
+    gathered = 2 if bf16 else 4  # bytes of a number that fsdp has gathered
     batch = min(args.micro_batch, args.batch_tokens // args.seq_len // ranks)
     tokens = batch * args.seq_len
     logits = 4 * min(tokens, LOSS_TOKENS) * config.vocab_size  # of a chunk
@@ -91,16 +92,21 @@ def plan(config: LlamaConfig, args: argparse.Namespace, ranks: int, bf16: bool) 
     # there are several, they are made again one by one.
     activations += (2 if tokens <= LOSS_TOKENS else 3) * logits
     distils = args.kd > 0 and len(args.budgets) > 1
-    teacher = 4 * n + 3 * logits + 4 * tokens * config.dim if distils else 0
     rows = []
     for kind in SHARDINGS:
         split = ranks if kind == "fsdp" else 1
         moments = 1 if kind == "ddp" else ranks
-        # FSDP2 gathers the tensors outside the blocks for a whole pass, and two blocks at a time;
-        # so with gradients.
-        gathered = 0 if split == 1 else 4 * (2 * block + 2 * outside)
-        row = dict(weights=4 * n // split + gathered, gradients=4 * n // split, optimizer=8 * n // moments,
-                   activations=activations, teacher=teacher)
+        row = dict(weights=4 * n // split, gradients=4 * n // split, optimizer=8 * n // moments,
+                   activations=activations, teacher=0)
+        if distils:
+            row["teacher"] = 4 * n // split + 3 * logits + 4 * tokens * config.dim
+        if split > 1:
+            # FSDP2 gathers what is outside the blocks for a whole pass, and two blocks at a time. A
+            # gradient is whole before its sum over the ranks, which is made in fp32.
+            row["weights"] += gathered * (2 * block + outside)
+            row["gradients"] += gathered * (block + outside) + 4 * block
+            if distils:  # its blocks are gathered when those of the student are not
+                row["teacher"] += gathered * outside
         rows.append(dict(shard=kind, **row, total=sum(row.values())))
     return rows
 

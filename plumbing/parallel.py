@@ -83,6 +83,27 @@ def mean_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
+    """In place, the sum over ranks. The tensor may be on the CPU, where NCCL does not reach."""
+    if dist.is_initialized():
+        total = tensor.cuda() if dist.get_backend() == "nccl" else tensor
+        dist.all_reduce(total)
+        tensor.copy_(total)
+    return tensor
+
+
+def share(rows: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """This rank's share of rows (n, ...), and how many rows of it count.
+
+    All ranks get as many, because a sharded model gathers its weights in every forward. So a rank
+    for which no row is left gets one that does not count."""
+    mine = rows[RANK::WORLD]
+    count = len(mine)
+    if count * WORLD < len(rows):
+        mine = torch.cat([mine, rows[:1]])
+    return mine, count
+
+
 def same_on_all_ranks(drawn: str, step: int) -> None:
     """fail() on all ranks if this text is not the same everywhere: ranks that run different slices
     wait for one another, for ever under fsdp. One number from each rank."""

@@ -13,11 +13,11 @@ import argparse
 from eval import evaluate
 from importance import sort_
 from model import Llama, LlamaConfig
-from plumbing.checkpoint import load_llama
-from plumbing.family import open_family
+from plumbing.checkpoint import fill_llama_
+from plumbing.family import Family
 from plumbing.parallel import say
 from plumbing.run import Run
-from plumbing.sharding import compiled_graphs
+from plumbing.sharding import compiled_graphs, load_on_ranks
 from plumbing.tables import before_after_table
 from router import Router
 from space import cost, n_params
@@ -67,8 +67,8 @@ def log_step(run: Run, step: int, config: LlamaConfig, result: dict, norms: dict
 def show_family(args, base: str, orders: dict, val, device) -> None:
     """The family as read back from its folder: what each budget got, and its loss before (the same
     slice of the sorted base) and after training."""
-    family = open_family(args.out, device)
-    model = family.model
+    model = load_on_ranks(args.out, args.shard, device)
+    family = Family(args.out, model)
     evaluate(model, [w[:16] for w in val])  # warms up: the first row's speed counts too
     rows = []
     for budget in sorted(set(family.default_budgets()) | set(args.budgets), reverse=True):
@@ -76,7 +76,7 @@ def show_family(args, base: str, orders: dict, val, device) -> None:
         loss, speed = evaluate(model, val, member.subnet, member.factors)
         rows.append(dict(budget=budget, subnet=member.subnet, loss=loss, speed=speed))
 
-    model.load_state_dict(load_llama(base, dtype=None).state_dict())  # as the file has it: a map, not a copy
+    fill_llama_(model, base)
     sort_(model, orders)
     for row in rows:
         subnet = row.pop("subnet")

@@ -29,11 +29,11 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from plumbing.checkpoint import LOG, RESUME, TOKENIZER, save_llama, save_tensors
+from plumbing.checkpoint import LOG, TOKENIZER, save_llama, save_state, save_tensors
 from plumbing.errors import fail, note
 from plumbing.files import is_there
 from plumbing.locks import without_waiting
-from plumbing.parallel import RANK, WORLD, Stop, finish, mean_over_ranks, say
+from plumbing.parallel import RANK, WORLD, Stop, finish, mean_over_ranks, rank0_first, say, sum_over_ranks
 from plumbing.tensors import fingerprint
 
 WARM_UP = 3  # first steps that the average time leaves out: caches are cold
@@ -74,17 +74,27 @@ class NotFinite(Exception):
     """Weights that no later run could go on from."""
 
 
-def write_checkpoint(out, resume: dict, config, tokenizer: Path | None, name: str, routers: dict | None) -> None:
-    """Writes resume.pt, then what it implies: the raw Llama folder and, if there are routers, the
-    file `name`.
+def write_checkpoint(out, resume: dict, weights, config, tokenizer: Path | None, name: str,
+                     routers: dict | None) -> None:
+    """Writes the state, then what it implies: the raw Llama folder and, if there are routers, the file
+    `name`. All ranks call it.
 
-    resume.pt comes first because it suffices alone. resume["model"] is the Llama's state dict.
-    OSError if the disk is full, NotFinite if a weight is no number: the last good resume.pt stays."""
-    spoilt = [name for name, weight in resume["model"].items() if not weight.isfinite().all()]
+    The state (resume.pt) comes first because it suffices alone. resume["model"] is this rank's part of
+    the Llama's state dict; weights: an iterator over all of it, (name, whole tensor). OSError if the
+    disk is full, NotFinite if a weight is no number: the last good state stays."""
+    names = rank0_first(lambda: list(resume["model"]))
+    spoilt = torch.zeros(len(names))  # ranks with a part that is no number
+    for i, weight in enumerate(resume["model"].values()):
+        spoilt[i] = not weight.isfinite().all()
+    spoilt = [name for name, ranks in zip(names, sum_over_ranks(spoilt)) if ranks]
     if spoilt:
         raise NotFinite(f"{len(spoilt)} tensors, such as {spoilt[0]}, hold NaN or infinity")
-    save_tensors(Path(out) / RESUME, resume)
-    save_llama(out, config, resume["model"], tokenizer)
+    save_state(out, resume)
+    if RANK > 0:
+        for _ in weights:  # all ranks put a tensor together, one writes it
+            pass
+        return
+    save_llama(out, config, weights, tokenizer)
     if routers is not None:
         save_tensors(Path(out) / name, routers | dict(weights=fingerprint(out)))  # whose routers they are
 

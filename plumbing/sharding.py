@@ -2,13 +2,16 @@
 One Llama over many ranks, on PyTorch's own engines: what each keeps, how its gradients meet, what a
 checkpoint holds.
 
-    --shard    weights   gradients   optimizer       bytes per parameter on each of N GPUs, all in fp32
+    --shard    weights   gradients   optimizer       bytes per parameter on each of N GPUs
     ddp           4          4           8           every rank has everything; one reduction per step
     zero1         4          4          8/N          Adam's moments are split (ZeroRedundancyOptimizer)
-    fsdp         4/N        4/N         8/N          so are weights and gradients (FSDP2), gathered block by block
+    fsdp         4/N        4/N         8/N          so are weights and gradients (FSDP2), gathered block by block,
+                                                     in bf16 where autocast is
 
-A checkpoint is the same in all three, and the same as that of one process: whole tensors, written
-by rank 0. So a run can go on with another number of ranks or another --shard.
+Under fsdp no rank has memory for a whole copy: the Llama is split before it has any memory, and a rank
+reads its own rows from the files. In a checkpoint every rank writes what it has (checkpoint.py:
+save_state), and reads what it needs: so a run can go on with another number of ranks or another
+--shard. The raw folder beside it is the same in all three: rank 0 writes it tensor by tensor.
 
     torchrun --nproc_per_node=8 train.py --shard fsdp
 """
@@ -16,29 +19,89 @@ import contextlib
 
 import torch
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from model import Llama
-from plumbing.parallel import RANK, WORLD
+from plumbing.checkpoint import fill_llama_, load_llama, open_shards
+from plumbing.parallel import RANK, WORLD, autocast
+from plumbing.params import read_config
+from plumbing.rows import is_split, local, own_part, whole
 
 SHARDINGS = ("ddp", "zero1", "fsdp")
 
 
 def shard(model: Llama, kind: str, device: torch.device):
-    """The module to call in training. fsdp splits the model in place and returns it; its gradients
-    are reduced after every pass (a skipped block is skipped on all ranks), those of DDP once a
-    step."""
-    if WORLD == 1 or not any(p.requires_grad for p in model.parameters()):
+    """The module to call in training. fsdp splits the model in place and returns it, also one that is
+    split already; its gradients are reduced after every pass (a skipped block is skipped on all
+    ranks), those of DDP once a step."""
+    if WORLD == 1 or isinstance(model, FSDPModule):
         return model
     if kind == "fsdp":
-        mesh = init_device_mesh(device.type, (WORLD,))
-        for block in model.layers:
-            fully_shard(block, mesh=mesh)
-        return fully_shard(model, mesh=mesh)
+        return split_(model, device)
+    if not any(p.requires_grad for p in model.parameters()):
+        return model
     return DistributedDataParallel(model, gradient_as_bucket_view=True)
+
+
+def gathered_dtype(device: torch.device) -> torch.dtype:
+    """What fsdp gathers weights in: the dtype that autocast would make of them for a matrix product."""
+    with autocast(device):
+        if torch.is_autocast_enabled(device.type):
+            return torch.get_autocast_dtype(device.type)
+    return torch.float32
+
+
+def split_(model: Llama, device: torch.device) -> Llama:
+    """FSDP2 in place: every rank keeps its rows of every tensor, in fp32, as AdamW wants them. They
+    are gathered in autocast's dtype, half the bytes in bf16, and gradients are added up in fp32.
+
+    Matrix products are those of autocast without sharding. Two things differ, or would. Norms are
+    rounded to bf16 on their way. And the residual stream begins with rows of the embeddings: it
+    stays in fp32, as without sharding, because the embeddings' output is put back into it."""
+    mesh = init_device_mesh(device.type, (WORLD,))
+    dtype = gathered_dtype(device)
+    policy = MixedPrecisionPolicy()
+    if dtype != torch.float32:
+        # Inputs stay as they are: positions, gates and factors are in fp32 for a reason.
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        model.tok_embeddings.register_forward_hook(lambda module, inputs, x: x.float())
+    for block in model.layers:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    return fully_shard(model, mesh=mesh, mp_policy=policy)
+
+
+def load_on_ranks(folder, kind: str, device: torch.device) -> Llama:
+    """A raw Llama folder as a model in fp32, whole on every rank. Under fsdp a rank has memory for its
+    own rows alone, and reads no others."""
+    if kind != "fsdp" or WORLD == 1:
+        return load_llama(folder, device)
+    config = open_shards(folder, read_config(folder))[2]
+    with torch.device("meta"):
+        model = Llama(config)
+    split_(model, device).to_empty(device=device)
+    model.tie()  # to_empty makes two tensors of one
+    fill_llama_(model, folder)
+    return model
+
+
+@contextlib.contextmanager
+def gathered(model: Llama | None):
+    """Inside, what lies outside the blocks (embeddings, last norm, output) is whole on every rank, so
+    that not only model() may be called, but states(), norm() and the like. Blocks gather themselves."""
+    if not isinstance(model, FSDPModule):
+        yield
+        return
+    device = model.tok_embeddings.weight.device
+    with torch.no_grad(), autocast(device):  # FSDP2 takes the module that runs first for the whole model
+        model(torch.zeros(1, 1, dtype=torch.long, device=device))
+    model.unshard()
+    try:
+        yield
+    finally:
+        model.reshard()
 
 
 def gradients_meet(wrapped, now: bool):
@@ -75,62 +138,80 @@ def adamw(groups: list[dict], kind: str, **settings):
     return torch.optim.AdamW(groups, **settings)
 
 
-def whole(t: torch.Tensor) -> torch.Tensor:
-    """A tensor of which every rank has a part, put together on all of them. All ranks must ask."""
-    return t.full_tensor() if isinstance(t, DTensor) else t
+# -----------------------------------------------------------------------------
+# what a checkpoint holds: parts of tensors, which any other number of ranks puts together or cuts again
 
 
 def model_state(model: Llama) -> dict:
-    """The state dict with whole tensors on the CPU of rank 0, {} elsewhere. All ranks must ask."""
-    state = {}
+    """This rank's part of the state dict, on the CPU: its rows under fsdp; else everything on rank 0,
+    and nothing on the others."""
+    weights = model.state_dict()
+    return {name: local(t.detach()).cpu() for name, t in weights.items() if RANK == 0 or is_split(t)}
+
+
+def whole_weights(model: Llama):
+    """Yields (name, tensor) of the state dict, one by one, whole. All ranks must ask."""
     for name, t in model.state_dict().items():
-        t = whole(t.detach())
-        if RANK == 0:
-            state[name] = t.cpu()
-    return state
+        yield name, whole(t.detach())
+
+
+def load_model_state(model: Llama, state: dict) -> None:
+    """Inverse of model_state(). state: that of all ranks, whole tensors or Rows of them."""
+    weights = model.state_dict()
+    if weights.keys() != state.keys():
+        raise KeyError(*(weights.keys() ^ state.keys()))
+    for name, t in weights.items():
+        local(t).copy_(own_part(state[name], t))
+
+
+def inner(optimizer):
+    """The optimizer that has this rank's moments: that of zero1 is inside of another."""
+    return optimizer.optim if isinstance(optimizer, ZeroRedundancyOptimizer) else optimizer
+
+
+def parameters_of(optimizer) -> list[torch.Tensor]:
+    """All parameters, group after group, as a state dict numbers them."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def optimizer_state(optimizer) -> dict:
-    """As AdamW alone would give it, on rank 0; {} elsewhere. All ranks must ask."""
-    if isinstance(optimizer, ZeroRedundancyOptimizer):
-        optimizer.consolidate_state_dict(to=0)
-        return optimizer.state_dict() if RANK == 0 else {}
-    state = optimizer.state_dict()
-    moments = {}
-    for i, tensors in state["state"].items():
-        for name, t in tensors.items():
-            t = whole(t)  # one at a time: all of them at once would be 8 bytes a parameter on every GPU
-            if RANK == 0:
-                moments.setdefault(i, {})[name] = t.cpu()
-    return state | dict(state=moments) if RANK == 0 else {}
+    """As AdamW would give it, but with this rank's part of the moments alone, on the CPU: its rows under
+    fsdp, those of its parameters under zero1; else everything on rank 0, and nothing on the others."""
+    moments = inner(optimizer).state
+    state = {}
+    for i, p in enumerate(parameters_of(optimizer)):
+        has_part = RANK == 0 or is_split(p) or inner(optimizer) is not optimizer
+        if has_part and p in moments:
+            state[i] = {name: local(t).cpu() for name, t in moments[p].items()}
+    groups = []
+    numbers = iter(range(len(parameters_of(optimizer))))
+    for group in optimizer.param_groups:
+        groups.append(group | dict(params=[next(numbers) for _ in group["params"]]))
+    return dict(state=state, param_groups=groups)
 
 
 def load_optimizer_state(optimizer, state: dict) -> None:
-    """Inverse of optimizer_state(), with the whole state on every rank. Rates, decay and the like
-    stay those that the optimizer was made with: a resumed run may have changed them."""
-    made_with = []
-    for group in optimizer.param_groups:
-        made_with.append({name: value for name, value in group.items() if name != "params"})
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    moments = {}
-    for i, tensors in state["state"].items():
-        for name, t in tensors.items():
-            if t.dtype != params[i].dtype:  # torch would round it without a word
-                raise ValueError(f"{name} is {t.dtype}, expected {params[i].dtype}")
-        moments[i] = {name: split_like(t, params[i]) for name, t in tensors.items()}
-    optimizer.load_state_dict(state | dict(state=moments))
-    if isinstance(optimizer, ZeroRedundancyOptimizer):
-        for p, tensors in optimizer.optim.state.items():
-            # It leaves AdamW's step on the CPU; fused AdamW wants it beside p.
-            tensors["step"] = tensors["step"].to(p.device)
-        optimizer.state.clear()  # and a second copy of all moments here
-    for group, settings in zip(optimizer.param_groups, made_with):
-        group.update(settings)
+    """Inverse of optimizer_state(). state: that of all ranks, whole tensors or Rows of them.
+
+    Rates, decay and the like stay those that the optimizer was made with: a resumed run may have
+    changed them."""
+    found = [len(group["params"]) for group in state["param_groups"]]
+    expected = [len(group["params"]) for group in optimizer.param_groups]
+    if found != expected:
+        raise ValueError(f"groups of {found} parameters in place of {expected}")
+    mine = set(parameters_of(inner(optimizer)))
+    for i, p in enumerate(parameters_of(optimizer)):
+        if p in mine and i in state["state"]:
+            moments = state["state"][i]
+            inner(optimizer).state[p] = {name: split_like(t, p) for name, t in moments.items()}
 
 
-def split_like(t: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
-    """A whole tensor of moments, split over the ranks as its parameter is; a step counter stays
-    whole."""
-    if isinstance(p, DTensor) and t.shape == p.shape:
-        return distribute_tensor(t.to(p.device), p.device_mesh, p.placements)
-    return t
+def split_like(t, p: torch.Tensor) -> torch.Tensor:
+    """A whole tensor, or Rows of one, split over the ranks as a parameter of its shape is: a rank reads
+    its own rows. A step counter stays whole."""
+    if t.shape == () and t.dtype == p.dtype:
+        return t.to(p.device)
+    part = own_part(t, p).clone().to(p.device)
+    if not is_split(p):
+        return part
+    return DTensor.from_local(part, p.device_mesh, p.placements, shape=p.shape, stride=p.stride())

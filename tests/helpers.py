@@ -1,6 +1,7 @@
 """What several tests share: random, asymmetric Llamas of many shapes, slices of them, and a demo in miniature."""
 import contextlib
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from data.tokenizer import save_tokenizer, train_bpe
 from model import Gates, Llama, LlamaConfig, SubNet
 from plumbing.checkpoint import save_llama, save_tensors
 from plumbing.family import FLEX, open_family, router_state
+from plumbing.params import params_json
 from plumbing.sizes import default_folder
 from router import Router
 from space import Space, kv_groups
@@ -103,6 +105,23 @@ def make_supernet(folder, config: LlamaConfig, seed: int = 0) -> tuple[Llama, Ro
     router.budgets = [0.5, 1.0]
     save_tensors(Path(folder) / FLEX, router_state(router, seq_len=16))
     return model, router
+
+
+WHOLE = dataclasses.replace(GQA, n_heads=8, n_kv_heads=4, vocab_size=96)
+
+
+def cut_into(folder, n: int, llama2: bool, config: LlamaConfig = WHOLE, seed: int = 0, dtype=torch.float32):
+    """A random Llama in n shards, cut as Meta's model-parallel code does. Returns the whole one."""
+    model = random_llama(config, seed)
+    folder.mkdir(exist_ok=True)
+    (folder / "params.json").write_text(json.dumps(params_json(config)))
+    for i in range(n):
+        part = {}
+        for name, w in model.state_dict().items():
+            axis = 1 if name.endswith(("wo.weight", "w2.weight")) or (llama2 and "tok_emb" in name) else 0
+            part[name] = (w if "norm" in name else w.chunk(n, axis)[i].clone()).to(dtype)
+        save_tensors(folder / f"consolidated.{i:02d}.pth", part | ({"rope.freqs": torch.ones(4)} if llama2 else {}))
+    return model
 
 
 def deployed(router: Router, budget: float) -> tuple[SubNet, torch.Tensor | None]:

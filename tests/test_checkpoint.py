@@ -5,6 +5,7 @@ import io
 import json
 import os
 import shutil
+import weakref
 
 import pytest
 import torch
@@ -18,11 +19,12 @@ import train
 from bench import latency
 from data import prepare
 from plumbing import checkpoint, describe
-from plumbing.checkpoint import check_target, load_llama, load_tensors, matrix_dtype, save_llama, save_tensors
+from plumbing.checkpoint import check_target, load_llama, load_tensors, matrix_dtype, save_llama, save_one_by_one, save_tensors
 from plumbing.files import new_folder
 from model import LlamaConfig
 from plumbing.params import meta_ffn_dim, params_json, published_name, read_config
-from tests.helpers import GQA, MHA, SHAPES, close, files_of, one_line_error, random_llama, tokens_for
+from tests.helpers import (
+    GQA, MHA, SHAPES, WHOLE, close, cut_into, files_of, one_line_error, random_llama, tokens_for)
 from tests.processes import run
 from plumbing.files import atomic_write
 
@@ -445,6 +447,37 @@ def test_where_an_export_may_go(tmp_path, capsys):
     check_target(tmp_path / "new", tmp_path / "source")
 
 
+def test_a_file_is_written_one_tensor_at_a_time(tmp_path):
+    """Catches tensors that are all held until the last one is written, a tied one stored twice or lost, a view that
+    drags its whole tensor along, another order of names, and numbers that torch.load does not find again."""
+    alive = []
+
+    def tensors():
+        for i, dtype in enumerate((torch.float32, torch.bfloat16, torch.float16, torch.float64)):
+            t = torch.randn(40, 30).to(dtype)
+            alive.append(weakref.ref(t))
+            assert sum(ref() is not None for ref in alive) <= 2, "the last one and this one"
+            yield f"t{i}", t
+            torch.manual_seed(i)
+        yield "tied", None
+        yield "view", torch.arange(12.0).view(3, 4).T[1:3]
+
+    torch.manual_seed(9)
+    save_one_by_one(tmp_path / "a.pth", tensors(), {"tied": "t1"})
+    found = torch.load(tmp_path / "a.pth", mmap=True, weights_only=True)
+    assert list(found) == ["t0", "t1", "t2", "t3", "tied", "view"]
+    torch.manual_seed(9)
+    alive.clear()
+    for name, t in tensors():
+        assert name == "tied" or torch.equal(found[name], t) and found[name].dtype == t.dtype
+    assert found["tied"].data_ptr() == found["t1"].data_ptr()
+    assert (tmp_path / "a.pth").stat().st_size < 4800 + 2 * 2400 + 9600 + 4000
+    assert load_tensors(tmp_path / "a.pth").keys() == found.keys()  # its checksums are right
+    torch.save(found, tmp_path / "b.pth")
+    again = torch.load(tmp_path / "b.pth", weights_only=True)
+    assert all(torch.equal(t, again[name]) and t.stride() == again[name].stride() for name, t in found.items())
+
+
 def test_writes_are_the_same_bytes(tmp_path):
     """Catches names or times inside the file: the same model under two names must have one hash."""
     for name in ("one", "two"):
@@ -456,23 +489,6 @@ def test_writes_are_the_same_bytes(tmp_path):
 
 # -----------------------------------------------------------------------------
 # shards
-
-
-WHOLE = dataclasses.replace(GQA, n_heads=8, n_kv_heads=4, vocab_size=96)
-
-
-def cut_into(folder, n: int, llama2: bool, config: LlamaConfig = WHOLE, seed: int = 0, dtype=torch.float32):
-    """A random Llama in n shards, cut as Meta's model-parallel code does. Returns the whole one."""
-    model = random_llama(config, seed)
-    folder.mkdir(exist_ok=True)
-    (folder / "params.json").write_text(json.dumps(params_json(config)))
-    for i in range(n):
-        part = {}
-        for name, w in model.state_dict().items():
-            axis = 1 if name.endswith(("wo.weight", "w2.weight")) or (llama2 and "tok_emb" in name) else 0
-            part[name] = (w if "norm" in name else w.chunk(n, axis)[i].clone()).to(dtype)
-        save_tensors(folder / f"consolidated.{i:02d}.pth", part | ({"rope.freqs": torch.ones(4)} if llama2 else {}))
-    return model
 
 
 @pytest.mark.parametrize("n", [1, 2, 4])

@@ -14,6 +14,7 @@ import eval as evaluation
 import export as exporting
 from plumbing.checkpoint import load_llama, load_tensors, save_llama
 from plumbing.family import open_family
+from plumbing.lazy import open_lazily
 from plumbing.sizes import (
     amount,
     class_of_transformers,
@@ -28,6 +29,8 @@ from model import Llama, SubNet
 from space import cost
 from tests.helpers import (
     GQA,
+    WHOLE,
+    cut_into,
     MHA,
     SHAPES,
     close,
@@ -448,3 +451,21 @@ def test_an_export_is_evaluated_as_its_supernet(tmp_path, capsys):
                          "--text", str(tmp_path / "text.txt")])
         losses.append(json.loads(capsys.readouterr().out.splitlines()[-1])["rows"][0]["loss"])
     assert abs(losses[0] - losses[1]) < 1e-4
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_what_is_read_lazily_is_what_a_whole_model_gives(tmp_path, tied):
+    """Catches another layer's weights, a shard that is left out, another dtype, another order, and a model that has
+    memory: its own tensors stay on the meta device."""
+    config = dataclasses.replace(WHOLE, tied=tied)
+    model = cut_into(tmp_path / "llama", 2, False, config, dtype=torch.bfloat16).bfloat16()
+    lazy = open_lazily(tmp_path / "llama")
+    assert lazy.config == config and lazy.norm.weight.dtype == torch.bfloat16
+    for subnet in subnets(config).values():
+        want = model.slices(subnet)
+        names = []
+        for name, weight in lazy.slices(subnet).items():
+            assert torch.equal(weight, want[name]) and weight.dtype == torch.bfloat16
+            names.append(name)
+        assert all(p.is_meta for p in lazy.parameters())
+        assert names == [name for name in want if not (tied and name == "output.weight")]

@@ -79,7 +79,7 @@ PROGRAMS = {
 
 WALK = "## A real Llama on a laptop"
 # Flags and programs that a package of requirements-interop.txt makes possible.
-NEEDS = {"gguf": "gguf", "bench.harness": "lm_eval", "bench.beside": "transformers"}
+NEEDS = {"gguf": "gguf", "bench.harness": "lm_eval", "bench.beside": "transformers", "--plot": "matplotlib"}
 
 
 def text_of_pages() -> str:

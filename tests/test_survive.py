@@ -256,7 +256,7 @@ def test_a_full_disk_costs_the_log_alone(odd_start, tmp_path, capsys):
 def test_a_full_disk_keeps_the_last_checkpoint(demo, tmp_path, monkeypatch, capsys):
     """Catches a checkpoint that is lost because the next one has no room."""
     root, flags = demo
-    flags = flags + ["--llama", str(root / "out/base"), "--out", str(tmp_path / "flex")]
+    flags = flags + ["--llama", str(root / "out/base"), "--kd", "0", "--out", str(tmp_path / "flex")]  # as the demo's
     write, calls = checkpoint.atomic_write, []
 
     def full(path):
