@@ -19,9 +19,9 @@ The settings of the method (all flags: plumbing/settings.py), for the demo and, 
 models over 100M parameters, as the paper has them:
 
     budgets    1 .8 .6 .4             in every step
-    steps      450 (28,800)           of 1,024 (524,288) tokens per budget
-    lr         1e-3 (4e-5)            the Llama's
-    router_lr  1e-3 (8.2e-5)          falls with the 0.6th power of the steps; the paper has 4e-2
+    steps      900 (28,800)           of 512 (524,288) tokens per budget
+    lr         2e-3 (4e-5)            the Llama's
+    router_lr  6.6e-4 (8.2e-5)         falls with the 0.6th power of the steps; the paper has 4e-2
     mod. lr    1e-3 (1e-3)            the modulation's
     tau        1 -> .056              how soft the router's choice is
     kappa      1 -> 10                its logits against the noise

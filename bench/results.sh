@@ -20,7 +20,7 @@ DIM=${DIM:-128} HEADS=${HEADS:-8} FFN=${FFN:-384} LAYERS=${LAYERS:-8}  # its sha
 export STEPS=${STEPS:-450} BATCH=${BATCH:-1024}  # of a family: steps, tokens per budget and step
 SCRATCH=${SCRATCH:---steps $((4 * STEPS + 1200)) --lr 3e-3}  # from fresh weights: the base's tokens and its rate
 # For every training. These are the settings that RESULTS.md was measured at; train.py's defaults have moved on.
-export FLAGS=${FLAGS:---teach soft --router-lr 1.4e-3 --modulation-lr 1.4e-3 --teach-end 0.45 --kd 0}
+export FLAGS=${FLAGS:---lr 1e-3 --base-steps 1200 --teach soft --router-lr 1.4e-3 --modulation-lr 1.4e-3 --teach-end 0.45 --kd 0}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 export AT="1.0 0.95 0.9 0.85 0.8 0.75 0.7 0.65 0.6 0.55 0.5 0.45 0.4"  # 13 budgets; 1.0, 0.8, 0.6 and 0.4 are trained
 

@@ -19,8 +19,8 @@ from space import AXES, Space, n_params
 # Llamas under SMALL non-embedding parameters get the demo's settings, others the paper's. --laptop is for a real Llama of
 # some 100M parameters on a CPU: 225k tokens, somewhat over an hour of one core.
 SMALL = 100e6
-DEMO = dict(steps=450, batch_tokens=1024, seq_len=128, lr=1e-3, eval_windows=128,
-            calibration_windows=64, eval_every=150, save_every=150)
+DEMO = dict(steps=900, batch_tokens=512, seq_len=128, lr=2e-3, eval_windows=128,
+            calibration_windows=64, eval_every=300, save_every=300)
 PAPER = dict(steps=28800, batch_tokens=128 * 4096, seq_len=4096, lr=4e-5, eval_windows=64,
              calibration_windows=128, eval_every=1000, save_every=1000)
 LAPTOP = dict(budgets=[1.0, 0.9, 0.8, 0.6], steps=110, batch_tokens=512, seq_len=256, lr=2e-4,
@@ -83,12 +83,12 @@ def add_schedule(p: argparse.ArgumentParser) -> None:
     add = p.add_argument
     add("--laptop", action="store_true", help="with --llama: settings for a Llama of some 100M parameters on a CPU, "
         f"somewhat over an hour of one core: {' '.join(f'{k}={v}' for k, v in LAPTOP.items())}")
-    add("--steps", type=int, help="elastic steps (demo 450, paper 28800)")
-    add("--base-steps", type=int, default=1200, help="steps of the demo's dense stage")
+    add("--steps", type=int, help="elastic steps (demo 900, paper 28800)")
+    add("--base-steps", type=int, default=2400, help="steps of the demo's dense stage")
     add("--batch-tokens", type=int, help="global batch in tokens, per budget and step")
     add("--micro-batch", type=int, help="sequences per forward and rank (default: 8192 tokens)")
     add("--seq-len", type=int, help="tokens per sequence (demo 128, paper 4096)")
-    add("--lr", type=float, help="Llama's learning rate (demo 1e-3, paper 4e-5)")
+    add("--lr", type=float, help="Llama's learning rate (demo 2e-3, paper 4e-5)")
     add("--base-lr", type=float, default=3e-3, help="learning rate of the demo's dense stage")
     add("--router-lr", type=float, help="default: 1e-3 * (450 / steps)^0.6, see router_rate; the paper's is 4e-2")
     add("--modulation-lr", type=float, default=1e-3)

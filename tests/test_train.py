@@ -617,8 +617,9 @@ def test_settings_of_the_demo_and_of_the_paper(tmp_path):
     takes it, more than 8192 tokens in a forward, a teacher for the demo or none for a Llama from elsewhere, and a
     penalty whose soft passes end before it does."""
     args = train.parse_args([])
-    assert (args.steps, args.batch_tokens, args.seq_len, args.micro_batch) == (450, 1024, 128, 64)
-    assert args.lr == args.router_lr == args.modulation_lr == 1e-3 and args.teach_end == 0.45
+    assert (args.steps, args.batch_tokens, args.seq_len, args.micro_batch) == (900, 512, 128, 64)
+    assert args.lr == 2e-3 and args.router_lr == pytest.approx(1e-3 / 2 ** 0.6) and args.modulation_lr == 1e-3
+    assert args.teach_end == 0.45 and train.parse_args(["--steps", "450"]).router_lr == 1e-3
     assert train.parse_args(["--router", "penalty"]).teach_end == 1
     assert args.kd == 0 and train.parse_args(["--kd", "0.3"]).kd == 0.3
     shape = dict(dim=4096, n_layers=32, n_heads=32, n_kv_heads=8, multiple_of=1024, ffn_dim_multiplier=1.3,
