@@ -20,7 +20,7 @@ class Bug(NamedTuple):
 # The test files that concern a file or a folder, the likeliest first.
 TESTS = {
     "model.py": "model export importance speculation",
-    "importance.py": "importance train",
+    "importance.py": "importance train shard",
     "space.py": "router",
     "router.py": "router latency train",
     "train.py": "optimizer train survive shard",
