@@ -307,6 +307,17 @@ def teach_router(handover: Handover, passes: list[dict], pairs: list, penalties:
     handover.backward(penalties)
 
 
+def how_it_teaches(choice: Choice, budget: float, step: int, share: float, args) -> tuple[bool, bool]:
+    """Is a pass one that teaches the router: (softly, as a pair)? The same on all ranks.
+
+    share: of the passes that do."""
+    if choice.marginals is None or uniform_draw(args.seed, step, "teach", budget) >= share:
+        return False, False
+    if args.teach == "soft":
+        return True, False
+    return False, choice.other != choice.subnet
+
+
 def train_step(wrapped, model, router, shards, step, args, device, teacher=None) -> dict:
     """Forward and backward of all budgets of a step. Leaves gradients in .grad, averaged over the
     ranks.
@@ -335,11 +346,7 @@ def train_step(wrapped, model, router, shards, step, args, device, teacher=None)
         # 2. A pass runs the slice, and trains the Llama at the slice's cost. Some passes teach the
         #    router too (router.py: sample), in pairs: another slice reads the same tokens, forward
         #    only. Or soft: the full width runs under gates made of the router's marginals.
-        teaches = False
-        if choice.marginals is not None:
-            teaches = uniform_draw(args.seed, step, "teach", budget) < teach_share
-        soft = teaches and args.teach == "soft"
-        pair = teaches and args.teach == "pairs" and choice.other != choice.subnet
+        soft, pair = how_it_teaches(choice, budget, step, teach_share, args)
         runs = choice.subnet
         given = {}
         if soft:
