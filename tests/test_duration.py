@@ -63,7 +63,7 @@ def test_laptop_is_one_flag(tmp_path, capsys):
     args = vars(parse_args(flags))
     assert {name: args[name] for name in LAPTOP} == LAPTOP
     plain = vars(parse_args(flags[:2]))
-    assert all(plain[name] != value for name, value in LAPTOP.items() if name not in ("lr", "save_every"))
+    assert all(plain[name] != value for name, value in LAPTOP.items() if name not in ("lr", "batch_tokens", "save_every"))
     args = vars(parse_args([*flags, "--steps", "7", "--budgets", "1", ".5", "--kd", "0"]))
     assert args["steps"] == 7 and args["budgets"] == [1.0, 0.5] and args["kd"] == 0
     assert args["lr"] == LAPTOP["lr"]

@@ -510,7 +510,7 @@ def test_same_seed_same_run(demo, tmp_path):
 def test_base_and_family_have_settings_of_their_own(demo):
     """Catches a base that is trained with the family's rate, steps or budgets, and a family with those of the base."""
     root, _ = demo
-    for stage, steps, peak, budgets in (("base", 8, 3e-3, [1.0]), ("flex", 6, 1e-3, [0.4, 0.6, 0.8, 1.0])):
+    for stage, steps, peak, budgets in (("base", 8, 3e-3, [1.0]), ("flex", 6, 2e-3, [0.4, 0.6, 0.8, 1.0])):
         records = [json.loads(line) for line in open(root / "out" / stage / "log.jsonl")]
         records = [record for record in records if "loss" in record]
         assert [record["step"] for record in records] == list(range(steps))
@@ -568,7 +568,10 @@ def test_full_network_is_a_plain_llama(demo):
     model, router = family.model, family.router
     assert family.member(1.0) == (model, model.full, None)
     for b in (0.2, 0.35, 0.4, 0.55, 0.8, 0.97):
-        assert b - 0.05 < cost(model.config, router.route(b)) <= b
+        got = cost(model.config, router.route(b))
+        assert got <= b
+        if b in router.budgets:  # between them the largest slice that training prepared may be smaller
+            assert b - 0.05 < got
 
 
 @pytest.mark.parametrize("extra", [
