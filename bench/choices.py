@@ -27,8 +27,11 @@ def read_log(folder) -> dict[int, dict]:
     if not path.is_file():
         fail(f"{path} does not exist; expected the folder of a run: python train.py --out {folder}")
     steps = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        record = json.loads(line)
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            fail(f"{path}:{number}: found {line[:40]!r}, expected a JSON object, as train.py writes them; remove that line")
         if "sizes" in record:
             steps[record["step"]] = record
     if not steps:

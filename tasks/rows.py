@@ -65,7 +65,7 @@ def read_jsonl(path: Path) -> Iterator[Row]:
                 continue
             try:
                 fields = dict(json.loads(line.decode("utf-8")))
-            except (ValueError, TypeError):
+            except (ValueError, TypeError, RecursionError):
                 fail(f"{path}:{number}: found {line[:40]!r}, expected a JSON object in UTF-8; mend "
                      f"that line, or download the file again: {DOWNLOAD}")
             yield Row(f"{path}:{number}", fields)

@@ -70,7 +70,8 @@ def test_a_picture_has_a_line_for_every_column(run, monkeypatch, capsys):
     assert panel.lines[-1].get_ydata().tolist() == [row["max_p"] for row in rows]
 
 
-@pytest.mark.parametrize("text, word", [(None, "does not exist"), ('{"step": 1}\n', "no sizes")])
+@pytest.mark.parametrize("text, word", [
+    (None, "does not exist"), ('{"step": 1}\n', "no sizes"), ('{"step": 1}\n{"st', ":2: found")])
 def test_a_folder_without_choices(tmp_path, text, word, capsys):
     """Catches a traceback where there is no log, or one of a run that drew nothing."""
     if text:

@@ -383,6 +383,7 @@ def test_the_table_shows_the_papers_metrics(desk, capsys):
 
 BAD = {"json": ("piqa/valid.jsonl", 3, '{"goal": "x", ', "JSON"),
        "a list": ("piqa/valid.jsonl", 3, "[1, 2]", "JSON"),
+       "deep": ("winogrande/dev.jsonl", 2, '{"sentence": ' + "[" * 100_000, "JSON"),
        "not utf-8": ("lambada_openai/lambada_test.jsonl", 2, b'{"text": "na\xefve"}', "UTF-8"),
        "no text": ("lambada_openai/lambada_test.jsonl", 4, '{"txt": "a b"}', "text"),
        "no goal": ("piqa/valid.jsonl", 5, '{"sol1": "a", "sol2": "b"}', "goal"),
