@@ -60,6 +60,7 @@ from plumbing.errors import Parser, check_at_least_one, check_range, run_main
 
 SECONDS = 20  # of a core
 WAIT = 300    # on the clock
+BEGUN = "-" * 8  # printed when the program begins
 MEMORY = 8 << 30  # bytes
 CANARY = "CODE_RAN"  # a folder that only code inside a damaged file would make
 REFUSED, ACCEPTED, TRACEBACK, HANG, LEFTOVER, CODE, BROKEN = (
@@ -475,7 +476,10 @@ def run_in(folder: Path, damages: list, words: list[str], seed, seconds: float =
     err = tempfile.TemporaryFile()
     child = os.fork()
     if child == 0:
-        os._exit(in_child(folder, damages, words, seed, out.fileno(), err.fileno()))
+        try:
+            os._exit(in_child(folder, damages, words, seed, out.fileno(), err.fileno()))
+        finally:
+            os._exit(99)  # a signal came before the program began: what the parent is in the midst of is not ours to end
     status = status_of(child, seconds)
     if status is None and number != signal.SIGKILL:
         os.kill(child, number)
@@ -522,7 +526,7 @@ def in_child(folder: Path, damages: list, words: list[str], seed, out: int, err:
     except BaseException:
         traceback.print_exc()
         return 99
-    print("-" * 8)
+    print(BEGUN, flush=True)
     sys.argv = [words[0].replace(".", "/") + ".py", *words[1:]]
     try:
         run_main(sys.modules[words[0]].main)
@@ -598,7 +602,7 @@ def run_case(world: Path, seed: int, number: int) -> Case:
         os.mkfifo(folder / "fifo")
         end = run_in(folder, damages, words, f"{seed} {number} damage", WAIT)
         kind = kind_of(end, folder)
-    damaged, _, rest = end.out.partition("-" * 8 + "\n")
+    damaged, _, rest = end.out.partition(BEGUN + "\n")
     done += damaged.splitlines()
     return Case(number, kind, name, "; ".join(done), end._replace(out=rest))
 

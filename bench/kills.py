@@ -195,7 +195,7 @@ def try_program(world: Path, name: str, kills: int, seed: int, number: signal.Si
             folder = Path(temporary) / "killed"
             shutil.copytree(world, folder)
             killed = fuzz.run_in(folder, [], words, None, moment, number)
-            if killed.status == 0:  # it ended before
+            if killed.status == 0 or fuzz.BEGUN not in killed.out:  # it ended before, or had not begun
                 continue
             done += 1
             found = {}

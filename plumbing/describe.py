@@ -15,7 +15,7 @@ from plumbing.errors import Parser, run_main
 from plumbing.parallel import bar
 from plumbing.params import PARAMS, published_name, published_tying, read_config
 from plumbing.tables import spread
-from plumbing.tensors import check_intact
+from plumbing.tensors import check_intact, shard_paths
 from space import Space, n_params
 
 
@@ -25,7 +25,7 @@ def describe(folder) -> dict[str, str]:
     if folder.name == PARAMS:
         folder = folder.parent
     c = read_config(folder)
-    paths = sorted(folder.glob("consolidated.*.pth"))
+    paths = shard_paths(folder) if any(folder.glob("consolidated.*.pth")) else []
     dtype = "no weights here"
     if paths:
         for path in bar(paths, "checking", unit="file"):

@@ -814,3 +814,13 @@ def test_weights_that_are_no_numbers(tmp_path, capsys, value, dtype):
     for wanted in (torch.float32, None):
         with one_line_error(capsys, "1 of", "layers.2.feed_forward.w1.weight", "NaN or infinite"):
             load_llama(tmp_path / "bad", dtype=wanted)
+
+
+def test_a_pipe_in_place_of_weights(tmp_path, capsys):
+    """Catches a look at a folder that waits for ever: a pipe is opened only when somebody writes into it."""
+    save_llama(tmp_path, GQA, random_llama(GQA).state_dict())
+    (tmp_path / "consolidated.00.pth").unlink()
+    os.mkfifo(tmp_path / "consolidated.00.pth")
+    for look in (load_llama, lambda p: describe.main([str(p)])):
+        with one_line_error(capsys, "no consolidated.00.pth"):
+            look(tmp_path)
