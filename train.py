@@ -21,7 +21,7 @@ models over 100M parameters, as the paper has them:
     budgets    1 .8 .6 .4             in every step
     steps      900 (28,800)           of 512 (524,288) tokens per budget
     lr         2e-3 (4e-5)            the Llama's
-    router_lr  6.6e-4 (8.2e-5)         falls with the 0.6th power of the steps; the paper has 4e-2
+    router_lr  6.6e-4 (8.2e-5)        falls with the 0.6th power of the steps; the paper has 4e-2
     mod. lr    1e-3 (1e-3)            the modulation's
     tau        1 -> .056              how soft the router's choice is
     kappa      1 -> 10                its logits against the noise

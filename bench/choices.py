@@ -12,6 +12,7 @@ decided.
 import json
 from pathlib import Path
 
+from plumbing.checkpoint import LOG
 from plumbing.errors import Parser, check_at_least_one, fail, run_main
 from plumbing.params import read_config
 from plumbing.pictures import check_picture, write_picture
@@ -23,7 +24,7 @@ COLUMNS = [*AXES, "max_p"]
 def read_log(folder) -> dict[int, dict]:
     """The steps of log.jsonl by number. A step that ran twice, after a crash, counts once: the last
     time."""
-    path = Path(folder) / "log.jsonl"
+    path = Path(folder) / LOG
     if not path.is_file():
         fail(f"{path} does not exist; expected the folder of a run: python train.py --out {folder}")
     steps = {}

@@ -38,13 +38,13 @@ import torch
 import train
 from bench import fuzz
 from model import LlamaConfig
+from plumbing.checkpoint import LOG
 from plumbing.errors import Parser, check_at_least_one, check_range, fail, run_main
 
 DIFFERS, LEFT, HALF, FAILED, BADLY = "differs", "left behind", "half", "failed", "badly"
 FAULTS = (DIFFERS, LEFT, HALF, FAILED, BADLY)
 SIGNALS = {"kill": signal.SIGKILL, "int": signal.SIGINT, "term": signal.SIGTERM}
 LAST_WORDS = ("interrupted: ", "error: ", "stopped at step ")  # how the last line begins, after a signal
-LOG = "log.jsonl"  # has the steps of the killed run too, and times
 TIMES = {"fixed", "layer", "heads", "neurons", "full_ms", "rounds"}  # in latency.json
 
 # -----------------------------------------------------------------------------
@@ -103,7 +103,7 @@ def contents(folder: Path) -> dict:
     """Path in a folder -> what the file holds, in a form that == compares."""
     found = {}
     for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.name != LOG:
+        if path.is_file() and path.name != LOG:  # which has the steps of the killed run too, and times
             found[path.relative_to(folder).as_posix()] = content_of(path)
     return found
 
