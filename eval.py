@@ -245,9 +245,9 @@ def parse_args(argv) -> argparse.Namespace:
     p.add_argument("--json", action="store_true", help="one JSON object as stdout's last line")
     args = p.parse_args(argv)
     check_at_least_one(args, "batch", "windows", "seq_len", "limit")
-    check_picture(args.plot)
     if args.plot and args.text and Path(args.plot).resolve() == Path(args.text).resolve():
         fail(f"--plot {args.plot} is the text that is scored; choose another place")
+    check_picture(args.plot)
     return args
 
 
