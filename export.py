@@ -85,23 +85,21 @@ def export(family: Family, member: Member, out: Path, dtype: torch.dtype, format
     or gguf.Q8_0. chat_template: in place of the tokenizer's own. OSError: the disk is full."""
     config = member.subnet.config(family.model.config)
     tokenizer = family.folder / TOKENIZER
+    weights = folded(family.model, member.subnet, member.factors)
     if format == "gguf":
         encoding = gguf.check(config, tokenizer, out)
         encoding = hf.with_template(encoding, chat_template)
-        weights = folded(family.model, member.subnet, member.factors)
         gguf.save_gguf(out, config, weights, dtype, encoding)
         return
     check_target(out, family.folder)
     if format == "hf":
         encoding = hf.check(config, tokenizer, out)
         encoding = hf.with_template(encoding, chat_template)
+    rounded = ((name, weight.to(dtype)) for name, weight in weights)
     with new_folder(out, may_replace=FILES[format]) as temporary:
         if format == "hf":
-            state = fold(family.model, member.subnet, member.factors, dtype)
-            hf.save_hf(temporary, config, state, encoding)
+            hf.save_hf(temporary, config, rounded, dtype, encoding)
         else:
-            weights = folded(family.model, member.subnet, member.factors)
-            rounded = ((name, weight.to(dtype)) for name, weight in weights)
             save_llama(temporary, config, rounded, tokenizer)
 
 

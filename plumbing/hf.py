@@ -12,8 +12,10 @@ takes it. There must be no params.json or tokenizer.model beside them: other rea
 the folder for Meta's. And a chat model that is not told all of its stop tokens never stops.
 """
 import json
+import os
 import struct
 from pathlib import Path
+from typing import Iterable
 
 import tiktoken
 import torch
@@ -150,29 +152,41 @@ def write_safetensors(path: Path, tensors: list[tuple[str, torch.Tensor]]) -> No
             f.write(w.contiguous().flatten().view(torch.uint8).numpy().data)
 
 
-def write_weights(folder: Path, config: LlamaConfig, state: dict, limit: int = SHARD_BYTES) -> None:
+def write_weights(folder: Path, config: LlamaConfig, weights: Iterable[tuple[str, torch.Tensor]],
+                  limit: int = SHARD_BYTES) -> None:
     """model.safetensors, or, above `limit` bytes, as many of them as it takes and an index. Tied:
-    stored once."""
-    tensors = [hf_tensor(name, w, config.head_dim) for name, w in state.items()
-               if not (config.tied and name == "output.weight")]
-    files = [[]]
-    size = 0
-    for name, w in tensors:
-        if files[-1] and size + w.nbytes > limit:
-            files.append([])
+    stored once. The weights are taken one by one, and memory holds one file of them."""
+    files, content, size = [], [], 0  # files: the names in each of those that are written
+
+    def write_file() -> None:
+        write_safetensors(folder / f"part-{len(files)}", content)
+        files.append([name for name, _ in content])
+        content.clear()
+
+    total = 0
+    for name, w in weights:
+        if config.tied and name == "output.weight":
+            continue
+        name, w = hf_tensor(name, w, config.head_dim)
+        if content and size + w.nbytes > limit:
+            write_file()
             size = 0
-        files[-1].append((name, w))
+        # A view would keep all of what it was cut from until the file is written.
+        content.append((name, w.clone(memory_format=torch.contiguous_format)))
         size += w.nbytes
+        total += w.nbytes
+    write_file()
+
+    # How many files there are is known now, and is a part of their names.
     if len(files) == 1:
-        write_safetensors(folder / "model.safetensors", tensors)
+        os.replace(folder / "part-0", folder / "model.safetensors")
         return
     where = {}
-    for i, content in enumerate(files):
+    for i, names in enumerate(files):
         file = f"model-{i + 1:05d}-of-{len(files):05d}.safetensors"
-        write_safetensors(folder / file, content)
-        for name, _ in content:
+        os.replace(folder / f"part-{i}", folder / file)
+        for name in names:
             where[name] = file
-    total = sum(w.nbytes for _, w in tensors)
     write_json(folder / "model.safetensors.index.json", dict(metadata=dict(total_size=total), weight_map=where))
 
 
@@ -277,11 +291,11 @@ def write_json(path: Path, content: dict) -> None:
         f.write((json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
 
 
-def save_hf(folder, config: LlamaConfig, state: dict, enc: tiktoken.Encoding | None) -> None:
-    """Fills `folder` with a Hugging Face model. state: Meta's names; enc: its tokenizer, None for a
-    Llama without."""
+def save_hf(folder, config: LlamaConfig, weights: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype,
+            enc: tiktoken.Encoding | None) -> None:
+    """Fills `folder` with a Hugging Face model. weights: Meta's names, and tensors of this dtype, taken
+    one by one; enc: its tokenizer, None for a Llama without."""
     folder = Path(folder)
-    dtype = state["norm.weight"].dtype
     bos = 1  # without a tokenizer: Llama 1 and 2's
     ends = [2]
     pad = None
@@ -295,7 +309,7 @@ def save_hf(folder, config: LlamaConfig, state: dict, enc: tiktoken.Encoding | N
         generation["pad_token_id"] = pad
     write_json(folder / "config.json", model_config(config, dtype, bos, ends[0]))
     write_json(folder / "generation_config.json", generation)
-    write_weights(folder, config, state)
+    write_weights(folder, config, weights)
     if enc is not None:
         write_json(folder / "tokenizer.json", tokenizer_json(enc))
         write_json(folder / "tokenizer_config.json", tokenizer_config(enc, config))

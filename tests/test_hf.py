@@ -61,7 +61,8 @@ def written(folder, config: LlamaConfig, dtype=torch.float32):
     text = "".join(HARD_TEXT) + "the cat sat on the mat and the dog ate the cake" * 3
     save_tokenizer(folder.parent / "tokenizer.model", train_bpe([text], 560))
     enc = load_tokenizer(folder.parent / "tokenizer.model")
-    hf.save_hf(folder, model.config, {k: v.detach().to(dtype) for k, v in model.state_dict().items()}, enc)
+    weights = ((name, w.detach().to(dtype)) for name, w in model.state_dict().items())
+    hf.save_hf(folder, model.config, weights, dtype, enc)
     return model, enc
 
 

@@ -50,7 +50,7 @@ def plain_tokenizer(folder: Path):
 def hf_folder(folder: Path, config=GQA, dtype=torch.float32):
     """A Hugging Face folder as export.py writes it."""
     model, state = model_of(config, dtype)
-    hf.save_hf(folder, model.config, state, plain_tokenizer(folder.parent))
+    hf.save_hf(folder, model.config, state.items(), dtype, plain_tokenizer(folder.parent))
     return model
 
 
@@ -425,7 +425,8 @@ def test_a_tokenizer_travels(tmp_path):
     out = convert(tmp_path / "hf", tmp_path / "raw")
     model = load_llama(out)
     save_llama(tmp_path / "copy", model.config, model.state_dict(), out / "tokenizer.model")
-    hf.save_hf(tmp_path / "hf2", model.config, model.state_dict(), bpe.load_tokenizer(out / "tokenizer.model", 560))
+    enc = bpe.load_tokenizer(out / "tokenizer.model", 560)
+    hf.save_hf(tmp_path / "hf2", model.config, model.state_dict().items(), torch.float32, enc)
     convert(tmp_path / "hf2", tmp_path / "again")
     settings = bpe.tokenizer_settings(out / "tokenizer.model")
     for folder in ("copy", "again"):

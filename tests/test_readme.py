@@ -164,7 +164,8 @@ def desk(tmp_path_factory):
     tokenizer = desk / "data/pystdlib/tokenizer.model"
     save_llama(desk / "Llama-3.1-8B", llama, random_llama(llama).state_dict(), tokenizer)
     (desk / "Llama-3.2-1B").mkdir()
-    save_hf(desk / "Llama-3.2-1B", llama, random_llama(llama).state_dict(), load_tokenizer(tokenizer))
+    save_hf(desk / "Llama-3.2-1B", llama, random_llama(llama).state_dict().items(), torch.float32,
+            load_tokenizer(tokenizer))
     # A small Llama that was trained elsewhere, and its text.
     save_llama(desk / "out/stories260K", llama, random_llama(llama).state_dict(), tokenizer)
     shutil.copytree(desk / "data/pystdlib", desk / "data/stories260K")
