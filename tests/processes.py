@@ -95,10 +95,10 @@ def output_of(*command) -> str:
     return done.stdout
 
 
-def run_afresh(*command, cwd=ROOT, ranks: int = 0, timeout: int = 300) -> subprocess.CompletedProcess:
+def run_afresh(*command, cwd=ROOT, ranks: int = 0, timeout: int = 300, **environment) -> subprocess.CompletedProcess:
     """The same in a new interpreter or under torchrun, as a user starts it."""
     return subprocess.run(started(*command, ranks=ranks), cwd=cwd, capture_output=True, text=True, timeout=timeout,
-                          env=environment_of())
+                          env=environment_of(**environment))
 
 
 def started(*command, ranks: int = 0) -> list[str]:

@@ -19,36 +19,57 @@ from tests.processes import run_afresh
 
 SMALL = LlamaConfig(dim=384, n_layers=6, n_heads=6, n_kv_heads=3, head_dim=64, ffn_dim=1152, vocab_size=1280)
 MEASURE = r"""
-import re, sys, torch._dynamo, train  # AdamW imports _dynamo with its first step: code, and no part of the plan
+import re, sys, torch, train
+from model import Llama, LlamaConfig
+
 peak = lambda: 1024 * int(re.search(r"VmHWM:\s+(\d+)", open("/proc/self/status").read())[1])
-before, train.show_family = peak(), lambda *args: None
+setup, finish, train.show_family = train.setup, train.finish, lambda *args: None
+
+def begin(device):
+    # What torch, gloo and the first step of all load for themselves is code, and no part of the plan.
+    global before
+    device, llama = setup(device), Llama(LlamaConfig(dim=64, n_layers=1, n_heads=2, n_kv_heads=1, ffn_dim=64))
+    tokens = torch.zeros(2, 128, dtype=torch.long)
+    llama(tokens, tokens)[1].backward()
+    torch.optim.AdamW(llama.parameters()).step()
+    before = peak()
+    return device
+
+def end():
+    sys.stdout.write(f"took {peak() - before}\n")
+    sys.stdout.flush()
+    finish()
+
+train.setup, train.finish = begin, end
 train.main(sys.argv[1:])
-print(peak() - before)
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("extra", [[], ["--activation-checkpointing", "--batch-tokens", "512"],
-                                   ["--kd", "0.5"], ["--kd", "0.5", "--batch-tokens", "4096"]])
-def test_the_plan_is_what_a_run_takes(demo, tmp_path, monkeypatch, extra):
-    """Catches a plan that forgets a copy, or counts one that is never made: within 15 % of the measured peak."""
-    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")  # or glibc keeps what was freed, and it counts as taken
+@pytest.mark.parametrize("ranks,extra", [
+    (0, ""), (0, "--activation-checkpointing --batch-tokens 512"), (0, "--kd 0.5"), (0, "--kd 0.5 --batch-tokens 4096"),
+    (2, "--shard ddp --kd 0.5"), (2, "--shard zero1 --kd 0"), (2, "--shard fsdp --kd 0.5"), (4, "--shard fsdp --kd 0")])
+def test_the_plan_is_what_a_run_takes(demo, tmp_path, ranks, extra):
+    """Catches a plan that forgets a copy, or counts one that is never made: within 10 % of the measured peak."""
     root, _ = demo
     shutil.copytree(root / "data", tmp_path / "data")
     (tmp_path / "data/tokenizer.model").unlink()
     save_llama(tmp_path / "base", SMALL, random_llama(SMALL).state_dict())
-    flags = ["--llama", tmp_path / "base", "--data", tmp_path / "data", "--out", tmp_path / "flex", "--steps", "2",
-             "--batch-tokens", "256", "--seq-len", "128", "--budgets", "1.0", "0.6",
+    flags = [f"--llama={tmp_path}/base", f"--data={tmp_path}/data", f"--out={tmp_path}/flex", "--steps", "2",
+             "--batch-tokens", str(256 * max(ranks, 1)), "--seq-len", "128", "--budgets", "1.0", "0.6",
              "--eval-windows", "2", "--calibration-windows", "2", "--depth-by", "influence",
-             "--router-start", "0", "--teach-end", "1", "--device", "cpu", *extra]
+             "--router-start", "0", "--teach-end", "1", "--device", "cpu", *extra.split()]
     script = tmp_path / "measure.py"
     script.write_text(MEASURE)
-    done = run_afresh(script, *flags)
+    # glibc would keep what was freed, and it would count as taken.
+    done = run_afresh(script, *flags, ranks=ranks, MALLOC_MMAP_THRESHOLD_="65536")
     assert done.returncode == 0, done.stderr[-2000:]
-    measured = int(done.stdout.splitlines()[-1])
-    planned = memory.plan(SMALL, settings.parse_args(list(map(str, flags))), 1, bf16=False)[0]["total"]
-    print(f"{' '.join(extra)}: planned over measured {planned / measured:.2f}")  # README has these: pytest -s
-    assert abs(planned / measured - 1) < 0.15, (planned / 1e6, measured / 1e6)
+    measured = [int(words[1]) for words in map(str.split, done.stdout.splitlines()) if words[:1] == ["took"]]
+    assert len(measured) == max(ranks, 1)
+    args = settings.parse_args(flags)
+    planned = {row["shard"]: row["total"] for row in memory.plan(SMALL, args, max(ranks, 1), bf16=False)}[args.shard]
+    print(f"{ranks} {extra}: {[m // 10**6 for m in measured]} MB, planned {planned // 10**6}")  # RESULTS has these: pytest -s
+    assert abs(planned / max(measured) - 1) < 0.1, (planned / 1e6, max(measured) / 1e6)
 
 
 def test_a_teacher_is_its_weights_and_three_times_the_logits():

@@ -159,7 +159,7 @@ for source in sources:
     save(Path(out) / Path(source).name, model, optimizers)
 train.finish()
 """
-WAYS = [(0, "ddp"), (2, "ddp"), (2, "zero1"), (4, "zero1"), (2, "fsdp"), (3, "fsdp"), (4, "fsdp")]
+WAYS = [(0, "ddp"), *((ranks, kind) for ranks in (2, 3, 4) for kind in ("ddp", "zero1", "fsdp"))]
 
 
 @pytest.fixture(scope="module")
