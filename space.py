@@ -209,7 +209,7 @@ class Space:
 
     def order_layers(self, layer_order: list[int]) -> None:
         """Sets the order in which layers are kept, and the masks: (choices, units) per axis, 1
-        where a choice keeps a unit.
+        where a choice keeps a unit. ValueError: not every layer once.
 
         A choice of size k keeps the units whose threshold is below k. A query head's threshold is
         its place in the KV group, times the groups, so every group loses equally many:
@@ -219,6 +219,9 @@ class Space:
             mask, 4 heads     |  1  1  0  0 |  1  1  0  0 |
         """
         c = self.config
+        # Plain ints: True and 0.0 are equal to one, and name no layer.
+        if sorted(map(repr, layer_order)) != sorted(map(repr, range(c.n_layers))):
+            raise ValueError(f"layer_order is {str(layer_order)[:60]}, expected 0 to {c.n_layers - 1}, each once")
         self.layer_order = list(layer_order)
         groups = kv_groups(c)
         heads_per_group = c.n_heads // groups

@@ -515,7 +515,7 @@ def run_stages(args, base: str, device) -> None:
     """data -> base -> rank, sort -> train -> table."""
     folder, shards, val = open_data(args)
     data = (shards, val.windows(args.eval_windows))
-    identity = dict(data=folder, fingerprint=shards.fingerprint())
+    identity = dict(data=folder, fingerprint=shards.fingerprint(), val_fingerprint=val.fingerprint())
     if args.llama:
         identity["llama_fingerprint"] = fingerprint(args.llama)
     override = OVERRIDES if args.override else ()

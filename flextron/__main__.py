@@ -337,10 +337,11 @@ def derive(args: argparse.Namespace) -> None:
         args.data = os.path.normpath(args.data)
 
 
-def settings_of(args: argparse.Namespace, folder: str, fingerprint: str) -> dict:
-    """What a resumed run must agree on; the folder of the shards and their fingerprint included."""
+def settings_of(args: argparse.Namespace, folder: str, fingerprint: str, val_fingerprint: str) -> dict:
+    """What a resumed run must agree on; the folder of the shards and their fingerprints included."""
     kept = {name: value for name, value in vars(args).items() if name not in MAY_DIFFER}
-    return kept | dict(data=folder, fingerprint=fingerprint, llama_fingerprint=of_weights(args.llama))
+    return kept | dict(data=folder, fingerprint=fingerprint, val_fingerprint=val_fingerprint,
+                       llama_fingerprint=of_weights(args.llama))
 
 
 # -----------------------------------------------------------------------------
@@ -405,8 +406,8 @@ def run_stages(args, device) -> None:
     """data -> rank, sort -> costs -> the three stages -> table."""
     sizes = asked_sizes(args)
     folder, shards, val = open_data(args)
+    settings = settings_of(args, folder, shards.fingerprint(), val.fingerprint())
     val = val.windows(args.eval_windows)
-    settings = settings_of(args, folder, shards.fingerprint())
     steps = total_steps(args)
     override = OVERRIDES if args.override else ()
     state = resume_state(args.out, settings, steps, args.resume, override)

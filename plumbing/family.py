@@ -78,6 +78,11 @@ class Family:
             for key, kind in KINDS.items():
                 if type(self.saved.get(key, kind())) is not kind:
                     raise TypeError(f"{key} is no {kind.__name__}")
+            if self.saved.get("targets") == []:
+                raise ValueError("targets are missing")
+            for budget in [*self.saved.get("budgets", []), *self.saved.get("targets", [])]:
+                if isinstance(budget, bool) or not 0 < budget <= 1:
+                    raise ValueError(f"{str(budget)[:40]} is no budget")
             return restore(beside, self.saved)
 
     def member(self, asked: float, unit: str = "params") -> Member:

@@ -39,6 +39,7 @@ from plumbing.files import check_out as check_apart
 from plumbing.locks import one_writer
 from plumbing.parallel import WORLD, default_device, device_of, say
 from plumbing.params import PARAMS, read_config
+from plumbing.tensors import fingerprint
 from search.candidates import Bounds, Candidate, check_budget, cut_out
 from search.evolution import disjoint_windows, evolve
 from search.reform import reform_, unit_scores
@@ -107,15 +108,11 @@ def check_state(path: Path, state: dict, config: LlamaConfig) -> None:
             loss + 0
 
 
-def fingerprint(model: Llama, data) -> str:
-    """Has the Llama or the text changed since? No two Llamas have the same norms once trained."""
+def fingerprint_of_text(*windows: torch.Tensor) -> str:
+    """16 hex digits that change with any token that the search reads."""
     digest = hashlib.blake2b(digest_size=8)
-    for name, p in model.named_parameters():
-        if "norm" in name:
-            digest.update(p.detach().float().cpu().numpy().tobytes())
-    for path in sorted(Path(data).glob("train_*.bin")):
-        with open(path, "rb") as file:
-            digest.update(file.read(4096))
+    for tokens in windows:
+        digest.update(tokens.numpy())
     return digest.hexdigest()
 
 
@@ -220,7 +217,9 @@ def main(argv=None) -> None:
     # What may differ when a search goes on. The last two are known by their content.
     for free in ("resume", "out", "device", "report_windows", "llama", "data"):
         del settings[free]
-    settings["fingerprint"] = fingerprint(model, args.data)
+    fitness, calibration, _ = windows
+    settings["fingerprint"] = fingerprint_of_text(*fitness, calibration)
+    settings["llama_fingerprint"] = fingerprint(source)
 
     # the search
     with one_writer(out):

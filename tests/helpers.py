@@ -78,7 +78,8 @@ def odd_choices(config: LlamaConfig) -> dict[str, list[int]]:
 
 def random_router(config: LlamaConfig, mode: str = "constrained", seed: int = 0, choices=None) -> Router:
     """A router as after a long training: every tensor random, layers in an order of their own."""
-    space = Space(config, choices or odd_choices(config), [2, 0, 3, 1])
+    order = [2, 0, 3, 1, *range(4, config.n_layers)]
+    space = Space(config, choices or odd_choices(config), order)
     router = Router(space, mode, seed)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

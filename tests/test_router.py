@@ -942,7 +942,18 @@ def of_another_llama(path):
     save_tensors(path, router_state(random_router(deeper, choices=choices)))
 
 
-@pytest.mark.parametrize("damage", [cut_short, a_list, no_choices, one_axis_less, in_bf16, of_another_llama])
+def with_other(**values):
+    """A damage: plain values in place of those of the state."""
+    def damage(path):
+        save_tensors(path, load_tensors(path) | values)
+    return damage
+
+
+@pytest.mark.parametrize("damage", [
+    cut_short, a_list, no_choices, one_axis_less, in_bf16, of_another_llama,
+    with_other(layer_order=[2, 0, 3]), with_other(layer_order=[2, 0, 3, 3]), with_other(layer_order=[2, 0, 3, 4]),
+    with_other(layer_order=[2, 0, 3, True]), with_other(budgets=[1.5]), with_other(budgets=["1"]),
+    with_other(budgets=[True])])
 def test_a_damaged_flex_pt(tmp_path, capsys, damage):
     """Catches a traceback where a user needs to hear which file does not fit."""
     path = tmp_path / "flex.pt"

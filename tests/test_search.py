@@ -996,6 +996,20 @@ def test_killed_and_resumed_is_the_same_search(desk, tmp_path, capsys):
         search.main(flags(desk, tmp_path / "b"))
     with one_line_error(capsys, "budget 0.6 -> 0.7", "choose another --out"):
         search.main([*flags(desk, tmp_path / "b", 0.7), "--resume"])
+    # Other weights with the same norms; one other token.
+    changed = shutil.copytree(desk, tmp_path / "changed")
+    state = load_llama(changed / "base").state_dict()
+    state["layers.0.attention.wq.weight"][0, 0] += 1
+    save_llama(changed / "base", load_llama(changed / "base").config, state)
+    with one_line_error(capsys, "other settings: llama_fingerprint "):
+        search.main([*flags(changed, tmp_path / "b"), "--resume"])
+    shutil.copytree(desk / "base", changed / "base", dirs_exist_ok=True)
+    shard = changed / "data/train_000000.bin"
+    tokens = bytearray(shard.read_bytes())
+    tokens[1024::2] = bytes(byte ^ 1 for byte in tokens[1024::2])
+    shard.write_bytes(tokens)
+    with one_line_error(capsys, "other settings: fingerprint "):
+        search.main([*flags(changed, tmp_path / "b"), "--resume"])
     search.main([*flags(desk, tmp_path / "b"), "--resume"])
     assert files_of(tmp_path / "a") == files_of(tmp_path / "b")
 

@@ -316,7 +316,11 @@ def test_what_a_run_is_made_of(odd_start, tmp_path, monkeypatch, capsys):
     tokens = bytearray(shard.read_bytes())
     tokens[len(tokens) // 4 * 2] ^= 1  # one of them, somewhere
     shard.write_bytes(tokens)
-    for llama, data, what in (("other", "moved/data", "llama_fingerprint"), ("moved/llama", "text", "fingerprint")):
+    shutil.copytree("moved/data", "held")
+    shard = Path("held/val_000000.bin")
+    shard.write_bytes(shard.read_bytes()[:-1] + bytes([shard.read_bytes()[-1] ^ 1]))
+    for llama, data, what in (("other", "moved/data", "llama_fingerprint"), ("moved/llama", "text", "fingerprint"),
+                              ("moved/llama", "held", "val_fingerprint")):
         with pytest.raises(SystemExit):
             train.main(with_paths(llama, data) + ["--resume"])
         assert f"other settings: {what} " in capsys.readouterr().err
