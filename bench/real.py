@@ -1,0 +1,127 @@
+"""
+The table of a real Llama in RESULTS.md, from the runs of real.sh.
+
+    python -m bench.real --collect out/real     reads the runs into assets/real.json first
+    python -m bench.real                        prints the tables as Markdown
+
+A row is a model of some size. "Exp.": the budget was trained. "Inter.": it lies between trained ones, and
+no step ran it; "under": it is smaller than all of them.
+"""
+import json
+import math
+from pathlib import Path
+
+from bench.results import ASSETS, last_object, spent
+from plumbing.checkpoint import RESUME
+from plumbing.errors import Parser, fail, run_main
+from plumbing.files import atomic_write
+from tasks.questions import TASKS
+
+WHAT = {"base": "the base, untouched", "family": "**the family**", "depth": "layers alone", "width": "width alone",
+        "cut": "the family's slice, no training", "own": "it alone, on its own tokens",
+        "all": "it alone, on all tokens", "search": "search, no training", "text": "the family, on other text"}
+
+# -----------------------------------------------------------------------------
+# reading the runs
+
+
+def losses_by_tokens(folder: Path) -> dict[str, dict]:
+    """Of a run's log: budget -> {tokens that training has read for all budgets: held-out loss}."""
+    lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    header, *records = [json.loads(line) for line in lines]
+    settings = header["settings"]
+    a_step = settings["batch_tokens"] * len(settings["budgets"])
+    curves = {}
+    for record in records:
+        for budget, loss in record.get("val", {}).items():
+            curves.setdefault(budget, {})[str(record["step"] * a_step)] = round(loss, 4)
+    return curves
+
+
+def collect(folder) -> dict:
+    """All finished runs in a folder of real.sh: name -> its rows and, if it trained, what it took."""
+    runs = {}
+    for path in sorted(Path(folder).glob("*.json")):
+        found = last_object(path)
+        trained = path.with_suffix("")
+        run = dict(trained=found["trained"], rows=[])
+        if (trained / "log.jsonl").exists() and (trained / RESUME).exists() and not path.stem.startswith("search"):
+            run |= spent(trained)
+            run["losses"] = losses_by_tokens(trained)
+        for row in found["rows"]:
+            kept = {key: row[key] for key in ("budget", "got", "params", "dim", "n_heads", "ffn_dim")}
+            kept |= dict(n_layers=len(row["layers"]), loss=round(row["loss"], 5), tokens=row["tokens"])
+            kept["tasks"] = {name: [round(metrics[TASKS[name].metric], 5), metrics["n"]]
+                             for name, metrics in row["tasks"].items()}
+            run["rows"].append(kept)
+        runs[path.stem] = run
+    if "base" not in runs:
+        fail(f"{folder} holds no base.json; expected what real.sh leaves; run: bash bench/real.sh")
+    return runs
+
+
+# -----------------------------------------------------------------------------
+# the tables
+
+
+def kind_of(name: str, run: dict, budget: float) -> str:
+    """Exp., Inter. or under; nothing for what has one size."""
+    if len(run["rows"]) == 1:
+        return ""
+    if budget in run["trained"]:
+        return "Exp."
+    return "Inter." if budget > min(run["trained"]) else "under"
+
+
+def table(runs: dict) -> str:
+    """A row per model and size, the largest first; at one size in WHAT's order."""
+    names = list(runs["base"]["rows"][0]["tasks"])
+    head = ["parameters [share]", "model", "", "WikiText-2", *(f"{name}" for name in names), "average"]
+    full = runs["base"]["rows"][0]["params"]
+    order = list(WHAT)
+    lines = []
+    for name, run in runs.items():
+        for row in run["rows"]:
+            what = name.split("-")[0]
+            asked = round(row["budget"], 1) if len(run["rows"]) > 1 or "-" not in name else float(name.split("-")[1])
+            shares = [share for share, _ in row["tasks"].values()]
+            cells = [f"{row['params'] / 1e6:.1f}M [{row['params'] / full:.3f}]", WHAT[what],
+                     kind_of(name, run, row["budget"]), f"{math.exp(row['loss']):.2f}",
+                     *(f"{share:.3f}" for share in shares), f"{sum(shares) / len(shares):.3f}"]
+            lines.append((-asked, order.index(what), "| " + " | ".join(cells) + " |"))
+    return "\n".join(["| " + " | ".join(head) + " |", "|---" * len(head) + "|", *(line for *_, line in sorted(lines))])
+
+
+def curve_table(runs: dict) -> str:
+    """Held-out loss of a family's budgets as training goes on."""
+    curves = runs["family"]["losses"]
+    tokens = sorted({int(n) for curve in curves.values() for n in curve})
+    lines = ["| budget | " + " | ".join(f"{n:,} tokens" for n in tokens) + " |", "|---" * (len(tokens) + 1) + "|"]
+    for budget, curve in curves.items():
+        lines.append(f"| {budget} | " + " | ".join(f"{curve.get(str(n), math.nan):.3f}" for n in tokens) + " |")
+    return "\n".join(lines)
+
+
+def main(argv=None) -> None:
+    """Prints the tables; collects first if asked to."""
+    p = Parser("python -m bench.real", __doc__)
+    p.add_argument("--collect", help="a folder of real.sh's runs to read into real.json")
+    p.add_argument("--assets", default=str(ASSETS), help="where real.json is")
+    args = p.parse_args(argv)
+    path = Path(args.assets) / "real.json"
+    if args.collect:
+        with atomic_write(path) as file:
+            file.write((json.dumps(collect(args.collect), indent=1) + "\n").encode())
+    if not path.exists():
+        fail(f"{path} is not there; expected the runs of real.sh in it; run: bash bench/real.sh")
+    runs = json.loads(path.read_text(encoding="utf-8"))
+    rows = runs["base"]["rows"][0]
+    print(f"WikiText-2: perplexity on {rows['tokens']:,} tokens. Tasks: "
+          + ", ".join(f"{name} {n} rows" for name, (_, n) in rows["tasks"].items()) + "\n")
+    print(table(runs))
+    if "family" in runs:
+        print("\n" + curve_table(runs))
+
+
+if __name__ == "__main__":
+    run_main(main)

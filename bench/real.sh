@@ -1,0 +1,78 @@
+#!/usr/bin/env bash
+# Every run behind RESULTS.md's table of a real Llama. Each is trained into $OUT/NAME and evaluated into $OUT/NAME.json, two
+# at a time on one thread each. A run that is there is not made again, one that was stopped goes on. Then bench/real.py
+# makes the table.
+#
+#     bash bench/real.sh               all of it, after README's walk: some five hours on two cores
+#     bash bench/real.sh depth         only the runs whose names begin so (and what they start from)
+#     bash bench/real.sh --list        print the runs, run nothing
+#
+# What can be set, with a laptop's values. On one GPU, for example:
+#     FLAGS="--steps 5000 --batch-tokens 32768 --seq-len 2048 --lr 1e-4" STEPS=5000 ROWS= JOBS=1 bash bench/real.sh
+set -euo pipefail
+cd "$(dirname "$0")/.."                          # the root, where every program starts
+export OUT=${OUT:-out/real}                      # where runs go
+ONLY=${1:-}                                      # results of a part do not replace the committed ones
+ASSETS=${ASSETS:-$([ -z "$ONLY" ] && echo assets || echo "$OUT")}
+export LLAMA=${LLAMA:-out/smollm2}               # what training starts from
+DIM=${DIM:-576} HEADS=${HEADS:-9} FFN=${FFN:-1536} LAYERS=${LAYERS:-30}  # its shape
+export DATA=${DATA:-data/novels}                 # what training reads, and
+OTHER=${OTHER:-data/wikitext}                    # other text, for one run
+export TEXT=${TEXT:-book.txt} TASK_DIR=${TASK_DIR:-data/tasks}  # what judges: no training reads it
+export TASKS=${TASKS:-piqa arc_easy winogrande lambada_openai}
+export ROWS=${ROWS---limit 200}                  # of a task; ROWS= for all
+export FLAGS=${FLAGS:---laptop}                  # of every training
+STEPS=${STEPS:-110}                              # what FLAGS makes of --steps
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+
+runs() {  # NAME FLAGS of train.py, or of search; base and cut-B train nothing
+    echo "base"
+    echo "family"
+    # From what the router may choose: whole layers cost a hair more than their share
+    echo "depth --dim-choices $DIM --n-heads-choices $HEADS --ffn-dim-choices $FFN --budgets 1.0 0.901 0.801 0.601"
+    echo "width --n-layers-choices $LAYERS"
+    # The family's slices: without training; alone on the tokens that their size got in the family; on all its tokens
+    for b in 0.90 0.80 0.60; do echo "cut-$b"; done
+    for b in 0.90 0.80 0.60; do echo "own-$b --llama $OUT/cut-$b --budgets 1.0"; done
+    for b in 0.80 0.60; do echo "all-$b --llama $OUT/cut-$b --budgets 1.0 --steps $((4 * STEPS))"; done
+    # Another paper's way to these sizes, without training
+    for b in 0.90 0.80 0.60; do
+        echo "search-$b --budget $b --generations 6 --population 12 --fitness-windows 4 --calibration-windows 64" \
+             "--report-windows 16 --seq-len 256"
+    done
+    # What training reads
+    echo "text --data $OTHER"
+}
+
+run() {  # NAME FLAGS: train or search, and evaluate
+    [ -s "$OUT/$1.json" ] && return
+    local name=$1 model=$OUT/$1 at=1.0
+    shift
+    # shellcheck disable=SC2086  # FLAGS, TASKS, ROWS and at are lists of words
+    case "$name" in
+        base) model=$LLAMA ;;
+        cut-*) ;;
+        search-*) [ -e "$model/params.json" ] ||
+            python -m search --llama "$LLAMA" --data "$DATA" --out "$model" "$@" --resume >>"$OUT/$name.log" 2>&1 ;;
+        *) python train.py --llama "$LLAMA" --data "$DATA" --out "$model" $FLAGS "$@" --save-every 10 --resume \
+            >>"$OUT/$name.log" 2>&1 ;;
+    esac || { echo "$name: see $OUT/$name.log"; return 1; }
+    case "$name" in
+        family) at="1.0 0.9 0.8 0.7 0.6 0.5" ;;
+        depth) at="1.0 0.901 0.801 0.601" ;;
+        width | text) at="1.0 0.9 0.8 0.6" ;;
+    esac
+    # shellcheck disable=SC2086
+    python eval.py --model "$model" --budgets $at --text "$TEXT" --seq-len 1024 --tasks $TASKS --task-dir "$TASK_DIR" $ROWS \
+        --json >"$OUT/$name.part" 2>>"$OUT/$name.log" &&
+        mv "$OUT/$name.part" "$OUT/$name.json" && echo "$name: done" || { echo "$name: see $OUT/$name.log"; return 1; }
+}
+export -f run
+
+[ "$ONLY" = --list ] && { runs; exit; }
+runs | grep -e "^$ONLY" >/dev/null || { echo "no run begins with $ONLY; see bash bench/real.sh --list" >&2 && exit 2; }
+mkdir -p "$OUT"
+run family
+[ -e "$OUT/cut-0.60" ] || python -m bench.alone --model "$OUT/family" --base "$LLAMA" --out "$OUT"
+runs | grep -e "^$ONLY" | xargs -P "${JOBS:-2}" -I{} bash -c 'run {}'
+python -m bench.real --collect "$OUT" --assets "$ASSETS"
