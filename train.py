@@ -505,9 +505,10 @@ def train_family(args, base: str, router: Router, data, settings: dict, state, d
 
 def dry_run(args) -> None:
     """What a run will take: memory on every rank and, if this machine is what it will run on, time."""
+    config = LlamaConfig() if args.llama is None else read_config(args.llama)
+    space_of(args, config)  # a run that would be refused has no plan
     print(plan_table(args))
     if args.ranks == WORLD and args.device == default_device():
-        config = LlamaConfig() if args.llama is None else read_config(args.llama)
         say_duration(config, args, torch.device(args.device))
 
 

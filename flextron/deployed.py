@@ -109,7 +109,8 @@ def restore_flextron(model: Llama, saved: dict) -> Flextron:
         raise ValueError(f"sizes are {str(saved['sizes'])[:60]}, expected ascending ones, the full one last")
     flextron = Flextron(model, sizes, saved["dynamic"], costs, saved["unit"], saved["seed"])
     load_weights(flextron.routers, saved["routers"])
-    flextron.calibrated = saved["calibrated"]
+    flextron.calibrated = [dict(row) | dict(target=float(row["target"]), price=float(row["price"]))
+                           for row in saved["calibrated"]]
     return flextron.to(model.tok_embeddings.weight.device)
 
 

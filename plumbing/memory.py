@@ -123,10 +123,6 @@ def plan_table(args: argparse.Namespace) -> str:
     if args.batch_tokens % (args.seq_len * args.ranks):
         fail(f"--batch-tokens {args.batch_tokens} found; expected whole sequences of --seq-len {args.seq_len}, equally "
              f"many for each of {args.ranks} ranks; try --batch-tokens {args.seq_len * 8 * args.ranks}")
-    try:
-        Space(config)
-    except ValueError as error:
-        fail(str(error))
     bf16 = args.autocast == "bfloat16"
     sequences = args.batch_tokens // args.seq_len // args.ranks
     micro = min(args.micro_batch, sequences)

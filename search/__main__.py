@@ -101,11 +101,12 @@ def check_out(out: Path, source: Path) -> None:
 def check_state(path: Path, state: dict, config: LlamaConfig) -> None:
     """fail() unless a resume.pt holds candidates for this Llama, and losses."""
     with of_a_run(path):
+        losses = list(state["losses"].values())
         for loss, masks in state["parents"]:
             Candidate(*masks).subnet(config)
-            loss + 0
-        for loss in state["losses"].values():
-            loss + 0
+            losses.append(loss)
+        if type(state["parents"]) is not list or not all(type(loss) is float for loss in losses):
+            raise TypeError("parents are no list of candidates, or losses no numbers")
 
 
 def fingerprint_of_text(*windows: torch.Tensor) -> str:

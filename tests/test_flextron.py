@@ -830,7 +830,7 @@ def test_mistakes_end_in_one_line(desk, capsys, tmp_path):
     sizes = state["sizes"]
     for wrong in (dict(sizes=sizes | dict(ffn_dim=[0.5, *sizes["ffn_dim"][1:]])),
                   dict(sizes=sizes | dict(ffn_dim=sizes["ffn_dim"][::-1])),
-                  dict(targets=[]), dict(targets=[0.8, float("nan")]), dict(targets=[[0.8]]),
+                  dict(calibrated=torch.zeros(4, 4)), dict(targets=[]), dict(targets=[0.8, float("nan")]), dict(targets=[[0.8]]),
                   dict(routers={name: weight.to(torch.int8) for name, weight in state["routers"].items()})):
         torch.save({**state, **wrong}, tmp_path / "bad/flextron.pt")
         with one_line_error(capsys, "flextron.pt", "take both from one folder"):

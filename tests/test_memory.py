@@ -130,6 +130,9 @@ def test_the_table_from_params_json_alone(tmp_path, capsys):
     gradients = 4 * n / 8 + 2 * (block + outside) + 4 * block
     assert rows["8"]["fsdp"][:2] == pytest.approx([(4 * n / 8 + 2 * (2 * block + outside)) / 1e9, gradients / 1e9], abs=0.01)
     assert rows["8"]["fsdp"][-1] < rows["8"]["zero1"][-1] < rows["8"]["ddp"][-1]
+    for choices, words in (("--n-layers-choices 17", "17"), ("--budgets 1.0 0.00001", "1e-05")):
+        with one_line_error(capsys, words):  # as training would
+            train.main(["--llama", str(tmp_path), "--dry-run", *choices.split()])
     with one_line_error(capsys, "another shape in every layer"):
         (tmp_path / "per-layer").mkdir()
         mixed = dataclasses.replace(config, ffn_dim=(8192,) * 15 + (4096,))

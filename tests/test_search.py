@@ -19,7 +19,7 @@ import search.reform as reform
 from data.shards import Shards, write_shard
 from data.tokenizer import save_tokenizer, train_bpe
 from model import Gates, LlamaConfig, SubNet
-from plumbing.checkpoint import load_llama, load_tensors, save_llama
+from plumbing.checkpoint import load_llama, load_tensors, save_llama, save_tensors
 from search.candidates import Bounds, Candidate, arranged, check_budget, cut_out, resized, swapped
 from search.evolution import crossed, disjoint_windows, mutated
 from search.reform import DAMP, correction, reform_, unit_scores
@@ -1010,6 +1010,13 @@ def test_killed_and_resumed_is_the_same_search(desk, tmp_path, capsys):
     shard.write_bytes(tokens)
     with one_line_error(capsys, "other settings: fingerprint "):
         search.main([*flags(changed, tmp_path / "b"), "--resume"])
+    # A state that is none.
+    state = load_tensors(tmp_path / "b/resume.pt")
+    for wrong in (dict(parents=torch.zeros(0)), dict(losses={"x": torch.zeros(3)}), dict(losses={"x": 1})):
+        save_tensors(tmp_path / "b/resume.pt", state | wrong)
+        with one_line_error(capsys, "resume.pt"):
+            search.main([*flags(desk, tmp_path / "b"), "--resume"])
+    save_tensors(tmp_path / "b/resume.pt", state)
     search.main([*flags(desk, tmp_path / "b"), "--resume"])
     assert files_of(tmp_path / "a") == files_of(tmp_path / "b")
 
