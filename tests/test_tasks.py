@@ -400,7 +400,9 @@ BAD = {"json": ("piqa/valid.jsonl", 3, '{"goal": "x", ', "JSON"),
        "endings": ("hellaswag/hellaswag_val.jsonl", 3, '{"activity_label": "a", "ctx_a": "b", "ctx_b": "c", "endings": '
                    '[1, 2], "label": 0}', "endings"),
        "scene": ("hellaswag/hellaswag_train.jsonl", 3, '{"activity_label": "a", "ctx_a": "b", "ctx_b": "c", "endings": '
-                 '["x", "y"], "label": 4}', "label"),
+                 '["x", "y", "z", "w"], "label": 4}', "label"),
+       "three endings": ("hellaswag/hellaswag_val.jsonl", 3, '{"activity_label": "a", "ctx_a": "b", "ctx_b": "c", '
+                         '"endings": ["x", "y", "z"], "label": 1}', "four strings"),
        "letter": ("mmlu/test/anatomy_test.csv", 1, "q,a,b,c,d,E", "columns"),
        "columns": ("mmlu/dev/anatomy_dev.csv", 1, "q,a,b,c,A", "columns"),
        "csv": ("mmlu/test/anatomy_test.csv", 1, b"q\xff,a,b,c,d,A", "UTF-8")}
