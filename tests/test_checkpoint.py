@@ -20,13 +20,12 @@ from bench import latency
 from data import prepare
 from plumbing import checkpoint, describe
 from plumbing.checkpoint import check_target, load_llama, load_tensors, matrix_dtype, save_llama, save_one_by_one, save_tensors
-from plumbing.files import new_folder
+from plumbing.files import atomic_write, check_out, new_folder
 from model import LlamaConfig
 from plumbing.params import meta_ffn_dim, params_json, published_name, read_config
 from tests.helpers import (
     GQA, MHA, SHAPES, WHOLE, close, cut_into, files_of, one_line_error, random_llama, tokens_for)
 from tests.processes import run
-from plumbing.files import atomic_write
 
 UNEVEN = dataclasses.replace(GQA, n_heads=(8, 2, 6, 4), n_kv_heads=(2, 2, 1, 4), ffn_dim=(80, 13, 41, 7))
 WRITTEN = SHAPES | {"rope 32": dataclasses.replace(GQA, rope_factor=32.0),
@@ -824,3 +823,14 @@ def test_a_pipe_in_place_of_weights(tmp_path, capsys):
     for look in (load_llama, lambda p: describe.main([str(p)])):
         with one_line_error(capsys, "no consolidated.00.pth"):
             look(tmp_path)
+
+
+def test_nothing_is_written_into_what_is_read(tmp_path, monkeypatch, capsys):
+    """Catches a folder under another name for itself, and a neighbour that is refused."""
+    (tmp_path / "text").mkdir()
+    (tmp_path / "link").symlink_to("text")
+    monkeypatch.chdir(tmp_path)
+    check_out("other", llama=None, data="text")
+    for out in ("text", "./text/", "link", tmp_path / "text"):
+        with one_line_error(capsys, "is the data that training starts from"):
+            check_out(out, llama=None, data="text")
