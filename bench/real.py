@@ -12,7 +12,7 @@ import math
 from pathlib import Path
 
 from bench.results import ASSETS, last_object, spent
-from plumbing.checkpoint import RESUME
+from plumbing.checkpoint import LOG, RESUME
 from plumbing.errors import Parser, fail, run_main
 from plumbing.files import atomic_write
 from tasks.questions import TASKS
@@ -27,7 +27,7 @@ WHAT = {"base": "the base, untouched", "family": "**the family**", "depth": "lay
 
 def losses_by_tokens(folder: Path) -> dict[str, dict]:
     """Of a run's log: budget -> {tokens that training has read for all budgets: held-out loss}."""
-    lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (folder / LOG).read_text(encoding="utf-8").splitlines()
     header, *records = [json.loads(line) for line in lines]
     settings = header["settings"]
     a_step = settings["batch_tokens"] * len(settings["budgets"])
@@ -45,7 +45,7 @@ def collect(folder) -> dict:
         found = last_object(path)
         trained = path.with_suffix("")
         run = dict(trained=found["trained"], rows=[])
-        if (trained / "log.jsonl").exists() and (trained / RESUME).exists() and not path.stem.startswith("search"):
+        if (trained / LOG).exists() and (trained / RESUME).exists() and not path.stem.startswith("search"):
             run |= spent(trained)
             run["losses"] = losses_by_tokens(trained)
         for row in found["rows"]:
@@ -76,14 +76,14 @@ def kind_of(name: str, run: dict, budget: float) -> str:
 def table(runs: dict) -> str:
     """A row per model and size, the largest first; at one size in WHAT's order."""
     names = list(runs["base"]["rows"][0]["tasks"])
-    head = ["parameters [share]", "model", "", "WikiText-2", *(f"{name}" for name in names), "average"]
+    head = ["parameters [share]", "model", "", "WikiText-2", *names, "average"]
     full = runs["base"]["rows"][0]["params"]
     order = list(WHAT)
     lines = []
     for name, run in runs.items():
+        what, _, size = name.partition("-")
         for row in run["rows"]:
-            what = name.split("-")[0]
-            asked = round(row["budget"], 1) if len(run["rows"]) > 1 or "-" not in name else float(name.split("-")[1])
+            asked = float(size or round(row["budget"], 1))  # own-0.60 has one size, and runs at 1.0
             shares = [share for share, _ in row["tasks"].values()]
             cells = [f"{row['params'] / 1e6:.1f}M [{row['params'] / full:.3f}]", WHAT[what],
                      kind_of(name, run, row["budget"]), f"{math.exp(row['loss']):.2f}",
