@@ -11,6 +11,7 @@ import json
 import math
 from pathlib import Path
 
+from bench import quantised
 from bench.results import ASSETS, last_object, spent
 from plumbing.checkpoint import LOG, RESUME
 from plumbing.errors import Parser, fail, run_main
@@ -19,7 +20,9 @@ from tasks.questions import TASKS
 
 WHAT = {"base": "the base, untouched", "family": "**the family**", "depth": "layers alone", "width": "width alone",
         "cut": "the family's slice, no training", "own": "it alone, on its own tokens",
-        "all": "it alone, on all tokens", "search": "search, no training", "text": "the family, on other text"}
+        "all": "it alone, on all tokens", "search": "search, no training",
+        "text": "it alone, on all tokens of other text", "written": "it alone, on as many that the base wrote"}
+QUANTISED = "quantised"  # sizes in encodings: a table of its own
 
 # -----------------------------------------------------------------------------
 # reading the runs
@@ -43,6 +46,9 @@ def collect(folder) -> dict:
     runs = {}
     for path in sorted(Path(folder).glob("*.json")):
         found = last_object(path)
+        if path.stem == QUANTISED:
+            runs[QUANTISED] = dict(tokens=found["tokens"], rows=found["rows"])
+            continue
         trained = path.with_suffix("")
         run = dict(trained=found["trained"], rows=[])
         if (trained / LOG).exists() and (trained / RESUME).exists() and not path.stem.startswith("search"):
@@ -82,6 +88,8 @@ def table(runs: dict) -> str:
     lines = []
     for name, run in runs.items():
         what, _, size = name.partition("-")
+        if what == QUANTISED:
+            continue
         for row in run["rows"]:
             asked = float(size or round(row["budget"], 1))  # own-0.60 has one size, and runs at 1.0
             shares = [share for share, _ in row["tasks"].values()]
@@ -99,6 +107,16 @@ def curve_table(runs: dict) -> str:
     lines = ["| budget | " + " | ".join(f"{n:,} tokens" for n in tokens) + " |", "|---" * (len(tokens) + 1) + "|"]
     for budget, curve in curves.items():
         lines.append(f"| {budget} | " + " | ".join(f"{curve.get(str(n), math.nan):.3f}" for n in tokens) + " |")
+    return "\n".join(lines)
+
+
+def cost_table(runs: dict) -> str:
+    """What each training took."""
+    lines = ["| run | steps | tokens | FLOPs | hours | commit |", "|---" * 6 + "|"]
+    for name, run in runs.items():
+        if "flops" in run:
+            lines.append(f"| {name} | {run['steps']} | {run['tokens']:,} | {run['flops']:.1e} "
+                         f"| {run['seconds'] / 3600:.1f} | {run['commit']} |")
     return "\n".join(lines)
 
 
@@ -121,6 +139,9 @@ def main(argv=None) -> None:
     print(table(runs))
     if "family" in runs:
         print("\n" + curve_table(runs))
+    if QUANTISED in runs:
+        print("\n" + quantised.table(runs[QUANTISED]["rows"]))
+    print("\n" + cost_table(runs))
 
 
 if __name__ == "__main__":

@@ -16,13 +16,16 @@ ONLY=${1:-}                                      # results of a part do not repl
 ASSETS=${ASSETS:-$([ -z "$ONLY" ] && echo assets || echo "$OUT")}
 export LLAMA=${LLAMA:-out/smollm2}               # what training starts from
 DIM=${DIM:-576} HEADS=${HEADS:-9} FFN=${FFN:-1536} LAYERS=${LAYERS:-30}  # its shape
-export DATA=${DATA:-data/novels}                 # what training reads, and
-OTHER=${OTHER:-data/wikitext}                    # other text, for one run
+export DATA=${DATA:-data/novels}                 # what training reads;
+OTHER=${OTHER:-data/wikitext}                    # other text, for one run;
+export OWN=${OWN:-$OUT/own}                      # and what the Llama wrote itself, for another: made here
 export TEXT=${TEXT:-book.txt} TASK_DIR=${TASK_DIR:-data/tasks}  # what judges: no training reads it
 export TASKS=${TASKS:-piqa arc_easy winogrande lambada_openai}
 export ROWS=${ROWS---limit 200}                  # of a task; ROWS= for all
 export FLAGS=${FLAGS:---laptop}                  # of every training
 STEPS=${STEPS:-110}                              # what FLAGS makes of --steps
+export WRITE=${WRITE:---tokens 240000}           # how much it writes
+export KINDS=${KINDS:-f16 q8_0 q5_0 q4_0} QUANTIZE=${QUANTIZE:-llama-quantize}  # encodings; llama.cpp's program for them
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
 runs() {  # NAME FLAGS of train.py, or of search; base and cut-B train nothing
@@ -40,34 +43,69 @@ runs() {  # NAME FLAGS of train.py, or of search; base and cut-B train nothing
         echo "search-$b --budget $b --generations 6 --population 12 --fitness-windows 4 --calibration-windows 64" \
              "--report-windows 16 --seq-len 256"
     done
-    # What training reads
-    echo "text --data $OTHER"
+    # What training reads: other text, and none at all
+    echo "text-0.60 --llama $OUT/cut-0.60 --budgets 1.0 --steps $((4 * STEPS)) --data $OTHER"
+    echo "written-0.60 --llama $OUT/cut-0.60 --budgets 1.0 --steps $((4 * STEPS)) --data $OWN"
+    # Sizes x bits
+    echo "quantised --budgets 1.0 0.8 0.6"
 }
 
-run() {  # NAME FLAGS: train or search, and evaluate
-    [ -s "$OUT/$1.json" ] && return
-    local name=$1 model=$OUT/$1 at=1.0
+write() {  # the Llama's own text, as shards
+    [ -d "$OWN" ] && return
+    # shellcheck disable=SC2086
+    python -m bench.own_text --model "$LLAMA" --out "$OWN.jsonl" $WRITE &&
+        python data/prepare.py --input "$OWN.jsonl" --tokenizer "$LLAMA/tokenizer.model" --out "$OWN"
+}
+
+make() {  # NAME FLAGS: what is evaluated
+    local name=$1
     shift
-    # shellcheck disable=SC2086  # FLAGS, TASKS, ROWS and at are lists of words
+    # shellcheck disable=SC2086  # FLAGS is a list of words
     case "$name" in
+        base | cut-* | quantised) ;;
+        search-*) [ -e "$OUT/$name/params.json" ] ||
+            python -m search --llama "$LLAMA" --data "$DATA" --out "$OUT/$name" "$@" --resume ;;
+        written-*) write && train "$name" "$@" ;;
+        *) train "$name" "$@" ;;
+    esac
+}
+
+train() {  # NAME FLAGS
+    local name=$1
+    shift
+    # shellcheck disable=SC2086
+    python train.py --llama "$LLAMA" --data "$DATA" --out "$OUT/$name" $FLAGS "$@" --save-every 10 --resume
+}
+
+judge() {  # NAME FLAGS: its figures, as JSON
+    local model=$OUT/$1 at=1.0
+    case "$1" in
         base) model=$LLAMA ;;
-        cut-*) ;;
-        search-*) [ -e "$model/params.json" ] ||
-            python -m search --llama "$LLAMA" --data "$DATA" --out "$model" "$@" --resume >>"$OUT/$name.log" 2>&1 ;;
-        *) python train.py --llama "$LLAMA" --data "$DATA" --out "$model" $FLAGS "$@" --save-every 10 --resume \
-            >>"$OUT/$name.log" 2>&1 ;;
-    esac || { echo "$name: see $OUT/$name.log"; return 1; }
-    case "$name" in
         family) at="1.0 0.9 0.8 0.7 0.6 0.5" ;;
         depth) at="1.0 0.901 0.801 0.601" ;;
-        width | text) at="1.0 0.9 0.8 0.6" ;;
+        width) at="1.0 0.9 0.8 0.6" ;;
     esac
-    # shellcheck disable=SC2086
-    python eval.py --model "$model" --budgets $at --text "$TEXT" --seq-len 1024 --tasks $TASKS --task-dir "$TASK_DIR" $ROWS \
-        --json >"$OUT/$name.part" 2>>"$OUT/$name.log" &&
-        mv "$OUT/$name.part" "$OUT/$name.json" && echo "$name: done" || { echo "$name: see $OUT/$name.log"; return 1; }
+    shift
+    # shellcheck disable=SC2086  # KINDS, TASKS, ROWS and at are lists of words
+    case "$model" in
+        */quantised) python -m bench.quantised --model "$OUT/family" "$@" --text "$TEXT" --kinds $KINDS \
+            --llama-quantize "$QUANTIZE" --json ;;
+        *) python eval.py --model "$model" --budgets $at --text "$TEXT" --seq-len 1024 --tasks $TASKS \
+            --task-dir "$TASK_DIR" $ROWS --json ;;
+    esac
 }
-export -f run
+
+run() {  # NAME FLAGS: what is not there yet
+    local at="$OUT/$1"
+    [ -s "$at.json" ] && return
+    if make "$@" >>"$at.log" 2>&1 && judge "$@" >"$at.part" 2>>"$at.log"; then
+        mv "$at.part" "$at.json" && echo "$1: done"
+    else
+        echo "$1: see $at.log"
+        return 1
+    fi
+}
+export -f write make train judge run
 
 [ "$ONLY" = --list ] && { runs; exit; }
 runs | grep -e "^$ONLY" >/dev/null || { echo "no run begins with $ONLY; see bash bench/real.sh --list" >&2 && exit 2; }

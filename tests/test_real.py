@@ -1,21 +1,40 @@
-"""real.sh and real.py: every run that is named can start, and the table says what the runs were."""
+"""real.sh, real.py and what they call: every run that is named can start, and the tables say what the runs were."""
+import dataclasses
 import json
 import math
 import os
 import shlex
 import subprocess
+import sys
 
 import pytest
+import torch
 
 import plumbing.settings
 import search.__main__ as search
-from bench import real
+from bench import own_text, quantised, real
+from data import prepare
+from data.heldout import text_windows
+from data.tokenizer import load_tokenizer
+from eval import mean_loss
 from model import LlamaConfig
-from tests.helpers import one_line_error
+from plumbing.family import Member
+from tests.helpers import GQA, one_line_error, random_llama
 from tests.processes import ROOT
+from tests.test_gguf import needs_gguf, raw_llama
 
 SMOL = LlamaConfig(dim=576, n_layers=30, n_heads=9, n_kv_heads=3, head_dim=64, ffn_dim=1536, vocab_size=49152, tied=True)
 NO_TRAINING = ("base", "cut")
+ZEROS = """
+import sys
+import gguf
+source, out, kind = sys.argv[1:]
+assert kind == "Q4_0"
+data = bytearray(open(source, "rb").read())
+start = gguf.GGUFReader(source).data_offset
+data[start:] = bytes(len(data) - start)
+open(out, "wb").write(data)
+"""
 
 
 def test_every_run_has_flags_that_exist_and_a_place_in_the_table(monkeypatch):
@@ -26,15 +45,17 @@ def test_every_run_has_flags_that_exist_and_a_place_in_the_table(monkeypatch):
     assert len(runs) == len(done.stdout.splitlines()) > 12
     for name, flags in runs.items():
         kind = name.split("-")[0]
-        assert kind in real.WHAT
-        if kind == "search":
+        assert kind in {*real.WHAT, real.QUANTISED}
+        if kind == real.QUANTISED:
+            quantised.parse_args(["--text", "x", *flags])
+        elif kind == "search":
             search.parse_args(["--llama", "x", "--data", "x", *flags])
         elif kind not in NO_TRAINING:
             args = plumbing.settings.parse_args(["--llama", "x", "--laptop", *flags])
-            assert args.steps == (440 if kind == "all" else 110)
+            assert args.steps == (440 if kind in ("all", "text", "written") else 110)
         else:
             assert not flags
-    assert {name.split("-")[0] for name in runs} == {*real.WHAT}
+    assert {name.split("-")[0] for name in runs} == {*real.WHAT, real.QUANTISED}
 
 
 def fake(budgets: list[float], trained=(1.0, 0.6), loss: float = 3.0) -> dict:
@@ -92,3 +113,105 @@ def test_a_run_that_is_none(words):
     environment = os.environ | {"OUT": "/nonexistent"}
     done = subprocess.run(["bash", str(ROOT / "bench/real.sh"), words], capture_output=True, text=True, env=environment)
     assert done.returncode == 2 and f"no run begins with {words}" in done.stderr
+
+
+# -----------------------------------------------------------------------------
+# text that the Llama wrote
+
+
+def test_own_text_is_drawn_as_without_a_cache():
+    """Catches rows that read each other's text, a position that is off by one, and numbers drawn in another order."""
+    model = random_llama(GQA)
+    found = own_text.write_texts(model, 3, 4, 7, torch.Generator().manual_seed(5))
+    generator = torch.Generator().manual_seed(5)
+    texts = torch.full((4, 1), 3)
+    for _ in range(7):
+        p = model(texts)[0][:, -1].softmax(-1)
+        texts = torch.cat([texts, torch.multinomial(p, 1, generator=generator)], 1)
+    assert found.tolist() == texts[:, 1:].tolist()
+    assert len({tuple(row) for row in found.tolist()}) == 4
+
+
+def test_a_document_ends_where_the_model_ends_it():
+    """Catches an end inside a document."""
+    assert own_text.up_to_end([5, 6, 0, 7, 1], {0, 1}) == [5, 6]
+    assert own_text.up_to_end([0, 5], {0, 1}) == []
+    assert own_text.up_to_end([5, 6], {0, 1}) == [5, 6]
+
+
+def test_own_text_can_be_prepared(tmp_path, capsys):
+    """Catches fewer tokens than asked for, and a file that data/prepare.py reads otherwise."""
+    raw_llama(tmp_path / "llama", GQA)
+    argv = ["--model", str(tmp_path / "llama"), "--tokens", "300", "--length", "20", "--batch", "8"]
+    own_text.main([*argv, "--out", str(tmp_path / "own.jsonl")])
+    said = capsys.readouterr().out
+    texts = [json.loads(line)["text"] for line in (tmp_path / "own.jsonl").read_text().splitlines()]
+    assert len(texts) % 8 == 0 and f": {len(texts)} documents, " in said
+    assert int(said.split()[-2].replace(",", "")) >= 300
+    own_text.main([*argv, "--out", str(tmp_path / "again.jsonl")])
+    assert (tmp_path / "again.jsonl").read_bytes() == (tmp_path / "own.jsonl").read_bytes()
+    prepare.main(["--input", str(tmp_path / "own.jsonl"), "--tokenizer", str(tmp_path / "llama/tokenizer.model"),
+                  "--out", str(tmp_path / "data")])
+    assert (tmp_path / "data/train_000000.bin").exists()
+    with one_line_error(capsys, "--length 9000", "the window"):
+        own_text.main([*argv, "--length", "9000"])
+
+
+def test_a_llama_that_writes_nothing_is_a_line(tmp_path, capsys, monkeypatch):
+    """Catches a program that never ends."""
+    raw_llama(tmp_path / "llama", GQA)
+    bos = load_tokenizer(tmp_path / "llama/tokenizer.model", 560).encode_single_token("<|begin_of_text|>")
+    monkeypatch.setattr(own_text, "write_texts", lambda model, bos, n, length, generator: torch.full((n, 5), bos))
+    with one_line_error(capsys, "before its first token"):
+        own_text.main(["--model", str(tmp_path / "llama"), "--length", "5", "--out", str(tmp_path / "own.jsonl")])
+    assert not (tmp_path / "own.jsonl").exists()
+
+
+# -----------------------------------------------------------------------------
+# sizes in encodings
+
+
+@needs_gguf
+def test_encodings_are_scored_as_the_file_holds_them(tmp_path, capsys):
+    """Catches a loss of the weights before they were rounded, another slice's, and bytes of another file."""
+    wide = dataclasses.replace(GQA, dim=64, ffn_dim=96)
+    model = raw_llama(tmp_path / "llama", wide)
+    text = tmp_path / "text.txt"
+    text.write_text("the cat sat on the mat and the dog ate the cake " * 9)
+    fake = tmp_path / "quantize"  # what llama.cpp's program would do, but all tensors become 0
+    fake.write_text(f"#!{sys.executable}\n" + ZEROS)
+    fake.chmod(0o755)
+    argv = ["--model", str(tmp_path / "llama"), "--budgets", "1.0", "--seq-len", "32", "--text", str(text), "--json"]
+    quantised.main([*argv, "--kinds", "f16", "q8_0", "q4_0", "--llama-quantize", str(fake)])
+    *table, last = capsys.readouterr().out.splitlines()
+    half, byte, none = json.loads(last)["rows"]
+
+    tokenizer = load_tokenizer(tmp_path / "llama/tokenizer.model", 560)
+    pairs = text_windows(text, tokenizer, 32)
+    exact = mean_loss(Member(model, model.full), pairs, None)["loss"]
+    state = {name: w.half().float() if w.dim() > 1 else w for name, w in model.state_dict().items()}
+    model.load_state_dict(state)
+    assert half["loss"] == pytest.approx(mean_loss(Member(model, model.full), pairs, None)["loss"], abs=2e-5) != exact
+    assert 1e-5 < abs(byte["loss"] - half["loss"]) < 0.1
+    assert none["loss"] == pytest.approx(math.log(560), abs=1e-4)
+    assert byte["bytes"] < 0.7 * half["bytes"] and none["bytes"] == half["bytes"]
+    assert half["bits"] == pytest.approx(8 * half["bytes"] / sum(w.numel() for w in model.parameters()), abs=0.01)
+    assert len(table) == 5 and table[2].startswith(f"| {byte['bytes'] / 1e6:.1f} | 1 | q8_0 |")
+
+
+def test_what_nothing_smaller_beats():
+    """Catches a row in bold that a smaller file beats, or one that is not though none does."""
+    rows = [dict(bytes=b, loss=x) for b, x in ((30, 2.0), (10, 3.0), (20, 3.5), (40, 2.0), (25, 2.5), (10, 3.2))]
+    found = {(row["bytes"], row["loss"]): row["best"] for row in quantised.smallest_first(rows)}
+    assert found == {(10, 3.0): True, (10, 3.2): False, (20, 3.5): False, (25, 2.5): True, (30, 2.0): True, (40, 2.0): False}
+
+
+@needs_gguf
+@pytest.mark.parametrize("program, expected", [("nowhere", "does not start"), ("false", "made no q4_0")])
+def test_a_quantiser_that_fails_is_a_line(tmp_path, capsys, program, expected):
+    """Catches a traceback, and a figure of a file that is not there."""
+    raw_llama(tmp_path / "llama", GQA)
+    (tmp_path / "text.txt").write_text("the cat sat on the mat")
+    with one_line_error(capsys, expected, "q4_0"):
+        quantised.main(["--model", str(tmp_path / "llama"), "--budgets", "1.0", "--kinds", "q4_0",
+                        "--text", str(tmp_path / "text.txt"), "--llama-quantize", program])
