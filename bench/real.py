@@ -2,17 +2,18 @@
 The table of a real Llama in RESULTS.md, from the runs of real.sh.
 
     python -m bench.real --collect out/real     reads the runs into assets/real.json first
-    python -m bench.real                        prints the tables as Markdown
+    python -m bench.real                        prints the tables as Markdown, draws real.png
 
 A row is a model of some size. "Exp.": the budget was trained. "Inter.": it lies between trained ones, and
 no step ran it; "under": it is smaller than all of them.
 """
 import json
 import math
+import sys
 from pathlib import Path
 
 from bench import quantised
-from bench.results import ASSETS, last_object, spent
+from bench.results import ASSETS, last_object, points, spent
 from plumbing.checkpoint import LOG, RESUME
 from plumbing.errors import Parser, fail, run_main
 from plumbing.files import atomic_write
@@ -45,18 +46,20 @@ def collect(folder) -> dict:
     """All finished runs in a folder of real.sh: name -> its rows and, if it trained, what it took."""
     runs = {}
     for path in sorted(Path(folder).glob("*.json")):
-        found = last_object(path)
         if path.stem == QUANTISED:
+            found = last_object(path)
             runs[QUANTISED] = dict(tokens=found["tokens"], rows=found["rows"])
             continue
+        found, heldout = map(json.loads, path.read_text(encoding="utf-8").splitlines())  # judge() in real.sh
         trained = path.with_suffix("")
         run = dict(trained=found["trained"], rows=[])
         if (trained / LOG).exists() and (trained / RESUME).exists() and not path.stem.startswith("search"):
             run |= spent(trained)
             run["losses"] = losses_by_tokens(trained)
-        for row in found["rows"]:
+        for row, other in zip(found["rows"], heldout["rows"]):
             kept = {key: row[key] for key in ("budget", "got", "params", "dim", "n_heads", "ffn_dim")}
-            kept |= dict(n_layers=len(row["layers"]), loss=round(row["loss"], 5), tokens=row["tokens"])
+            kept |= dict(n_layers=len(row["layers"]), loss=round(row["loss"], 5), tokens=row["tokens"],
+                         heldout=round(other["loss"], 5), heldout_tokens=other["tokens"])
             kept["tasks"] = {name: [round(metrics[TASKS[name].metric], 5), metrics["n"]]
                              for name, metrics in row["tasks"].items()}
             run["rows"].append(kept)
@@ -82,7 +85,7 @@ def kind_of(name: str, run: dict, budget: float) -> str:
 def table(runs: dict) -> str:
     """A row per model and size, the largest first; at one size in WHAT's order."""
     names = list(runs["base"]["rows"][0]["tasks"])
-    head = ["parameters [share]", "model", "", "WikiText-2", *names, "average"]
+    head = ["parameters [share]", "model", "", "held out", "WikiText-2", *names, "average"]
     full = runs["base"]["rows"][0]["params"]
     order = list(WHAT)
     lines = []
@@ -94,7 +97,8 @@ def table(runs: dict) -> str:
             asked = float(size or round(row["budget"], 1))  # own-0.60 has one size, and runs at 1.0
             shares = [share for share, _ in row["tasks"].values()]
             cells = [f"{row['params'] / 1e6:.1f}M [{row['params'] / full:.3f}]", WHAT[what],
-                     kind_of(name, run, row["budget"]), f"{math.exp(row['loss']):.2f}",
+                     kind_of(name, run, row["budget"]), f"{row['heldout']:.3f}",
+                     f"{math.exp(row['loss']):.2f}",
                      *(f"{share:.3f}" for share in shares), f"{sum(shares) / len(shares):.3f}"]
             lines.append((-asked, order.index(what), "| " + " | ".join(cells) + " |"))
     return "\n".join(["| " + " | ".join(head) + " |", "|---" * len(head) + "|", *(line for *_, line in sorted(lines))])
@@ -120,8 +124,51 @@ def cost_table(runs: dict) -> str:
     return "\n".join(lines)
 
 
+# -----------------------------------------------------------------------------
+# the picture
+
+
+SERIES = {"cut": ("cut out, not trained", "#555555", "--"), "width": ("width alone", "#2e7d32", "-"),
+          "depth": ("layers alone", "#ef6c00", "-"), "family": ("one run, every size", "#1565c0", "-")}
+ALONE = {"own": ("its own share of the tokens, alone", "#c62828", "s"), "all": ("all tokens, alone", "#6a1b9a", "D")}
+
+
+def rows_of(runs: dict, what: str) -> list[dict]:
+    """The rows of a model in all sizes, as the picture wants them."""
+    rows = []
+    for name, run in runs.items():
+        if name.partition("-")[0] == what:
+            rows += [dict(params=row["params"], loss=row["heldout"]) for row in run["rows"]]
+    return rows
+
+
+def draw(runs: dict, path: Path) -> None:
+    """Held-out loss against parameters. What is not there is left out. ImportError: no matplotlib."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    whole = rows_of(runs, "base")
+    for what, (label, colour, dashes) in SERIES.items():
+        rows = rows_of(runs, what)
+        if rows:
+            start = whole if what == "cut" else []  # the cut of everything is the base
+            axes.plot(*points(rows + start), color=colour, linestyle=dashes, linewidth=2.5 if what == "family" else 1.6,
+                      marker="o", label=label)
+    for what, (label, colour, marker) in ALONE.items():
+        rows = rows_of(runs, what)
+        if rows:
+            axes.scatter(*points(rows), s=48, zorder=3, color=colour, marker=marker, label=label)
+    axes.set_xlabel("parameters without embeddings, millions", fontsize=12)
+    axes.set_ylabel("loss on held-out text (nats)", fontsize=12)
+    axes.legend(frameon=False, fontsize=11)
+    axes.spines[["top", "right"]].set_visible(False)
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=150)
+
+
 def main(argv=None) -> None:
-    """Prints the tables; collects first if asked to."""
+    """Prints the tables and draws the picture; collects first if asked to."""
     p = Parser("python -m bench.real", __doc__)
     p.add_argument("--collect", help="a folder of real.sh's runs to read into real.json")
     p.add_argument("--assets", default=str(ASSETS), help="where real.json is")
@@ -134,7 +181,7 @@ def main(argv=None) -> None:
         fail(f"{path} is not there; expected the runs of real.sh in it; run: bash bench/real.sh")
     runs = json.loads(path.read_text(encoding="utf-8"))
     rows = runs["base"]["rows"][0]
-    print(f"WikiText-2: perplexity on {rows['tokens']:,} tokens. Tasks: "
+    print(f"Held out: nats on {rows['heldout_tokens']:,} tokens. WikiText-2: perplexity on {rows['tokens']:,}. Tasks: "
           + ", ".join(f"{name} {n} rows" for name, (_, n) in rows["tasks"].items()) + "\n")
     print(table(runs))
     if "family" in runs:
@@ -142,6 +189,11 @@ def main(argv=None) -> None:
     if QUANTISED in runs:
         print("\n" + quantised.table(runs[QUANTISED]["rows"]))
     print("\n" + cost_table(runs))
+    picture = path.with_suffix(".png")
+    try:
+        draw(runs, picture)
+    except ImportError:
+        print(f"{picture} was not drawn: pip install matplotlib", file=sys.stderr)
 
 
 if __name__ == "__main__":

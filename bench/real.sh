@@ -21,6 +21,7 @@ OTHER=${OTHER:-data/wikitext}                    # other text, for one run;
 export OWN=${OWN:-$OUT/own}                      # and what the Llama wrote itself, for another: made here
 export TEXT=${TEXT:-book.txt} TASK_DIR=${TASK_DIR:-data/tasks}  # what judges: no training reads it
 export TASKS=${TASKS:-piqa arc_easy winogrande lambada_openai}
+export HELDOUT=${HELDOUT:---windows 32 --seq-len 256}  # and of what training reads, the part that is held out
 export ROWS=${ROWS---limit 200}                  # of a task; ROWS= for all
 export FLAGS=${FLAGS:---laptop}                  # of every training
 STEPS=${STEPS:-110}                              # what FLAGS makes of --steps
@@ -86,12 +87,13 @@ judge() {  # NAME FLAGS: its figures, as JSON
         width) at="1.0 0.9 0.8 0.6" ;;
     esac
     shift
-    # shellcheck disable=SC2086  # KINDS, TASKS, ROWS and at are lists of words
+    # shellcheck disable=SC2086  # KINDS, TASKS, ROWS, HELDOUT and at are lists of words
     case "$model" in
         */quantised) python -m bench.quantised --model "$OUT/family" "$@" --text "$TEXT" --kinds $KINDS \
             --llama-quantize "$QUANTIZE" --json ;;
         *) python eval.py --model "$model" --budgets $at --text "$TEXT" --seq-len 1024 --tasks $TASKS \
-            --task-dir "$TASK_DIR" $ROWS --json ;;
+            --task-dir "$TASK_DIR" $ROWS --json &&
+            python eval.py --model "$model" --budgets $at --data "$DATA" $HELDOUT --json ;;
     esac
 }
 

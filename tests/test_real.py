@@ -75,7 +75,8 @@ def test_the_table_says_what_the_runs_were(tmp_path, capsys):
     runs = {"base": fake([1.0], [], 2.5), "family": fake([1.0, 0.8, 0.6, 0.5]), "own-0.60": fake([1.0], [1.0], 4.0)}
     runs["own-0.60"]["rows"][0] |= dict(params=600_000, got=1.0)
     for name, found in runs.items():
-        (tmp_path / f"real/{name}.json").write_text("\n" + json.dumps(found) + "\n")
+        heldout = dict(rows=[dict(loss=row["loss"] + 7, tokens=500) for row in found["rows"]])
+        (tmp_path / f"real/{name}.json").write_text(json.dumps(found) + "\n" + json.dumps(heldout) + "\n")
     log = [dict(settings=dict(seq_len=4, batch_tokens=8, budgets=[1.0, 0.6]), commit="c0ffee", torch="2", device="cpu"),
            dict(step=5, val={"1.0": 3.1, "0.6": 3.9}), dict(step=10, val={"1.0": 3.0, "0.6": 3.4})]
     (tmp_path / "real/family").mkdir()
@@ -85,18 +86,38 @@ def test_the_table_says_what_the_runs_were(tmp_path, capsys):
     (tmp_path / "real/family/log.jsonl").unlink()  # a family without a log took nothing that is known
     runs = real.collect(tmp_path / "real")
     runs["family"]["losses"] = curves
+    rows = [dict(budget=1.0, kind="q8_0", params=5, bytes=2_000_000, bits=8.5, loss=3.25)]
+    runs["quantised"] = dict(tokens=9, rows=rows)
+    runs["family"] |= dict(steps=10, tokens=160, flops=6e9, seconds=7200, commit="c0ffee")
     (tmp_path / "real.json").write_text(json.dumps(runs))
     real.main(["--assets", str(tmp_path)])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "WikiText-2: perplexity on 1,000 tokens. Tasks: hellaswag 200 rows, lambada_openai 200 rows"
+    assert lines[0] == ("Held out: nats on 500 tokens. WikiText-2: perplexity on 1,000. Tasks: hellaswag 200 rows, lambada_openai 200 rows")
     body = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[4:10]]
     assert [(row[0], row[1], row[2]) for row in body] == [
         ("1.0M [1.000]", "the base, untouched", ""), ("1.0M [1.000]", "**the family**", "Exp."),
         ("0.8M [0.800]", "**the family**", "Inter."), ("0.6M [0.600]", "**the family**", "Exp."),
         ("0.6M [0.600]", "it alone, on its own tokens", ""), ("0.5M [0.500]", "**the family**", "under")]
-    assert body[3][3] == f"{math.exp(3.4):.2f}"
-    assert body[3][4:] == ["0.100", "0.300", "0.200"]  # acc_norm of HellaSwag, acc of LAMBADA
+    assert body[3][3:5] == ["10.400", f"{math.exp(3.4):.2f}"]
+    assert body[3][5:] == ["0.100", "0.300", "0.200"]  # acc_norm of HellaSwag, acc of LAMBADA
     assert "| 0.6 | 3.900 | 3.400 |" in lines
+    assert "| 2.0 | 1 | q8_0 | 8.50 | **3.250** |" in lines
+    assert lines[-1] == "| family | 10 | 160 | 6.0e+09 | 2.0 | c0ffee |"
+
+
+def test_the_picture(tmp_path):
+    """Catches a picture that lacks a series, or is not drawn."""
+    pytest.importorskip("matplotlib")
+    row = dict(params=100, heldout=3.0)
+    whole = dict(rows=[row, dict(params=50, heldout=4.0)])
+    runs = {"base": dict(rows=[row]), "family": whole, "cut-0.60": dict(rows=[dict(params=60, heldout=5.0)])}
+    runs |= {"depth": dict(rows=[dict(params=90, heldout=4.5)]), "own-0.60": dict(rows=[dict(params=60, heldout=4.2)])}
+    pictures = set()
+    for left_out in [None, *runs]:
+        real.draw({name: run for name, run in runs.items() if name != left_out}, tmp_path / "real.png")
+        pictures.add((tmp_path / "real.png").read_bytes())
+    assert len(pictures) == 6 and all(p.startswith(b"\x89PNG") for p in pictures)
+    assert real.rows_of(runs, "own") == [dict(params=60, loss=4.2)]
 
 
 def test_nothing_to_show_is_a_line(tmp_path, capsys):
