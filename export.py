@@ -13,7 +13,7 @@ There are four things to do after training:
 
     route    ask the router for the SubNet                             plumbing/family.py
     cut      take its corner out of every tensor                       model.py: slices
-    fold     multiply the modulation's factors into wo and w2          below: fold
+    fold     multiply the modulation's factors into wo and w2          below: folded
     write    a folder or a file that appears all at once               plumbing/
 
 The result computes what the supernet computes at that budget. In Meta's layout it is a folder like

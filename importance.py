@@ -137,7 +137,7 @@ def layers_by_logits(model: Llama, windows: Tensor, batch: int = 8) -> list[int]
 
     The layer that does least goes, then the rest is judged again. (The criterion of Nemotron
     Elastic, a successor of LLaMaFlex.)
-    That is about n_layers^2 / 4 forward passes: what runs before the removed layer is the same with
+    That is about n_layers^2 / 6 forward passes: what runs before the removed layer is the same with
     and without it, and runs once.
     """
     output = model.output.weight.float()  # vocab_size, dim
@@ -256,7 +256,7 @@ def rank(
             scores[axis] = [yardstick(units, s, generator) for s in of_axis]
 
     orders = unit_orders(model, scores)
-    # layers: only a few of the windows for the logits, because n_layers^2 / 4 passes read them
+    # layers: only a few of the windows for the logits, because n_layers^2 / 6 passes read them
     if depth == "logits":
         few = min(len(windows), max(2, 2048 // T))
         spread = [k * len(windows) // few for k in range(few)]

@@ -22,7 +22,8 @@ Six things differ from a plain Llama. Their places are marked `# <-- n` below.
   3. elastic heads    a layer runs the first query heads of every KV group. All KV heads stay,
                       but in MHA, where a KV head goes with its query head
   4. elastic depth    only the layers that are kept run
-  5. gates            multipliers in [0, 1] on all units; a router gets its gradient through them
+  5. gates            multipliers in [0, 1] on all units; with --teach soft a router gets its
+                      gradient through them (by default it compares losses: router.py)
   6. modulation       a factor on the outputs of attention and MLP that depends on the slice
 
 Slices save time: the blocks of a slice with a share c of the parameters take about c times as long.

@@ -34,8 +34,9 @@ There are two ways to keep to the budget (--router):
 
 Two baselines have no router: `uniform` shrinks all axes alike, `random` takes any member of F(b).
 
-The router is tiny and stays on the CPU, so asking for a slice never waits for a GPU. It hands two
-short vectors to the model, the distribution and the modulation factors, and gets their gradients.
+The router is tiny and stays on the CPU, so asking for a slice never waits for a GPU. It hands the
+modulation factors to the model, a short vector, and gets their gradient; with `soft` the
+distribution too.
 
 Try it:
     python -c "from router import *; print(Router(Space(LlamaConfig())).route(0.5))"

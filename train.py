@@ -8,7 +8,8 @@ does.)
 
     python train.py                           the demo: text of this machine, two CPU cores, minutes
     torchrun --nproc_per_node=2 train.py      the same on two processes
-    torchrun --nproc_per_node=8 train.py --llama Llama-3.1-8B --data data/mytext --out out/flex-8b
+    torchrun --nproc_per_node=8 train.py --llama Llama-3.1-8B --data data/mytext --out out/flex-8b \
+        --shard fsdp --activation-checkpointing
 
 The demo first trains a small dense Llama into out/base, with the same loop: a dense run is an
 elastic run whose only budget is 1. Then the units are ranked and sorted (importance.py), the family
@@ -16,14 +17,14 @@ is trained, and a table of budgets is printed. What is not the method (flags, lo
 signals) is in plumbing/.
 
 The settings of the method (all flags: plumbing/settings.py), for the demo and, in brackets, for
-models over 100M parameters, as the paper has them:
+models over 100M parameters: the paper's where it states them.
 
     budgets    1 .8 .6 .4             in every step
     steps      900 (28,800)           of 512 (524,288) tokens per budget
     lr         2e-3 (4e-5)            the Llama's
     router_lr  6.6e-4 (8.2e-5)        falls with the 0.6th power of the steps; the paper has 4e-2
     mod. lr    1e-3 (1e-3)            the modulation's
-    tau        1 -> .056              how soft the router's choice is
+    tau        1 -> .056              how soft the router's choice is, with --teach soft
     kappa      1 -> 10                its logits against the noise
     kd         0; with --llama .5     share of the loss under b = 1 in which the base is the teacher
     teach      1 -> 0                 share of passes that teach the router, from .12 to .45 of the
@@ -190,7 +191,7 @@ class Handover:
 
     The router stays outside DDP. So the model never sees the router's graph: it gets leaves, copies
     of the router's signals that have no history and collect a gradient. The signals are short
-    vectors, marginals and modulation factors. After the last pass every leaf holds the gradient of
+    vectors, modulation factors and, in a soft pass, marginals. After the last pass every leaf holds the gradient of
     the step's loss. backward() averages these gradients over the ranks and sends them through the
     router, once."""
 
@@ -339,7 +340,7 @@ def train_step(wrapped, model, router, shards, step, args, device, teacher=None)
         choices = [Choice(model.full)] * n
     else:
         choices = [router.sample(budget, step, tau, kappa, args.penalty) for budget in budgets]
-    same_on_all_ranks(str([choice.subnet for choice in choices]), step)
+    same_on_all_ranks(str([(choice.subnet, choice.other) for choice in choices]), step)
     penalties = [choice.penalty / n for choice in choices if choice.penalty is not None]
 
     for i, (budget, choice) in enumerate(zip(budgets, choices)):

@@ -5,7 +5,7 @@ The starting points of models that train alone: what a family is compared with.
 
 For every trained budget of the family in --model, two plain Llamas of the very shape that its
 router chose:
-    OUT/cut-0.60        the slice of the sorted, untrained base
+    OUT/cut-0.60        the slice of the base, sorted and not trained further
     OUT/scratch-0.60    the same shape with fresh weights
 Each then trains by itself:  python train.py --llama OUT/cut-0.60 --budgets 1.0 ...
 """

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Every run behind RESULTS.md's table of a real Llama. Each is trained into $OUT/NAME and evaluated into $OUT/NAME.json, two
 # at a time on one thread each. A run that is there is not made again, one that was stopped goes on. Then bench/real.py
-# makes the table.
+# makes the table. It wants what README's walk leaves, shards of another text ($OTHER), the files of the tasks
+# (python -m tasks.download) and llama.cpp's llama-quantize; without the last, f16 and q8_0 are all encodings.
 #
 #     bash bench/real.sh               all of it, after README's walk: some five hours on two cores
 #     bash bench/real.sh depth         only the runs whose names begin so (and what they start from)
@@ -26,7 +27,8 @@ export ROWS=${ROWS---limit 200}                  # of a task; ROWS= for all
 export FLAGS=${FLAGS:---laptop}                  # of every training
 STEPS=${STEPS:-110}                              # what FLAGS makes of --steps
 export WRITE=${WRITE:---tokens 240000}           # how much it writes
-export KINDS=${KINDS:-f16 q8_0 q5_0 q4_0} QUANTIZE=${QUANTIZE:-llama-quantize}  # encodings; llama.cpp's program for them
+export QUANTIZE=${QUANTIZE:-llama-quantize}      # llama.cpp's program for encodings, and which
+export KINDS=${KINDS:-f16 q8_0$(command -v "$QUANTIZE" >/dev/null && echo " q5_0 q4_0")}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
 runs() {  # NAME FLAGS of train.py, or of search; base and cut-B train nothing
@@ -111,8 +113,12 @@ export -f write make train judge run
 
 [ "$ONLY" = --list ] && { runs; exit; }
 runs | grep -e "^$ONLY" >/dev/null || { echo "no run begins with $ONLY; see bash bench/real.sh --list" >&2 && exit 2; }
+for path in "$LLAMA" "$DATA" "$OTHER" "$TEXT" "$TASK_DIR"; do
+    [ -e "$path" ] || { echo "error: $path is not there; expected what the head of bench/real.sh names" >&2 && exit 2; }
+done
 mkdir -p "$OUT"
 run family
 [ -e "$OUT/cut-0.60" ] || python -m bench.alone --model "$OUT/family" --base "$LLAMA" --out "$OUT"
-runs | grep -e "^$ONLY" | xargs -P "${JOBS:-2}" -I{} bash -c 'run {}'
+runs | grep -e "^$ONLY" | xargs -P "${JOBS:-2}" -I{} bash -c 'run {}' || failed=$?
 python -m bench.real --collect "$OUT" --assets "$ASSETS"
+exit "${failed:-0}"

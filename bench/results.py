@@ -30,7 +30,8 @@ BEFORE = "before"  # the run that is none: slices of the sorted, untrained base 
 
 
 def spent(folder: Path) -> dict:
-    """What a run's log says it took: optimizer steps, tokens, training FLOPs, seconds.
+    """What a run's log says it took: optimizer steps, tokens, training FLOPs (those of a teacher
+    included), seconds.
 
     The seconds are those of its median step, times the steps, since other programs slow some."""
     lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
@@ -43,6 +44,9 @@ def spent(folder: Path) -> dict:
     flops = 0.0
     for record in steps:
         others = record.get("other", [None] * len(record["got"]))
+        budgets = record.get("budget", [])
+        if settings.get("kd"):                # a forward of the base at every budget under 1
+            flops += sum(budget < 1 for budget in budgets) * train_flops(config, settings["seq_len"]) / 3
         for soft, got, other in zip(record["soft"], record["got"], others):
             share = 1.0 if soft else got  # a soft pass runs everything
             flops += train_flops(config, settings["seq_len"], share)

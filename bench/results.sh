@@ -96,7 +96,7 @@ run router-0 --seed 0
     python -m bench.before --model "$OUT/router-0" --base "${LLAMA:-$OUT/base}" --budgets $AT --json >"$OUT/before.part"
     mv "$OUT/before.part" "$OUT/before.json"
 }
-runs | grep -e "^$ONLY" | xargs -P "${JOBS:-2}" -I{} bash -c 'run {}'
+runs | grep -e "^$ONLY" | xargs -P "${JOBS:-2}" -I{} bash -c 'run {}' || failed=$?
 for name in router-0 width-0 depth-0; do  # what a budget costs to run: one at a time, on a quiet machine
     [ ! -s "$OUT/$name.json" ] || [ -s "$OUT/$name.speed" ] || {
         # shellcheck disable=SC2086
@@ -106,3 +106,4 @@ for name in router-0 width-0 depth-0; do  # what a budget costs to run: one at a
     }
 done
 python -m bench.results --collect "$OUT" --assets "$ASSETS"
+exit "${failed:-0}"

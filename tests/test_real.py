@@ -236,3 +236,11 @@ def test_a_quantiser_that_fails_is_a_line(tmp_path, capsys, program, expected):
     with one_line_error(capsys, expected, "q4_0"):
         quantised.main(["--model", str(tmp_path / "llama"), "--budgets", "1.0", "--kinds", "q4_0",
                         "--text", str(tmp_path / "text.txt"), "--llama-quantize", program])
+
+
+def test_what_is_missing_is_said_before_anything_runs(tmp_path):
+    """Catches a script that trains for hours and then finds no text to judge with."""
+    environment = os.environ | {"OUT": str(tmp_path / "out"), "LLAMA": str(tmp_path), "DATA": str(tmp_path / "none")}
+    done = subprocess.run(["bash", str(ROOT / "bench/real.sh")], capture_output=True, text=True, env=environment)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and f"error: {tmp_path / 'none'}" in done.stderr
+    assert not (tmp_path / "out").exists()

@@ -62,6 +62,13 @@ def test_what_a_run_took(tmp_path):
     assert took["flops"] == pytest.approx(20 * (2 * half + 4 * whole))
     assert (took["commit"], took["device"]) == ("c0ffee", "cpu")
 
+    # With a teacher: a forward of the base at every budget under 1.
+    header["settings"]["kd"] = 0.5
+    for record in records[1:-1]:
+        record["budget"] = [0.5, 1.0]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert results.spent(tmp_path)["flops"] == pytest.approx(20 * (2 * half + 5 * whole))
+
 
 def fake_run(loss: float, over: float = -0.01, at=None) -> dict:
     """A run that gets what was asked + over, or `at` at every budget; its loss rises by one from 1.0 to 0."""
