@@ -34,6 +34,8 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 runs() {  # NAME FLAGS of train.py, or of search; base and cut-B train nothing
     echo "base"
     echo "family"
+    # Models alone have no teacher; this family has none either
+    echo "plain --kd 0"
     # From what the router may choose: whole layers cost a hair more than their share
     echo "depth --dim-choices $DIM --n-heads-choices $HEADS --ffn-dim-choices $FFN --budgets 1.0 0.901 0.801 0.601"
     echo "width --n-layers-choices $LAYERS"
@@ -86,7 +88,7 @@ judge() {  # NAME FLAGS: its figures, as JSON
         base) model=$LLAMA ;;
         family) at="1.0 0.9 0.8 0.7 0.6 0.5" ;;
         depth) at="1.0 0.901 0.801 0.601" ;;
-        width) at="1.0 0.9 0.8 0.6" ;;
+        width | plain) at="1.0 0.9 0.8 0.6" ;;
     esac
     shift
     # shellcheck disable=SC2086  # KINDS, TASKS, ROWS, HELDOUT and at are lists of words
