@@ -19,10 +19,19 @@ from plumbing.errors import Parser, fail, run_main
 from plumbing.files import atomic_write
 from tasks.questions import TASKS
 
-WHAT = {"base": "the base, untouched", "family": "**the family**", "plain": "the family without a teacher", "chosen": "the family, its slices from the start", "depth": "layers alone", "width": "width alone",
-        "cut": "the family's slice, no training", "own": "it alone, on its own tokens",
-        "all": "it alone, on all tokens", "search": "search, no training",
-        "text": "it alone, on all tokens of other text", "written": "it alone, on as many that the base wrote"}
+WHAT = {
+    "base": "the base, untouched",
+    "family": "**the family**",
+    "plain": "the family without a teacher",
+    "chosen": "the family, its slices from the start",
+    "depth": "layers alone",
+    "width": "width alone",
+    "cut": "the family's slice, no training",
+    "own": "it alone, on its own tokens",
+    "all": "it alone, on all tokens",
+    "search": "search, no training",
+    "text": "it alone, on all tokens of other text",
+    "written": "it alone, on as many that the base wrote"}
 QUANTISED = "quantised"  # sizes in encodings: a table of its own
 
 # -----------------------------------------------------------------------------

@@ -120,6 +120,37 @@ def test_the_picture(tmp_path):
     assert real.rows_of(runs, "own") == [dict(params=60, loss=4.2)]
 
 
+def committed() -> dict:
+    """assets/real.json."""
+    return json.loads((ROOT / "assets/real.json").read_text())
+
+
+def test_the_page_has_the_tables():
+    """Catches a number in RESULTS.md that the committed runs do not say."""
+    runs = committed()
+    page = (ROOT / "RESULTS.md").read_text()
+    for made in (real.table(runs), real.curve_table(runs), real.cost_table(runs)):
+        assert made in page
+    if real.QUANTISED in runs:
+        assert quantised.table(runs[real.QUANTISED]["rows"]) in page
+
+
+def test_readme_says_what_the_runs_say():
+    """Catches a figure of README's walk that the committed runs do not say."""
+    runs = committed()
+    page = (ROOT / "README.md").read_text()
+    last = {budget: curve[max(curve, key=int)] for budget, curve in runs["family"]["losses"].items()}
+    rows = {float(words[0].strip("*")): words for words in map(str.split, page.splitlines())
+            if len(words) == 9 and words[2] == "576"}
+    for budget, loss in last.items():
+        before = runs["base" if budget == "1.0" else f"cut-{float(budget):.2f}"]["rows"][0]["heldout"]
+        assert rows[float(budget)][6:8] == [f"{before:.3f}", f"{loss:.3f}"]
+    found = {row["budget"]: row["loss"] for row in runs["family"]["rows"]}
+    base = runs["base"]["rows"][0]["loss"]
+    said = " ".join(page.split())
+    assert f"the base has {base:.3f} and the family {found[1.0]:.3f}, {found[0.8]:.3f} and {found[0.6]:.3f} at 1, .8" in said
+
+
 def test_nothing_to_show_is_a_line(tmp_path, capsys):
     """Catches a traceback where a run is missing."""
     with one_line_error(capsys, "real.json is not there", "bash bench/real.sh"):
