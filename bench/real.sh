@@ -19,7 +19,7 @@ export LLAMA=${LLAMA:-out/smollm2}               # what training starts from
 DIM=${DIM:-576} HEADS=${HEADS:-9} FFN=${FFN:-1536} LAYERS=${LAYERS:-30}  # its shape
 CHOSEN=${CHOSEN:---ffn-dim-choices 1024 1280 1536 --n-layers-choices 22 30}  # of which the family's slices are made
 export DATA=${DATA:-data/novels}                 # what training reads;
-OTHER=${OTHER:-data/wikitext}                    # other text, for one run;
+OTHER=${OTHER:-data/wikitext-2}                  # other text, for one run;
 export OWN=${OWN:-$OUT/own}                      # and what the Llama wrote itself, for another: made here
 export TEXT=${TEXT:-book.txt} TASK_DIR=${TASK_DIR:-data/tasks}  # what judges: no training reads it
 export TASKS=${TASKS:-piqa arc_easy winogrande lambada_openai}

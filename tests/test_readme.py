@@ -153,7 +153,7 @@ def desk(tmp_path_factory):
     prose = "".join(path.read_text() for path in sources)
     for i in range(30):
         (desk / "notes" / f"{i}.md").write_text(prose[i * 2000:(i + 1) * 2000])
-    for name in ("book.txt", "wikitext-2-test.txt"):
+    for name in ("book.txt", "wikitext-2-test.txt", "wikitext-2-train.txt"):
         (desk / name).write_text(prose[:2000])
     shutil.copy(ROOT / "assets/results.json", desk)
     with gzip.open(desk / "web.jsonl.gz", "wt") as f:
