@@ -80,11 +80,12 @@ def measure(family: Family, budget: float, kinds: list[str], pairs, quantize: st
 
 def smallest_first(rows: list[dict]) -> list[dict]:
     """Rows by bytes, each with best=True if nothing smaller, or as small, is as good."""
+    rows = sorted(rows, key=lambda row: (row["bytes"], row["loss"]))
     best = math.inf
-    for row in sorted(rows, key=lambda row: (row["bytes"], row["loss"])):
+    for row in rows:
         row["best"] = row["loss"] < best
         best = min(best, row["loss"])
-    return sorted(rows, key=lambda row: row["bytes"])
+    return rows
 
 
 def table(rows: list[dict]) -> str:

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from bench import quantised
-from bench.results import ASSETS, last_object, points, spent
+from bench.results import ASSETS, last_object, points, save_runs, spent
 from plumbing.checkpoint import LOG, RESUME
 from plumbing.errors import Parser, fail, run_main
 from plumbing.files import atomic_write
@@ -184,8 +184,7 @@ def main(argv=None) -> None:
     args = p.parse_args(argv)
     path = Path(args.assets) / "real.json"
     if args.collect:
-        with atomic_write(path) as file:
-            file.write((json.dumps(collect(args.collect), indent=1) + "\n").encode())
+        save_runs(path, collect(args.collect))
     if not path.exists():
         fail(f"{path} is not there; expected the runs of real.sh in it; run: bash bench/real.sh")
     runs = json.loads(path.read_text(encoding="utf-8"))

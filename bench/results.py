@@ -466,7 +466,7 @@ def draw(r: Runs, path: Path) -> None:
 
 
 def save_runs(path: Path, runs: dict) -> None:
-    """results.json, a line a run."""
+    """results.json or real.json, a line a run."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = []
     for name, run in runs.items():
