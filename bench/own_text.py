@@ -1,26 +1,30 @@
 """
 Text that a Llama wrote: what it can be trained on when there is no other (LLM-QAT: Liu et al. 2023).
 
-    python -m bench.own_text --model out/smollm2 --tokens 240000 --out own.jsonl
-    python data/prepare.py --input own.jsonl --tokenizer out/smollm2/tokenizer.model --out data/own
+    python -m bench.own_text --model out/smollm2 --tokens 240000 --out data/own
 
 Every document begins at BOS and is drawn token by token at temperature 1 from the whole vocabulary,
-up to --length tokens or to the end that the model puts. A line of the file is a document.
+up to --length tokens or to the end that the model puts. They become token shards, as data/prepare.py
+makes them of text: no tokenizer is needed but to say which tokens begin and end a document.
 """
 import argparse
-import json
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from data.tokenizer import load_tokenizer
+from data.prepare import DATA_FILES, write_split
+from data.tokenizer import TOKENIZER, copy_tokenizer, load_tokenizer
 from model import LAST, KVCache, Llama
-from plumbing.checkpoint import TOKENIZER, load_llama
+from plumbing.checkpoint import load_llama
 from plumbing.errors import Parser, check_at_least_one, fail, run_main
-from plumbing.files import atomic_write
+from plumbing.files import new_folder, only_holds
 from plumbing.parallel import bar, default_device, device_of
 from plumbing.params import max_positions
 from sample import probabilities
+
+VAL_FRACTION = 0.05  # of the documents
+SHARD_TOKENS = 100_000_000
 
 
 @torch.no_grad()
@@ -45,15 +49,31 @@ def up_to_end(ids: list[int], ends: set[int]) -> list[int]:
     return ids
 
 
+def begin_and_end(args: argparse.Namespace, vocab_size: int) -> tuple[int, set[int]]:
+    """(the token before a document, those that end one): of the model's tokenizer, or --bos for both."""
+    if args.bos is not None:
+        if not 0 <= args.bos < vocab_size:
+            fail(f"--bos {args.bos} found; expected an id below the vocabulary of {vocab_size}")
+        return args.bos, {args.bos}
+    path = Path(args.model) / TOKENIZER
+    if not path.is_file():
+        fail(f"{path} does not exist; expected it, or the id before every document; give --bos")
+    tokenizer = load_tokenizer(path, vocab_size)
+    settings = tokenizer.settings
+    ends = {tokenizer.encode_single_token(name) for name in (settings.bos, *settings.eos)}
+    return tokenizer.encode_single_token(settings.bos), ends
+
+
 def parse_args(argv=None) -> argparse.Namespace:
     """The flags."""
     p = Parser("python -m bench.own_text", __doc__)
-    p.add_argument("--model", default="out/base", help="a plain Llama folder with its tokenizer")
+    p.add_argument("--model", default="out/base", help="a plain Llama folder")
     p.add_argument("--tokens", type=int, default=240_000, help="of all documents, at least")
-    p.add_argument("--length", type=int, default=256, help="tokens of a document, at most")
+    p.add_argument("--length", type=int, default=256, help="tokens of a document behind its BOS, at most")
     p.add_argument("--batch", type=int, default=64, help="documents at once")
+    p.add_argument("--bos", type=int, help="id that begins and ends documents (default: the tokenizer's)")
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--out", default="own.jsonl")
+    p.add_argument("--out", type=Path, default=Path("data/own"), help="folder of shards")
     p.add_argument("--device", choices=["cpu", "cuda"], default=default_device())
     args = p.parse_args(argv)
     check_at_least_one(args, "tokens", "length", "batch")
@@ -61,17 +81,17 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 
 def main(argv=None) -> None:
-    """Writes the file and says what is in it."""
+    """Writes the folder and says what is in it."""
     args = parse_args(argv)
+    if args.out.exists() and not only_holds(args.out, DATA_FILES):  # said before the work, not after it
+        fail(f"{args.out}: found other files, expected a data folder or nothing: give another --out")
     device = device_of(args.device)
     model = load_llama(args.model, device)
+    vocab_size = model.config.vocab_size
     longest = max_positions(model.config)
     if args.length > longest:
         fail(f"--length {args.length} is longer than the window of {args.model}, {longest}; expected at most that")
-    tokenizer = load_tokenizer(Path(args.model) / TOKENIZER, model.config.vocab_size)
-    settings = tokenizer.settings
-    bos = tokenizer.encode_single_token(settings.bos)
-    ends = {tokenizer.encode_single_token(name) for name in (settings.bos, *settings.eos)}
+    bos, ends = begin_and_end(args, vocab_size)
     generator = torch.Generator(device=device).manual_seed(args.seed)
 
     documents = []
@@ -81,16 +101,21 @@ def main(argv=None) -> None:
             before = written
             for row in write_texts(model, bos, args.batch, args.length, generator).tolist():
                 ids = up_to_end(row, ends)
-                documents.append(tokenizer.decode(ids))
-                written += len(ids)
-                progress.update(len(ids))
+                if ids:
+                    documents.append(np.array([bos, *ids]))
+                    written += 1 + len(ids)
+                    progress.update(1 + len(ids))
             if written == before:
                 fail(f"{args.model} ends each of {args.batch} texts before its first token; expected a Llama that "
                      "writes; choose another --model")
-    with atomic_write(args.out) as file:
-        for text in documents:
-            file.write((json.dumps(dict(text=text)) + "\n").encode())
-    print(f"{args.out}: {len(documents):,} documents, {written:,} tokens")
+
+    n_val = max(1, round(VAL_FRACTION * len(documents)))
+    with new_folder(args.out, DATA_FILES) as new:
+        if (Path(args.model) / TOKENIZER).is_file():
+            copy_tokenizer(Path(args.model) / TOKENIZER, new)
+        n_train = write_split(new / "train", documents[n_val:], vocab_size, SHARD_TOKENS)
+        n_val = write_split(new / "val", documents[:n_val], vocab_size, SHARD_TOKENS)
+    print(f"{args.out}: {len(documents):,} documents, {n_train:,} train, {n_val:,} val tokens")
 
 
 if __name__ == "__main__":

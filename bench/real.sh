@@ -59,10 +59,8 @@ runs() {  # NAME FLAGS of train.py, or of search; base and cut-B train nothing
 }
 
 write() {  # the Llama's own text, as shards
-    [ -d "$OWN" ] && return
     # shellcheck disable=SC2086
-    python -m bench.own_text --model "$LLAMA" --out "$OWN.jsonl" $WRITE &&
-        python data/prepare.py --input "$OWN.jsonl" --tokenizer "$LLAMA/tokenizer.model" --out "$OWN"
+    [ -d "$OWN" ] || python -m bench.own_text --model "$LLAMA" --out "$OWN" $WRITE
 }
 
 make() {  # NAME FLAGS: what is evaluated

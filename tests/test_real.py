@@ -13,8 +13,8 @@ import torch
 import plumbing.settings
 import search.__main__ as search
 from bench import own_text, quantised, real
-from data import prepare
 from data.heldout import text_windows
+from data.shards import Shards
 from data.tokenizer import load_tokenizer
 from eval import mean_loss
 from model import LlamaConfig
@@ -193,32 +193,52 @@ def test_a_document_ends_where_the_model_ends_it():
     assert own_text.up_to_end([5, 6], {0, 1}) == [5, 6]
 
 
-def test_own_text_can_be_prepared(tmp_path, capsys):
-    """Catches fewer tokens than asked for, and a file that data/prepare.py reads otherwise."""
+def test_own_text_is_what_a_run_reads(tmp_path, capsys):
+    """Catches fewer tokens than asked for, documents without their beginning or past their end, and shards of
+    another vocabulary."""
     raw_llama(tmp_path / "llama", GQA)
-    argv = ["--model", str(tmp_path / "llama"), "--tokens", "300", "--length", "20", "--batch", "8"]
-    own_text.main([*argv, "--out", str(tmp_path / "own.jsonl")])
+    enc = load_tokenizer(tmp_path / "llama/tokenizer.model", 560)
+    bos = enc.encode_single_token(enc.settings.bos)
+    argv = ["--model", str(tmp_path / "llama"), "--tokens", "900", "--length", "20", "--batch", "8"]
+    own_text.main([*argv, "--out", str(tmp_path / "own")])
     said = capsys.readouterr().out
-    texts = [json.loads(line)["text"] for line in (tmp_path / "own.jsonl").read_text().splitlines()]
-    assert len(texts) % 8 == 0 and f": {len(texts)} documents, " in said
-    assert int(said.split()[-2].replace(",", "")) >= 300
-    own_text.main([*argv, "--out", str(tmp_path / "again.jsonl")])
-    assert (tmp_path / "again.jsonl").read_bytes() == (tmp_path / "own.jsonl").read_bytes()
-    prepare.main(["--input", str(tmp_path / "own.jsonl"), "--tokenizer", str(tmp_path / "llama/tokenizer.model"),
-                  "--out", str(tmp_path / "data")])
-    assert (tmp_path / "data/train_000000.bin").exists()
+    train, val = (Shards(tmp_path / "own", split, 5, 560) for split in ("train", "val"))
+    assert train.n_tokens + val.n_tokens >= 900
+    assert f" {train.n_tokens:,} train, {val.n_tokens:,} val tokens" in said
+
+    ends = {enc.encode_single_token(name) for name in enc.settings.eos} - {bos}
+    for split in (train, val):
+        tokens = split.tokens[0].tolist()
+        assert tokens[0] == bos and not ends & set(tokens)
+        places = [i for i, token in enumerate(tokens) if token == bos] + [len(tokens)]
+        assert all(2 <= after - at <= 21 for at, after in zip(places, places[1:]))
+
+    # The same seed, the same text; without the tokenizer too
+    own_text.main([*argv, "--out", str(tmp_path / "again")])
+    assert Shards(tmp_path / "again", "train", 5, 560).fingerprint() == train.fingerprint()
+    (tmp_path / "llama/tokenizer.model").unlink()
+    with one_line_error(capsys, "tokenizer.model does not exist", "--bos"):
+        own_text.main([*argv, "--out", str(tmp_path / "own")])
+    own_text.main([*argv, "--bos", str(bos), "--out", str(tmp_path / "ids")])
+    assert Shards(tmp_path / "ids", "train", 5, 560).tokens[0][0] == bos
+    assert not (tmp_path / "ids/tokenizer.model").exists()
+    with one_line_error(capsys, "--bos 560", "below the vocabulary"):
+        own_text.main([*argv, "--bos", "560", "--out", str(tmp_path / "own")])
     with one_line_error(capsys, "--length 9000", "the window"):
         own_text.main([*argv, "--length", "9000"])
 
 
 def test_a_llama_that_writes_nothing_is_a_line(tmp_path, capsys, monkeypatch):
-    """Catches a program that never ends."""
+    """Catches a program that never ends, and one that works first and refuses its folder afterwards."""
     raw_llama(tmp_path / "llama", GQA)
     bos = load_tokenizer(tmp_path / "llama/tokenizer.model", 560).encode_single_token("<|begin_of_text|>")
     monkeypatch.setattr(own_text, "write_texts", lambda model, bos, n, length, generator: torch.full((n, 5), bos))
+    argv = ["--model", str(tmp_path / "llama"), "--length", "5", "--out"]
     with one_line_error(capsys, "before its first token"):
-        own_text.main(["--model", str(tmp_path / "llama"), "--length", "5", "--out", str(tmp_path / "own.jsonl")])
-    assert not (tmp_path / "own.jsonl").exists()
+        own_text.main([*argv, str(tmp_path / "own")])
+    assert not (tmp_path / "own").exists()
+    with one_line_error(capsys, "found other files"):
+        own_text.main([*argv, str(tmp_path)])
 
 
 # -----------------------------------------------------------------------------
