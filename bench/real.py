@@ -23,7 +23,6 @@ WHAT = {
     "base": "the base, untouched",
     "family": "**the family**",
     "plain": "the family without a teacher",
-    "chosen": "the family, its slices from the start",
     "depth": "layers alone",
     "width": "width alone",
     "cut": "the family's slice, no training",

@@ -17,7 +17,6 @@ ONLY=${1:-}                                      # results of a part do not repl
 ASSETS=${ASSETS:-$([ -z "$ONLY" ] && echo assets || echo "$OUT")}
 export LLAMA=${LLAMA:-out/smollm2}               # what training starts from
 DIM=${DIM:-576} HEADS=${HEADS:-9} FFN=${FFN:-1536} LAYERS=${LAYERS:-30}  # its shape
-CHOSEN=${CHOSEN:---ffn-dim-choices 1024 1280 1536 --n-layers-choices 22 30}  # of which the family's slices are made
 export DATA=${DATA:-data/novels}                 # what training reads;
 OTHER=${OTHER:-data/wikitext-2}                  # other text, for one run;
 export OWN=${OWN:-$OUT/own}                      # and what the Llama wrote itself, for another: made here
@@ -37,8 +36,6 @@ runs() {  # NAME FLAGS of train.py, or of search; base and cut-B train nothing
     echo "family"
     # Models alone have no teacher; this family has none either
     echo "plain --kd 0"
-    # What looking for slices costs: those that the family ended with, from the first step
-    echo "chosen --dim-choices $DIM --n-heads-choices $HEADS $CHOSEN"
     # From what the router may choose: whole layers cost a hair more than their share
     echo "depth --dim-choices $DIM --n-heads-choices $HEADS --ffn-dim-choices $FFN --budgets 1.0 0.901 0.801 0.601"
     echo "width --n-layers-choices $LAYERS"
@@ -89,7 +86,7 @@ judge() {  # NAME FLAGS: its figures, as JSON
         base) model=$LLAMA ;;
         family) at="1.0 0.9 0.8 0.7 0.6 0.5" ;;
         depth) at="1.0 0.901 0.801 0.601" ;;
-        width | plain | chosen) at="1.0 0.9 0.8 0.6" ;;
+        width | plain) at="1.0 0.9 0.8 0.6" ;;
     esac
     shift
     # shellcheck disable=SC2086  # KINDS, TASKS, ROWS, HELDOUT and at are lists of words
