@@ -8,7 +8,7 @@ costs: 500 members for the demo, 6732 for a Llama of 8B.
 The cost of a member is its share of the full model's non-embedding parameters (the paper's
 #Params). A budget b bounds the cost. The members that b can buy are
 
-    F(b) = {member : b - delta < cost(member) <= b}
+    F(b) = {member : b - delta < cost(member) <= b}, or the dearest of these where they are many
 
     smallest                b - delta          b                          full
     --o--o---oo-o-o--oo-o-oo----(--x-xx--x--x--]--o-oo--o---o-o----o-------o-->  cost
@@ -29,6 +29,10 @@ from plumbing.errors import fail  # a user's mistake: one line on stderr, exit s
 # The order of every table and vector below. Here n_layers is a number; which layers a slice keeps
 # is SubNet.layers, the first of layer_order.
 AXES = ("dim", "n_heads", "ffn_dim", "n_layers")
+
+
+# Where so many members leave less of a budget unused than `near`, it buys no others.
+ENOUGH = 16
 
 
 def random_generator(*parts) -> torch.Generator:
@@ -172,9 +176,10 @@ class Space:
     layer_order: which layers to keep, best first (default: the first layers)."""
 
     def __init__(self, config: LlamaConfig, choices: dict | None = None,
-                 layer_order: list[int] | None = None, delta: float = 0.05):
+                 layer_order: list[int] | None = None, delta: float = 0.05, near: float = 0.02):
         self.config = config
         self.delta = delta
+        self.near = near
         self.full = SubNet.full(config)
         self.choices = choices_for(config, choices)
         if layer_order is None:
@@ -275,16 +280,19 @@ class Space:
             fail(f"budget {budget:g} is below the smallest slice, {smallest:.4f} of the full "
                  f"model; ask for --budget {enough:.4f} or more, or train with smaller choices")
 
-        # The rule: what fits and leaves less than delta of the budget unused.
+        # A gap in the table is wider than delta: take the largest that fits.
         close = costs > budget - self.delta
         in_budget = fits & close
-        rows = in_budget.nonzero()[:, 0]
-        if len(rows) > 0:
-            return rows
+        if not in_budget.any():
+            costs_that_fit = costs.masked_fill(~fits, -1)
+            return costs_that_fit.argmax()[None]
 
-        # A gap in the table is wider than delta: take the largest that fits.
-        costs_that_fit = costs.masked_fill(~fits, -1)
-        return costs_that_fit.argmax()[None]
+        # The rule: all that leave less than near unused, or else the ENOUGH dearest.
+        rows = in_budget.nonzero()[:, 0]
+        n_near = int((costs[rows] > budget - self.near).sum())
+        dearest_first = costs[rows].argsort(descending=True, stable=True)
+        kept = dearest_first[:max(n_near, ENOUGH)]
+        return rows[kept].sort().values
 
     def uniform(self, budget: float, costs: torch.Tensor | None = None) -> SubNet:
         """The member of F(b) that shrinks all axes most alike, in fractions of the full sizes."""

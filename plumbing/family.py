@@ -31,7 +31,8 @@ from space import Space, cost
 FLEX = "flex.pt"
 FLEXTRON = "flextron.pt"
 # Of what kind the plain values of flex.pt and flextron.pt are, where they have them.
-KINDS = dict(seq_len=int, eval_windows=int, data=str, budgets=list, targets=list, delta=float, mode=str, seed=int)
+KINDS = dict(seq_len=int, eval_windows=int, data=str, budgets=list, targets=list, delta=float, near=float, mode=str,
+             seed=int)
 TABLE_BUDGETS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)  # what tables show where nobody asked for a budget
 
 # -----------------------------------------------------------------------------
@@ -184,14 +185,15 @@ def router_state(router: Router, **more) -> dict:
     The plain part goes through JSON: a pickle also remembers which equal objects are one object, so
     two equal runs would give two files."""
     space = router.space
-    plain = dict(choices=space.choices, layer_order=space.layer_order, delta=space.delta, mode=router.mode,
-                 seed=router.seed, budgets=router.budgets, **more)
+    plain = dict(choices=space.choices, layer_order=space.layer_order, delta=space.delta, near=space.near,
+                 mode=router.mode, seed=router.seed, budgets=router.budgets, **more)
     return dict(router=dict(router.state_dict()), **json.loads(json.dumps(plain)))
 
 
 def restore_router(config: LlamaConfig, saved: dict) -> Router:
     """Inverse of router_state()."""
-    space = Space(config, saved["choices"], saved["layer_order"], saved["delta"])
+    near = saved.get("near", saved["delta"])  # a family that was trained before there was one
+    space = Space(config, saved["choices"], saved["layer_order"], saved["delta"], near)
     if space.choices != saved["choices"]:  # an axis that is missing would get the default's
         raise ValueError(f"choices are {str(saved['choices'])[:60]}, expected all axes, ascending, the full size last")
     router = Router(space, saved["mode"], saved["seed"], saved["budgets"])

@@ -63,13 +63,18 @@ def every_subnet(space) -> list[tuple[tuple[int, ...], SubNet]]:
 
 
 def feasible(router, budget) -> list[tuple[tuple[int, ...], SubNet]]:
-    """F(b) by enumeration."""
+    """F(b) by enumeration: one by one, the dearest first, as long as it is near or there are few."""
     space = router.space
-    found = []
+    costs = {}
     for index, subnet in every_subnet(space):
-        if budget - space.delta < slow_cost(space.config, subnet) <= budget:
-            found.append((index, subnet))
-    return found
+        c = slow_cost(space.config, subnet)
+        if budget - space.delta < c <= budget:
+            costs[index, subnet] = c
+    found = set()
+    for member, c in sorted(costs.items(), key=lambda item: -item[1]):
+        if c > budget - space.near or len(found) < 16:
+            found.add(member)
+    return [member for member in costs if member in found]  # in the order of the table
 
 
 def joint(router, members, budget, kappa) -> torch.Tensor:
@@ -213,6 +218,19 @@ def test_both_ends_of_what_a_budget_buys():
     full = space.members.tolist().index([48, 8, 80, 4])
     assert (space.costs > 0.75).sum() > 1
     assert space.feasible(1.0).tolist() == [full]
+
+
+def test_of_many_members_a_budget_buys_the_dearest():
+    """Catches a budget of a large Llama that goes unused though there are many ways to spend it, a choice that is
+    narrowed where there are few, and members of equal cost that change places."""
+    space = Space(GQA, FEW, delta=0.25, near=0.125)
+    costs = torch.full((len(space.members),), 0.625, dtype=torch.float64)  # near is its lower end, and outside
+    costs[20:] = 0.75
+    assert len(costs) == 24 and space.feasible(0.75, costs).tolist() == [*range(12), *range(20, 24)]  # 16
+    costs[3:] = 0.75
+    assert space.feasible(0.75, costs).tolist() == [*range(3, 24)], "all that are near"
+    costs[10:] = 1
+    assert space.feasible(0.75, costs).tolist() == [*range(10)], "all where there are few"
 
 
 # -----------------------------------------------------------------------------
@@ -892,13 +910,16 @@ def test_state_round_trip(tmp_path, mode):
     resume."""
     router = random_router(MHA, mode, seed=3)
     router.budgets = [0.4, 0.8, 1.0]
-    router.space.delta = 0.2
+    router.space.delta, router.space.near = 0.2, 0.1
     save_tensors(tmp_path / "flex.pt", router_state(router))
     again = restore_router(MHA, load_tensors(tmp_path / "flex.pt"))
     assert again.budgets == router.budgets
     assert again.space.layer_order == router.space.layer_order
     assert again.space.choices == router.space.choices
-    assert again.space.delta == 0.2
+    assert (again.space.delta, again.space.near) == (0.2, 0.1)
+    older = router_state(router)
+    del older["near"]  # then a budget bought all within delta
+    assert restore_router(MHA, older).space.near == 0.2
     for step, b in enumerate([*BUDGETS, 1.0]):
         subnet = router.route(b)
         assert again.route(b) == subnet
