@@ -69,7 +69,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     p = Parser("python -m bench.own_text", __doc__)
     p.add_argument("--model", default="out/base", help="a plain Llama folder")
     p.add_argument("--tokens", type=int, default=240_000, help="of all documents, at least")
-    p.add_argument("--length", type=int, default=256, help="tokens of a document behind its BOS, at most")
+    p.add_argument("--length", type=int,
+                   help="tokens of a document behind its BOS, at most (default: the window, or 256)")
     p.add_argument("--batch", type=int, default=64, help="documents at once")
     p.add_argument("--bos", type=int, help="id that begins and ends documents (default: the tokenizer's)")
     p.add_argument("--seed", type=int, default=0)
@@ -89,6 +90,8 @@ def main(argv=None) -> None:
     model = load_llama(args.model, device)
     vocab_size = model.config.vocab_size
     longest = max_positions(model.config)
+    if args.length is None:
+        args.length = min(256, longest)
     if args.length > longest:
         fail(f"--length {args.length} is longer than the window of {args.model}, {longest}; expected at most that")
     bos, ends = begin_and_end(args, vocab_size)
