@@ -1,4 +1,5 @@
-"""What several tests share: random, asymmetric Llamas of many shapes, slices of them, and a demo in miniature."""
+"""What several tests share: random, asymmetric Llamas of many shapes, slices of them, and a
+demo in miniature."""
 import contextlib
 import dataclasses
 import json
@@ -17,7 +18,8 @@ from plumbing.sizes import default_folder
 from router import Router
 from space import Space, kv_groups
 
-GQA = LlamaConfig(dim=48, n_layers=4, n_heads=8, n_kv_heads=2, head_dim=8, ffn_dim=80, vocab_size=97, context=32)
+GQA = LlamaConfig(dim=48, n_layers=4, n_heads=8, n_kv_heads=2, head_dim=8, ffn_dim=80, vocab_size=97,
+                  context=32)
 MHA = dataclasses.replace(GQA, n_heads=6, n_kv_heads=6)
 SHAPES = {"gqa": GQA, "mha": MHA, "tied": dataclasses.replace(GQA, tied=True),
           "scaled rope": dataclasses.replace(GQA, rope_factor=8.0),
@@ -121,7 +123,8 @@ def cut_into(folder, n: int, llama2: bool, config: LlamaConfig = WHOLE, seed: in
         for name, w in model.state_dict().items():
             axis = 1 if name.endswith(("wo.weight", "w2.weight")) or (llama2 and "tok_emb" in name) else 0
             part[name] = (w if "norm" in name else w.chunk(n, axis)[i].clone()).to(dtype)
-        save_tensors(folder / f"consolidated.{i:02d}.pth", part | ({"rope.freqs": torch.ones(4)} if llama2 else {}))
+        save_tensors(folder / f"consolidated.{i:02d}.pth",
+                     part | ({"rope.freqs": torch.ones(4)} if llama2 else {}))
     return model
 
 
@@ -143,8 +146,8 @@ def export_at(folder, budget: float = 1.0, out=None, dtype: torch.dtype | None =
 
 @contextlib.contextmanager
 def one_line_error(capsys, *words: str):
-    """What is inside must end as a user's mistake does: status 2, one line on stderr with these words, nothing
-    on stdout. Yields a list that holds the line afterwards."""
+    """What is inside must end as a user's mistake does: status 2, one line on stderr with these
+    words, nothing on stdout. Yields a list that holds the line afterwards."""
     said = []
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:

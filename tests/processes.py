@@ -69,7 +69,8 @@ def run(*command, cwd=ROOT, ranks: int = 0, timeout: int = 300, **environment) -
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder, "out"), Path(folder, "err")
         out.touch(), err.touch()
-        processes = [SERVER.Process(target=child, args=(words, str(cwd), e, str(out), str(err))) for e in environments]
+        processes = [SERVER.Process(target=child, args=(words, str(cwd), e, str(out), str(err)))
+                     for e in environments]
         for process in processes:
             process.start()
         alive, status = {process.sentinel: process for process in processes}, 0
@@ -95,10 +96,11 @@ def output_of(*command) -> str:
     return done.stdout
 
 
-def run_afresh(*command, cwd=ROOT, ranks: int = 0, timeout: int = 300, **environment) -> subprocess.CompletedProcess:
+def run_afresh(*command, cwd=ROOT, ranks: int = 0, timeout: int = 300,
+               **environment) -> subprocess.CompletedProcess:
     """The same in a new interpreter or under torchrun, as a user starts it."""
-    return subprocess.run(started(*command, ranks=ranks), cwd=cwd, capture_output=True, text=True, timeout=timeout,
-                          env=environment_of(**environment))
+    return subprocess.run(started(*command, ranks=ranks), cwd=cwd, capture_output=True, text=True,
+                          timeout=timeout, env=environment_of(**environment))
 
 
 def started(*command, ranks: int = 0) -> list[str]:

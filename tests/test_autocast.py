@@ -40,9 +40,10 @@ def forwards(monkeypatch):
 
 @pytest.mark.parametrize("chosen", ["float32", "bfloat16"])
 def test_it_reaches_every_forward(random_start, tmp_path, forwards, chosen):
-    """Catches a ranking, teacher, second slice, validation or final table in another precision than was asked for, and
-    a choice that outlives its run."""
-    flags = [*random_start[1], "--out", str(tmp_path / "flex"), "--kd", "0.5", "--router-start", "0", "--teach-end", "1"]
+    """Catches a ranking, teacher, second slice, validation or final table in another precision than
+    was asked for, and a choice that outlives its run."""
+    flags = [*random_start[1], "--out", str(tmp_path / "flex"), "--kd", "0.5", "--router-start", "0",
+             "--teach-end", "1"]
     train.main([*flags, "--autocast", chosen])
     assert {bf16 for bf16, _, _ in forwards} == {chosen == "bfloat16"}
     names = set.union(*(names for _, names, _ in forwards))
@@ -57,16 +58,16 @@ def test_eval_has_it_too(demo, forwards, capsys):
     losses = {}
     for chosen in ("float32", "bfloat16"):
         forwards.clear()
-        evaluation.main(["--model", str(demo[0] / "out/flex"), "--budgets", "0.5", "--device", "cpu", "--json",
-                         "--autocast", chosen])
+        evaluation.main(["--model", str(demo[0] / "out/flex"), "--budgets", "0.5", "--device", "cpu",
+                         "--json", "--autocast", chosen])
         losses[chosen] = json.loads(capsys.readouterr().out)["rows"][0]["loss"]
         assert {bf16 for bf16, _, _ in forwards} == {chosen == "bfloat16"}
     assert 0 < abs(losses["float32"] - losses["bfloat16"]) < 0.02
 
 
 def test_the_usual_one():
-    """Catches a CPU whose runs repeat no longer bit for bit, a GPU that multiplies in fp32, and a choice that stays
-    when what is inside has failed."""
+    """Catches a CPU whose runs repeat no longer bit for bit, a GPU that multiplies in fp32, and a
+    choice that stays when what is inside has failed."""
     assert parse_args(["--device", "cpu"]).autocast == "float32"
     assert parse_args(["--device", "cuda"]).autocast == "bfloat16"
     with autocast(CPU):
@@ -109,7 +110,8 @@ def test_the_base_keeps_it_too(demo, tmp_path, capsys, small_base, monkeypatch):
 def test_the_plan_counts_it(tmp_path, capsys):
     """Catches a plan that looks at the device: what bf16 keeps for the backward is less."""
     save_llama(tmp_path, SMALL, random_llama(SMALL).state_dict())
-    flags = ["--llama", str(tmp_path), "--dry-run", "--device", "cpu", "--batch-tokens", "1024", "--seq-len", "128"]
+    flags = ["--llama", str(tmp_path), "--dry-run", "--device", "cpu", "--batch-tokens", "1024",
+             "--seq-len", "128"]
     activations = {}
     for chosen in ("float32", "bfloat16"):
         train.main([*flags, "--autocast", chosen])

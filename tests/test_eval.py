@@ -31,7 +31,8 @@ from tests.helpers import (
     random_llama,
 )
 
-TEXT = "the dog sat on the cake: def ate(mat): return cat <|eot_id|> naïve 日本 🐈\n  and [line] for line in argv"
+TEXT = ("the dog sat on the cake: def ate(mat): return cat <|eot_id|> naïve 日本 🐈\n"
+        "  and [line] for line in argv")
 KEYS = {"budget", "got", "params", "params_total", "dim", "layers", "n_heads", "ffn_dim", "loss", "tokens"}
 
 
@@ -42,7 +43,8 @@ def slow_loss(model, tokens: list[int], context: int, subnet=None, factors=None)
     with torch.no_grad():
         for target in range(1, len(tokens)):
             start = (target - 1) // context * context  # windows of context + 1 tokens that share one
-            logits = model(torch.tensor([tokens[start:target]]), subnet=subnet, factors=factors)[0][0, -1].double()
+            logits = model(torch.tensor([tokens[start:target]]),
+                           subnet=subnet, factors=factors)[0][0, -1].double()
             total, n = total - logits.log_softmax(-1)[tokens[target]].item(), n + 1
     return total / n, n
 
@@ -54,7 +56,8 @@ def tokens_of(folder, text: str) -> list[int]:
 
 
 def score(capsys, *argv) -> dict:
-    """eval.py --json in this process: the last line of stdout, which is its only one; the table is on stderr."""
+    """eval.py --json in this process: the last line of stdout, which is its only one; the table
+    is on stderr."""
     capsys.readouterr()
     evaluation.main([str(a) for a in (*argv, "--json")])
     out, err = capsys.readouterr()
@@ -69,8 +72,8 @@ def test_loss_on_a_file_is_the_slow_sum(tmp_path, capsys):
     (tmp_path / "text").write_text(TEXT, encoding="utf-8")
     tokens = tokens_of(tmp_path / "flex", TEXT)
     assert len(tokens) > 40 and (len(tokens) - 1) % 16, "this text has no rest"
-    result = score(capsys, "--model", tmp_path / "flex", "--text", tmp_path / "text", "--budgets", 0.6, 1, 0.5,
-                   "--batch", 2)
+    result = score(capsys, "--model", tmp_path / "flex", "--text", tmp_path / "text",
+                   "--budgets", 0.6, 1, 0.5, "--batch", 2)
     assert (result["model"], result["context"]) == (str(tmp_path / "flex"), 16), "flex.pt says the context"
     assert [row["budget"] for row in result["rows"]] == [0.6, 1, 0.5]
     for row in result["rows"]:
@@ -84,8 +87,8 @@ def test_loss_on_a_file_is_the_slow_sum(tmp_path, capsys):
 
 
 def test_any_context(tmp_path):
-    """Catches a file shorter than one window that is not scored, targets lost where windows meet, and a rest that
-    counts as much as all windows before it."""
+    """Catches a file shorter than one window that is not scored, targets lost where windows meet,
+    and a rest that counts as much as all windows before it."""
     model, _ = make_supernet(tmp_path, GQA)
     tokenizer = load_tokenizer(tmp_path / "tokenizer.model")
     tokens = tokens_of(tmp_path, "the cat sat on it")
@@ -110,7 +113,8 @@ def test_line_ends_are_scored_as_they_are(tmp_path, capsys):
 
 @pytest.mark.parametrize("shape", ["gqa", "tied"])
 def test_export_scores_as_the_supernet_does(tmp_path, capsys, shape):
-    """Catches an evaluation that forgets the modulation, or counts parameters of another model than it ran."""
+    """Catches an evaluation that forgets the modulation, or counts parameters of another model
+    than it ran."""
     make_supernet(tmp_path / "flex", SHAPES[shape])
     (tmp_path / "text").write_text(TEXT, encoding="utf-8")
     ask = lambda model, *rest: score(capsys, "--model", model, "--text", tmp_path / "text", "--seq-len", 16,
@@ -127,19 +131,23 @@ def test_shards_are_scored_without_text(tmp_path, capsys):
     """Catches windows of another split, and a table that is not the model's own budgets by default."""
     model, router = make_supernet(tmp_path, MHA)
     ids = np.random.default_rng(0).integers(0, 560, 65)
-    write_shard(tmp_path / "val_000000.bin", ids, 560), write_shard(tmp_path / "train_000000.bin", ids[::-1], 560)
+    (write_shard(tmp_path / "val_000000.bin", ids, 560),
+     write_shard(tmp_path / "train_000000.bin", ids[::-1], 560))
     rows = score(capsys, "--model", tmp_path, "--data", tmp_path, "--seq-len", 16, "--batch", 3)["rows"]
-    assert [r["budget"] for r in rows] == [1.0, 0.9, 0.8, 0.7, 0.6, 0.5], "down to the smallest that was trained"
+    assert [r["budget"] for r in rows] == [
+        1.0, 0.9, 0.8, 0.7, 0.6, 0.5], "down to the smallest that was trained"
     for row in rows[::3]:
         loss, n = slow_loss(model, ids.tolist(), 16, *deployed(router, row["budget"]))
         assert abs(row["loss"] - loss) < 1e-4 * loss and row["tokens"] == n == 64
-    few = score(capsys, "--model", tmp_path, "--data", tmp_path, "--seq-len", 16, "--windows", 2, "--budgets", 1)
+    few = score(capsys, "--model", tmp_path, "--data", tmp_path, "--seq-len", 16, "--windows", 2,
+                "--budgets", 1)
     assert few["rows"][0]["tokens"] == 32
 
 
 def test_budgets_under_all_trained_ones_are_marked(tmp_path, capsys):
-    """Catches a size that no step prepared and that is offered like any other: in every program's table or on its
-    stderr, once for a budget, with what trains further down; and a warning where training was."""
+    """Catches a size that no step prepared and that is offered like any other: in every
+    program's table or on its stderr, once for a budget, with what trains further down; and a
+    warning where training was."""
     model, router = make_supernet(tmp_path / "flex", GQA)     # trained at 1 and 0.5
     (tmp_path / "text").write_text(TEXT, encoding="utf-8")
     flags = ["--model", str(tmp_path / "flex")]
@@ -149,7 +157,8 @@ def test_budgets_under_all_trained_ones_are_marked(tmp_path, capsys):
         capsys.readouterr()
         main([*flags, *map(str, more)])
         out, err = capsys.readouterr()
-        assert err.count("is under 0.5, the smallest budget") == err.count("python train.py --budgets 1 0.5 ") <= 1
+        assert (err.count("is under 0.5, the smallest budget")
+                == err.count("python train.py --budgets 1 0.5 ") <= 1)
         return out + err
 
     text = said(evaluation.main, "--text", tmp_path / "text", "--seq-len", 16, "--budgets", 1, 0.7, 0.5, 0.4)
@@ -163,12 +172,13 @@ def test_budgets_under_all_trained_ones_are_marked(tmp_path, capsys):
     assert mend in said(sample.main, "--budget", 0.4, "--max-new-tokens", 1)
     assert "note: " not in said(sample.main, "--budget", 0.5, "--max-new-tokens", 1)
     few = n_params(model.config, router.route(0.2), embeddings=True)
-    assert "is under 0.5, the smallest budget" in said(export.main, "--params", few, "--out", tmp_path / "few")
+    assert "is under 0.5, the smallest budget" in said(
+        export.main, "--params", few, "--out", tmp_path / "few")
 
 
 def test_a_time_that_buys_less_than_was_trained(tmp_path, capsys):
-    """Catches a slice found by its time that is under all trained ones, without a word; and a warning at the smallest
-    trained slice itself, which costs less than its budget."""
+    """Catches a slice found by its time that is under all trained ones, without a word; and a
+    warning at the smallest trained slice itself, which costs less than its budget."""
     model, router = make_supernet(tmp_path, GQA)              # trained at 1 and 0.5
     family = open_family(tmp_path)
     for subnet, warned in ((router.route(0.5), 0), (model.full, 0), (router.route(0.2), 1)):
@@ -183,7 +193,8 @@ def test_per_layer_shapes_are_listed(tmp_path, capsys):
     save_llama(tmp_path / "odd", config, random_llama(config).state_dict(), tmp_path / "tokenizer.model")
     (tmp_path / "text").write_text(TEXT, encoding="utf-8")
     row = score(capsys, "--model", tmp_path / "odd", "--text", tmp_path / "text")["rows"][0]
-    assert row["n_heads"] == [8, 2, 4, 6] and row["ffn_dim"] == [80, 13, 40, 7] and row["layers"] == [0, 1, 2, 3]
+    assert (row["n_heads"] == [8, 2, 4, 6] and row["ffn_dim"] == [80, 13, 40, 7]
+            and row["layers"] == [0, 1, 2, 3])
 
 
 def test_base_is_scored_on_the_same_tokens(folders, capsys, monkeypatch):
@@ -191,17 +202,18 @@ def test_base_is_scored_on_the_same_tokens(folders, capsys, monkeypatch):
     monkeypatch.chdir(folders)
     result = score(capsys, "--model", "flex", "--base", "dense", "--text", "good", "--budgets", 1, 0.5)
     dense = score(capsys, "--model", "dense", "--text", "good", "--seq-len", 16)["rows"][0]
-    assert result["base"]["loss"] == pytest.approx(dense["loss"]) and result["base"]["params"] == dense["params"]
+    assert (result["base"]["loss"] == pytest.approx(dense["loss"])
+            and result["base"]["params"] == dense["params"])
     assert len({row["loss"] for row in result["rows"]} | {dense["loss"]}) == 3 and len(result["rows"]) == 2
 
 
 def test_table_of_losses():
-    """Catches columns that changed places, a star at a size in place of a trained budget, a perplexity of another
-    base, sizes of the first layer for all."""
-    rows = [dict(budget=0.8, got=0.75, dim=40, n_heads=4, ffn_dim=[13, 80, 40], layers=[0, 2, 3], params=12345,
-                 params_total=23456, loss=2.5, tokens=64),
-            dict(budget=0.75, got=0.7, dim=32, n_heads=2, ffn_dim=20, layers=[0, 2], params=1234, params_total=3456,
-                 loss=1000.0, tokens=64)]
+    """Catches columns that changed places, a star at a size in place of a trained budget, a
+    perplexity of another base, sizes of the first layer for all."""
+    rows = [dict(budget=0.8, got=0.75, dim=40, n_heads=4, ffn_dim=[13, 80, 40], layers=[0, 2, 3],
+                 params=12345, params_total=23456, loss=2.5, tokens=64),
+            dict(budget=0.75, got=0.7, dim=32, n_heads=2, ffn_dim=20, layers=[0, 2],
+                 params=1234, params_total=3456, loss=1000.0, tokens=64)]
     header, first, second = loss_table(rows, 16, [0.75, 1.0]).splitlines()
     names = ["budget", "got", "dim", "heads", "ffn", "layers", "parameters", "with", "emb.", "loss", "ppl"]
     assert header.split()[:11] == names and "(64 tokens, windows of 16; * trained)" in header
@@ -212,8 +224,9 @@ def test_table_of_losses():
 
 
 def test_ranks_share_the_windows(monkeypatch):
-    """Catches a rank that scores the inputs of some windows against the targets of others, windows scored twice, and a
-    rank without windows that counts one. Four ranks in turn: the sum of what they send is the loss of one process."""
+    """Catches a rank that scores the inputs of some windows against the targets of others, windows
+    scored twice, and a rank without windows that counts one. Four ranks in turn: the sum of what
+    they send is the loss of one process."""
     model = random_llama(GQA)
     windows = torch.randint(97, (9, 9), generator=torch.Generator().manual_seed(1))
     pair = (windows[:, :-1], windows[:, 1:])
@@ -230,9 +243,9 @@ def test_ranks_share_the_windows(monkeypatch):
 
 
 def test_speed_is_a_ratio_to_the_full_model(tmp_path, capsys, monkeypatch):
-    """Catches the supernet's memory under the name of a slice, a slice that is masked, not cut, and a full model that
-    is not measured when it was not asked for. The work of the matrix products stands for the time, and the weights
-    alone, counted by hand, are the smallest part of a peak."""
+    """Catches the supernet's memory under the name of a slice, a slice that is masked, not cut, and
+    a full model that is not measured when it was not asked for. The work of the matrix products
+    stands for the time, and the weights alone, counted by hand, are the smallest part of a peak."""
     def work(run, device) -> float:
         with FlopCounterMode(display=False) as counter:
             run()
@@ -248,7 +261,8 @@ def test_speed_is_a_ratio_to_the_full_model(tmp_path, capsys, monkeypatch):
     small, = result["rows"]
     full = result["speed"]
     assert (full["prompt"], full["new"]) == (24, 8)
-    # Two operations per weight that multiplies and token, and a little more in attention. Embeddings do not multiply.
+    # Two operations per weight that multiplies and token, and a little more in attention.
+    # Embeddings do not multiply.
     whole_size = n_params(load_llama(tmp_path).config, SubNet.full(config), embeddings=True)
     multiplied = small["params_total"] - 560 * small["dim"]
     whole_multiplied = whole_size - 560 * config.dim
@@ -261,7 +275,8 @@ def test_speed_is_a_ratio_to_the_full_model(tmp_path, capsys, monkeypatch):
 
 
 def test_peak_counts_what_is_alive_at_a_time():
-    """Catches views counted twice, tensors that stay counted when they are gone, and a sum in place of a peak."""
+    """Catches views counted twice, tensors that stay counted when they are gone, and a sum in place
+    of a peak."""
     with Peak() as peak:
         a = torch.zeros(1000)
         b = a + 1
@@ -279,13 +294,16 @@ def test_peak_counts_what_is_alive_at_a_time():
 
 
 def test_plot_shows_every_budget(folders, capsys, monkeypatch):
-    """Catches trained and interpolated budgets drawn alike, a point or the base left out, no file or half of one."""
-    figure = pytest.importorskip("matplotlib.figure", reason="matplotlib is not installed: pip install matplotlib")
+    """Catches trained and interpolated budgets drawn alike, a point or the base left out, no file
+    or half of one."""
+    figure = pytest.importorskip("matplotlib.figure",
+                                 reason="matplotlib is not installed: pip install matplotlib")
     monkeypatch.chdir(folders)
     drawn, savefig = [], figure.Figure.savefig
-    monkeypatch.setattr(figure.Figure, "savefig", lambda self, *a, **k: drawn.append(self) or savefig(self, *a, **k))
-    rows = score(capsys, "--model", "flex", "--base", "dense", "--text", "good", "--budgets", 0.8, 0.5, 0.6, 1,
-                 "--plot", "out.png")
+    monkeypatch.setattr(figure.Figure, "savefig",
+                        lambda self, *a, **k: drawn.append(self) or savefig(self, *a, **k))
+    rows = score(capsys, "--model", "flex", "--base", "dense", "--text", "good",
+                 "--budgets", 0.8, 0.5, 0.6, 1, "--plot", "out.png")
     assert (folders / "out.png").read_bytes().startswith(b"\x89PNG")
     axes, = drawn[0].axes
     points = {kind.get_label(): {tuple(p) for p in kind.get_offsets().tolist()} for kind in axes.collections}
@@ -301,7 +319,8 @@ def test_a_picture_that_cannot_be_written(folders, capsys, monkeypatch):
     with pytest.raises(SystemExit) as stop:
         evaluation.main("--model flex --text good --seq-len 16 --json --plot good/out.png".split())
     out, err = capsys.readouterr()
-    assert stop.value.code == 2 and json.loads(out)["rows"][0]["loss"] > 0 and json.loads(out)["trained"] == [0.5, 1.0]
+    assert (stop.value.code == 2 and json.loads(out)["rows"][0]["loss"] > 0
+            and json.loads(out)["trained"] == [0.5, 1.0])
     assert err.splitlines()[-1].startswith("error: --plot good/out.png cannot be written")
 
 
@@ -315,8 +334,8 @@ def test_plot_without_matplotlib(folders, capsys, monkeypatch):
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Texts, a supernet and four plain Llamas: its own weights, others, one without tokenizer, one with fewer tokens
-    than its tokenizer."""
+    """Texts, a supernet and four plain Llamas: its own weights, others, one without tokenizer, one
+    with fewer tokens than its tokenizer."""
     path = tmp_path_factory.mktemp("models")
     model, _ = make_supernet(path / "flex", GQA)
     save_llama(path / "plain", model.config, model.state_dict(), path / "flex" / "tokenizer.model")
@@ -324,25 +343,29 @@ def folders(tmp_path_factory):
     save_llama(path / "small", GQA, random_llama(GQA).state_dict(), path / "flex" / "tokenizer.model")
     dense = random_llama(model.config, 5).state_dict()
     save_llama(path / "dense", model.config, dense, path / "flex" / "tokenizer.model")
-    for name, content in dict(good=b"the cat", latin1=b"the c\xe9t", empty=b"", pointer=b"version https://git-lfs.x").items():
+    for name, content in dict(good=b"the cat", latin1=b"the c\xe9t", empty=b"",
+                              pointer=b"version https://git-lfs.x").items():
         (path / name).write_bytes(content)
     return path
 
 
 @pytest.mark.parametrize("command,words", [
     ("plain --text good --budgets 0.5", "plain 1.0"), ("plain --text good --budgets 1.0 0.5", "plain"),
-    ("flex --text latin1", "latin1 UTF-8 5"), ("flex --text empty", "empty"), ("flex --text nowhere", "nowhere"),
-    ("flex --text a.svg --plot a.svg", "a.svg text"), ("flex --text pointer", "pointer LFS"), ("flex --text good --data good", "--data not allowed"),
+    ("flex --text latin1", "latin1 UTF-8 5"), ("flex --text empty", "empty"),
+    ("flex --text nowhere", "nowhere"), ("flex --text a.svg --plot a.svg", "a.svg text"),
+    ("flex --text pointer", "pointer LFS"), ("flex --text good --data good", "--data not allowed"),
     ("flex --text flex", "flex"), ("flex --text good --budgets 0.01", "0.01"),
     ("flex --text good --budgets 0.5 1.2", "1.2"),
-    ("flex --data nowhere", "nowhere"), ("mute --text good", "tokenizer.model"), ("small --text good", "small"),
-    ("gone --text good", "gone"), ("flex --no-such-flag", "--no-such-flag"), ("flex --text good --seq-len -3", "-3"),
+    ("flex --data nowhere", "nowhere"), ("mute --text good", "tokenizer.model"),
+    ("small --text good", "small"), ("gone --text good", "gone"),
+    ("flex --no-such-flag", "--no-such-flag"), ("flex --text good --seq-len -3", "-3"),
     ("flex --tasks sudoku", "sudoku piqa"), ("flex --tasks piqa --limit 0", "--limit 0"),
     ("flex --tasks piqa", "piqa valid.jsonl data/tasks"), ("flex --text good --plot out.gif", "out.gif .png"),
     ("flex --text good --base small", "small tokenizer"), ("flex --text good --base mute", "mute tokenizer"),
     ("flex --text good --seq-len 0", "0"), ("flex --text good --batch 0", "0")])
 def test_mistakes(folders, capsys, monkeypatch, command, words):
-    """Catches a traceback, or the full model's loss under the name of a budget that a plain Llama does not have."""
+    """Catches a traceback, or the full model's loss under the name of a budget that a plain Llama
+    does not have."""
     monkeypatch.chdir(folders)
     with one_line_error(capsys, *words.split()):
         evaluation.main(["--json", "--model", *command.split()])

@@ -54,8 +54,9 @@ EXPORTED = {"gqa": GQA, "mha": MHA, "tied": SHAPES["tied"], "tied mha": dataclas
 @pytest.mark.parametrize("shape", EXPORTED)
 @pytest.mark.parametrize("budget", [1.0, 0.77, 0.5])
 def test_export_computes_what_the_supernet_does(tmp_path, shape, budget):
-    """Invariant 2. Catches modulation that is not folded, folded twice, into the wrong layer or channel, heads cut
-    across groups, and traces of the supernet: the export is read by a Llama that knows nothing of slices."""
+    """Invariant 2. Catches modulation that is not folded, folded twice, into the wrong layer or
+    channel, heads cut across groups, and traces of the supernet: the export is read by a Llama that
+    knows nothing of slices."""
     model, router = make_supernet(tmp_path / "flex", EXPORTED[shape])
     before = files_of(tmp_path / "flex")
     out, subnet = export_at(tmp_path / "flex", budget)
@@ -84,7 +85,8 @@ def test_a_budget_is_walked_once(tmp_path, monkeypatch):
 
 
 def test_no_trace_of_router_or_modulation(tmp_path):
-    """Catches flex.pt copied along, or tensors that only the supernet has: other readers would refuse the export."""
+    """Catches flex.pt copied along, or tensors that only the supernet has: other readers would
+    refuse the export."""
     make_supernet(tmp_path / "flex", GQA)
     out, *_ = export_at(tmp_path / "flex", 0.6)
     files = files_of(out)
@@ -98,21 +100,24 @@ def test_no_trace_of_router_or_modulation(tmp_path):
 @pytest.mark.parametrize("shape", ["gqa", "mha", "tied"])
 @pytest.mark.parametrize("name", ["per layer", "all", "heads"])
 def test_fold_of_any_subnet(tmp_path, shape, name):
-    """Catches a slice with another shape in every layer whose lists are lost, reordered or taken for uniform in
-    params.json, and factors indexed by the new number of a layer instead of the old."""
+    """Catches a slice with another shape in every layer whose lists are lost, reordered or
+    taken for uniform in params.json, and factors indexed by the new number of a layer instead
+    of the old."""
     config = SHAPES[shape]
     model, tokens, subnet = random_llama(config), tokens_for(config), subnets(config)[name]
     factors = 1 + 0.5 * torch.randn(config.n_layers, 2, generator=torch.Generator().manual_seed(5))
     save_llama(tmp_path, subnet.config(config), fold(model, subnet, factors))
     slim, want = load_llama(tmp_path), model(tokens, subnet=subnet, factors=factors)[0]
-    assert slim.config.per_layer("n_heads") == subnet.n_heads and slim.config.per_layer("ffn_dim") == subnet.ffn_dim
+    assert (slim.config.per_layer("n_heads") == subnet.n_heads
+            and slim.config.per_layer("ffn_dim") == subnet.ffn_dim)
     assert close(slim(tokens)[0], want)
-    assert close(reference_logits(load_tensors(tmp_path / "consolidated.00.pth"), slim.config, tokens), want.double())
+    assert close(reference_logits(load_tensors(tmp_path / "consolidated.00.pth"), slim.config, tokens),
+                 want.double())
 
 
 def test_fold_leaves_the_model_alone():
-    """Catches folding in place: slices are views, and the next budget would be folded on top. And a state dict of
-    views, which hold on to the whole supernet and change with it."""
+    """Catches folding in place: slices are views, and the next budget would be folded on top. And a
+    state dict of views, which hold on to the whole supernet and change with it."""
     model, subnet = random_llama(GQA), SubNet.full(GQA)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     first = fold(model, subnet, torch.full((4, 2), 3.0))
@@ -135,7 +140,8 @@ def test_bfloat16_rounds_once(tmp_path):
         for new, old in enumerate(subnet.layers):
             if name == f"layers.{new}.attention.wo.weight":
                 w = w * factors[old, 0]
-                twice += (model.slices(subnet)[name].bfloat16() * factors[old, 0].bfloat16() != w.bfloat16()).sum()
+                twice += (model.slices(subnet)[name].bfloat16() * factors[old, 0].bfloat16()
+                          != w.bfloat16()).sum()
             if name == f"layers.{new}.feed_forward.w2.weight":
                 w = w * factors[old, 1]
         assert got[name].dtype == torch.bfloat16 and torch.equal(got[name], w.bfloat16()), name
@@ -145,8 +151,9 @@ def test_bfloat16_rounds_once(tmp_path):
 
 
 def test_a_bfloat16_supernet_is_folded_in_fp32(tmp_path):
-    """Catches factors multiplied in the dtype of the supernet's file, where the product is rounded once more than the
-    export asks for, and an export whose dtype is not the supernet's where none is asked for."""
+    """Catches factors multiplied in the dtype of the supernet's file, where the product is rounded
+    once more than the export asks for, and an export whose dtype is not the supernet's where none
+    is asked for."""
     make_supernet(tmp_path / "flex", GQA)
     weights = tmp_path / "flex" / "consolidated.00.pth"
     torch.save({name: w.bfloat16() for name, w in torch.load(weights, weights_only=True).items()}, weights)
@@ -175,7 +182,8 @@ def test_export_again_gives_the_same_bytes(tmp_path):
     assert files_of(out) != first
     assert export_at(tmp_path / "flex", 0.6, out)[0] == out and files_of(out) == first
     assert files_of(export_at(tmp_path / "flex", 0.6, tmp_path / "deep" / "other")[0]) == first
-    assert {p.name for p in tmp_path.iterdir()} == {"flex", "flex-0.60", "deep"}, "temporary folders left behind"
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "flex", "flex-0.60", "deep"}, "temporary folders left behind"
 
 
 def test_mistakes_write_nothing(tmp_path, capsys):
@@ -211,9 +219,11 @@ def test_what_it_prints_is_true(tmp_path, capsys, shape):
     text, slim = capsys.readouterr().out, load_llama(tmp_path / "slim")
     number = lambda pattern: [x.replace(",", "") for x in re.search(pattern, text).groups()]
     c, everything = slim.config, sum(p.numel() for p in slim.parameters())
-    inner = everything - sum({id(p): p.numel() for p in (slim.output.weight, slim.tok_embeddings.weight)}.values())
+    inner = everything - sum(
+        {id(p): p.numel() for p in (slim.output.weight, slim.tok_embeddings.weight)}.values())
     full = load_llama(tmp_path / "flex")
-    inner_full = sum(p.numel() for n, p in full.named_parameters() if not n.startswith(("tok_embeddings", "output")))
+    inner_full = sum(p.numel() for n, p in full.named_parameters()
+                     if not n.startswith(("tok_embeddings", "output")))
     assert number(r"dim (\d+), (\d+) heads of (\d+), ffn (\d+), layers (\d+) of (\d+)") == [
         str(x) for x in (c.dim, c.n_heads, c.head_dim, c.ffn_dim, c.n_layers, 4)]
     assert number(r"asked ([\d.]+), got ([\d.]+) of the non-embedding parameters: ([\d,]+)") == [
@@ -232,22 +242,26 @@ def test_what_it_prints_is_true(tmp_path, capsys, shape):
 
 def sizes_of(text: str) -> list[list[float]]:
     """The rows of the table that --dry-run prints."""
-    rows = [line.split() for line in text.splitlines()[1:] if line.startswith(" ")]  # below them: what columns mean
+    # below them: what columns mean
+    rows = [line.split() for line in text.splitlines()[1:] if line.startswith(" ")]
     return [[float(x.strip("*!").replace(",", "")) for x in row[:10]] for row in rows]
 
 
 def test_amounts():
     """Catches thousands taken for 1024s, and units that are dropped."""
-    for text, want in [("4.0B", 4e9), ("350M", 3.5e8), ("6GB", 6e9), ("6GiB", 6 * 2**30), ("1.5T", 1.5e12), ("12", 12),
-                       ("800k", 8e5), ("2 GB".replace(" ", ""), 2e9), ("3MiB", 3 * 2**20)]:
+    for text, want in [("4.0B", 4e9), ("350M", 3.5e8), ("6GB", 6e9), ("6GiB", 6 * 2**30),
+                       ("1.5T", 1.5e12), ("12", 12), ("800k", 8e5), ("2 GB".replace(" ", ""), 2e9),
+                       ("3MiB", 3 * 2**20)]:
         assert amount(text) == pytest.approx(want), text
 
 
 @pytest.mark.parametrize("shape", ["gqa", "mha", "tied"])
 def test_params_and_memory_are_never_exceeded(tmp_path, capsys, monkeypatch, shape):
-    """Catches a limit that leaves out the embeddings or the cache, counts the wrong dtype, or takes less than fits."""
+    """Catches a limit that leaves out the embeddings or the cache, counts the wrong dtype, or takes
+    less than fits."""
     model, router = make_supernet(tmp_path / "flex", SHAPES[shape])
-    routes = {i / 1000: router.route(i / 1000) for i in range(1000, 0, -1) if i / 1000 >= router.space.costs.min()}
+    routes = {i / 1000: router.route(i / 1000) for i in range(1000, 0, -1)
+              if i / 1000 >= router.space.costs.min()}
     every = list(dict.fromkeys(routes.values()))  # each slice once
     # All commands below ask the same router for the same thousand budgets: they get what it said above.
     monkeypatch.setattr(Router, "route", lambda self, budget, costs=None: routes[budget])
@@ -266,8 +280,8 @@ def test_params_and_memory_are_never_exceeded(tmp_path, capsys, monkeypatch, sha
             bound = limit if flag == "--params" else 4 * limit
             best = max((s for s in every if size(s) <= bound), key=lambda s: cost(model.config, s))
             out = tmp_path / f"slim{k}{flag}"
-            exporting.main(["--model", str(tmp_path / "flex"), flag, f"{bound / 1000}K", *extra, "--dtype", dtype,
-                            "--out", str(out)])
+            exporting.main(["--model", str(tmp_path / "flex"), flag, f"{bound / 1000}K", *extra,
+                            "--dtype", dtype, "--out", str(out)])
             got = load_llama(out).config
             assert cost(model.config, best) == pytest.approx(cost_of_config(model.config, got))
     with one_line_error(capsys, "parameters", "smallest"):
@@ -276,15 +290,16 @@ def test_params_and_memory_are_never_exceeded(tmp_path, capsys, monkeypatch, sha
 
 def test_names_of_folders():
     """Catches two budgets that share a folder, where the second export would replace the first."""
-    for budget, unit, format, name in [(0.5, "params", "llama", "flex-0.50"), (0.555, "params", "llama", "flex-0.555"),
+    for budget, unit, format, name in [(0.5, "params", "llama", "flex-0.50"),
+                                       (0.555, "params", "llama", "flex-0.555"),
                                        (0.556, "params", "hf", "flex-0.556-hf"),
                                        (0.5, "latency", "llama", "flex-latency-0.50")]:
         assert default_folder("out/flex", budget, unit, format) == Path("out") / name
 
 
 def test_the_largest_slice_need_not_have_the_largest_budget(monkeypatch):
-    """Catches the first budget whose slice fits taken for that of the largest slice: a router may buy less with
-    more."""
+    """Catches the first budget whose slice fits taken for that of the largest slice: a router may
+    buy less with more."""
     small, large = SubNet.uniform(32, [0, 2], 4, 33), SubNet.uniform(40, [0, 2], 4, 60)
     monkeypatch.setattr(Router, "route", lambda self, budget: large if 0.6 < budget < 0.7 else small)
     family = SimpleNamespace(router=random_router(GQA))
@@ -321,12 +336,14 @@ def divides(sizes, n: int) -> bool:
     return not any(size % n for size in sizes)
 
 
-@pytest.mark.parametrize("head_dim,n_heads,n_kv_heads", [(8, 8, 2), (16, 16, 16), (32, 8, 8), (64, 12, 4), (2, 3, 1)])
+@pytest.mark.parametrize("head_dim,n_heads,n_kv_heads", [
+    (8, 8, 2), (16, 16, 16), (32, 8, 8), (64, 12, 4), (2, 3, 1)])
 @pytest.mark.parametrize("dim", [100, 160, 512, 768])
 @pytest.mark.parametrize("ffn_dim", [80, 96, 1024, 77])
 def test_who_runs_a_shape_well(head_dim, n_heads, n_kv_heads, dim, ffn_dim):
-    """Catches a quantisation, a number of GPUs or a class that is named though some matrix does not fit it. Measured on
-    the matrices themselves: their rows, and what is left of them when n GPUs share outputs."""
+    """Catches a quantisation, a number of GPUs or a class that is named though some matrix does
+    not fit it. Measured on the matrices themselves: their rows, and what is left of them when n
+    GPUs share outputs."""
     shape = dataclasses.replace(GQA, dim=dim, head_dim=head_dim, n_heads=n_heads, n_kv_heads=n_kv_heads,
                                 ffn_dim=ffn_dim)
     with torch.device("meta"):
@@ -342,8 +359,10 @@ def test_who_runs_a_shape_well(head_dim, n_heads, n_kv_heads, dim, ffn_dim):
 
 
 def test_layers_that_differ_must_all_fit():
-    """Catches a table that looks at the first layer, or that names a class of transformers for layers that differ."""
-    even = dataclasses.replace(GQA, dim=512, head_dim=32, n_heads=8, n_kv_heads=8, ffn_dim=(512, 512, 512, 512))
+    """Catches a table that looks at the first layer, or that names a class of transformers for
+    layers that differ."""
+    even = dataclasses.replace(GQA, dim=512, head_dim=32, n_heads=8, n_kv_heads=8,
+                               ffn_dim=(512, 512, 512, 512))
     assert (quantisations(even), parallel_degrees(even)) == ("Q8_0,K", "2,4,8")
     for axis, values, quants, degrees in [("ffn_dim", (512, 512, 96, 512), "Q8_0", "2,4,8"),
                                           ("ffn_dim", (512, 512, 512, 500), "-", "2,4"),
@@ -351,7 +370,8 @@ def test_layers_that_differ_must_all_fit():
                                           ("n_heads", (8, 8, 8, 16), "Q8_0,K", "2,4,8"),
                                           ("n_kv_heads", (8, 8, 2, 8), "Q8_0,K", "2")]:
         shape = dataclasses.replace(even, **{axis: values})
-        assert (quantisations(shape), parallel_degrees(shape), class_of_transformers(shape)) == (quants, degrees, "-")
+        assert (quantisations(shape), parallel_degrees(shape), class_of_transformers(shape)) == (
+            quants, degrees, "-")
     shape = dataclasses.replace(even, n_heads=(8, 4, 8, 8), n_kv_heads=(8, 4, 8, 8))
     assert (quantisations(shape), parallel_degrees(shape)) == ("Q8_0", "2,4")
 
@@ -376,14 +396,17 @@ def test_the_dry_run_says_who_runs_a_slice_well(tmp_path, capsys):
 
 
 def test_norms_do_not_decide_the_dtype(tmp_path, capsys):
-    """Catches an export in fp32, twice as large, of a bf16 Llama whose norms, or whose last norm, are in fp32."""
+    """Catches an export in fp32, twice as large, of a bf16 Llama whose norms, or whose last norm,
+    are in fp32."""
     make_supernet(tmp_path / "flex", GQA)
     weights = tmp_path / "flex" / "consolidated.00.pth"
-    state = {name: w if "norm" in name else w.bfloat16() for name, w in torch.load(weights, weights_only=True).items()}
+    state = {name: w if "norm" in name else w.bfloat16()
+             for name, w in torch.load(weights, weights_only=True).items()}
     torch.save(state, weights)
     exporting.main(["--model", str(tmp_path / "flex"), "--budget", "0.5"])
     got = load_tensors(tmp_path / "flex-0.50" / "consolidated.00.pth")
-    assert {w.dtype for w in got.values()} == {torch.bfloat16} and "bytes (bfloat16)" in capsys.readouterr().out
+    assert ({w.dtype for w in got.values()} == {torch.bfloat16}
+            and "bytes (bfloat16)" in capsys.readouterr().out)
     assert torch.equal(got["norm.weight"], state["norm.weight"][:len(got["norm.weight"])].bfloat16())
 
 
@@ -395,7 +418,8 @@ def test_other_mistakes(tmp_path, capsys):
     before = files_of(tmp_path)
     for argv, word in [([], "--budget"), (["--budget", "0.5", "--params", "1M"], "--params"),
                        (["--params", "many"], "many"),
-                       (["--memory", "6 bananas"], "bananas"), (["--budget", "0.5", "0.6", "--out", "x"], "--out"),
+                       (["--memory", "6 bananas"], "bananas"),
+                       (["--budget", "0.5", "0.6", "--out", "x"], "--out"),
                        (["--memory", "6GB", "--context", "0"], "--context"), (["--params", "..B"], "..B"),
                        (["--budget", "0.5", "--out", str(tmp_path / "flex")], "--out"),
                        (["--model", str(tmp_path / "plain"), "--params", "1M"], "supernet"),
@@ -416,14 +440,16 @@ def test_a_full_disk(tmp_path, kind):
     before = files_of(tmp_path)
     limited = ("import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (60000, 60000)); "
                "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')")
-    done = run("-c", limited, ROOT / "export.py", "--model", tmp_path / "flex", "--budget", "0.9", "--format", kind)
+    done = run("-c", limited, ROOT / "export.py", "--model", tmp_path / "flex", "--budget", "0.9",
+               "--format", kind)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "too large" in done.stderr, done.stderr
     assert files_of(tmp_path) == before and {p.name for p in tmp_path.iterdir()} == {"flex"}
 
 
 @pytest.mark.parametrize("kind", ["llama", "hf"])
 def test_an_interruption(tmp_path, kind, capsys, monkeypatch):
-    """Catches half a folder, or the earlier export lost, when Ctrl-C or SIGTERM comes while files are being written."""
+    """Catches half a folder, or the earlier export lost, when Ctrl-C or SIGTERM comes while files
+    are being written."""
     make_supernet(tmp_path / "flex", GQA)
     argv = ["--model", str(tmp_path / "flex"), "--format", kind, "--out", str(tmp_path / "slim")]
     exporting.main([*argv, "--budget", "0.8"])
@@ -440,7 +466,8 @@ def test_an_interruption(tmp_path, kind, capsys, monkeypatch):
 
 
 def test_an_export_is_evaluated_as_its_supernet(tmp_path, capsys):
-    """Catches an export that eval.py and sample.py read as something else: the loss to 1e-4, the same text."""
+    """Catches an export that eval.py and sample.py read as something else: the loss to 1e-4,
+    the same text."""
     make_supernet(tmp_path / "flex", GQA)
     exporting.main(["--model", str(tmp_path / "flex"), "--budget", "0.6"])
     (tmp_path / "text.txt").write_text("the cat sat on the mat; def main(argv): return argv\n" * 20)
@@ -455,8 +482,8 @@ def test_an_export_is_evaluated_as_its_supernet(tmp_path, capsys):
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_what_is_read_lazily_is_what_a_whole_model_gives(tmp_path, tied):
-    """Catches another layer's weights, a shard that is left out, another dtype, another order, and a model that has
-    memory: its own tensors stay on the meta device."""
+    """Catches another layer's weights, a shard that is left out, another dtype, another order, and
+    a model that has memory: its own tensors stay on the meta device."""
     config = dataclasses.replace(WHOLE, tied=tied)
     model = cut_into(tmp_path / "llama", 2, False, config, dtype=torch.bfloat16).bfloat16()
     lazy = open_lazily(tmp_path / "llama")

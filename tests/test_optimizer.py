@@ -1,4 +1,5 @@
-"""train.py's optimizers, rates and clips, against a table of names, AdamW by hand, and the schedules in words."""
+"""train.py's optimizers, rates and clips, against a table of names, AdamW by hand, and the
+schedules in words."""
 import argparse
 import copy
 import math
@@ -51,7 +52,8 @@ def wanted_settings(part: str, name: str, args) -> tuple[float, float, float]:
 
 def group_of(optimizers, p) -> dict:
     """The one group that a parameter is in."""
-    found = [g for optimizer in optimizers for g in optimizer.param_groups if any(q is p for q in g["params"])]
+    found = [g for optimizer in optimizers for g in optimizer.param_groups
+             if any(q is p for q in g["params"])]
     assert len(found) == 1
     return found[0]
 
@@ -65,14 +67,15 @@ def random_gradients(model, router, seed: int) -> None:
 
 
 def test_every_parameter_has_the_settings_of_its_part():
-    """Catches decay on norms, router or modulation, a rate of another part, a start that is given to the Llama or
-    kept from the router, a parameter that no optimizer has."""
+    """Catches decay on norms, router or modulation, a rate of another part, a start that is given
+    to the Llama or kept from the router, a parameter that no optimizer has."""
     model, router = family()
     args = settings()
     optimizers = train.make_optimizers(model, router, args)
     for part, name, p in named(model, router):
         group = group_of(optimizers, p)
-        assert (group["peak"], group["start"], group["weight_decay"]) == wanted_settings(part, name, args), name
+        assert (group["peak"], group["start"], group["weight_decay"]) == wanted_settings(
+            part, name, args), name
 
 
 def test_frozen_weights_and_dense_runs():
@@ -87,8 +90,8 @@ def test_frozen_weights_and_dense_runs():
 
 
 def slow_rate(step: int, args, start: float) -> float:
-    """The share of the peak, in words: nothing before the start, up in equal steps, down along half a cosine to a
-    tenth."""
+    """The share of the peak, in words: nothing before the start, up in equal steps, down along half
+    a cosine to a tenth."""
     begin = round(args.steps * start)
     up = round(args.steps * args.warmup)
     if step < begin:
@@ -102,8 +105,8 @@ def slow_rate(step: int, args, start: float) -> float:
 
 
 def test_rates_of_a_run():
-    """Catches a warm-up that starts at 0 or jumps, a decay to nothing or to more than a tenth, and a router that
-    learns before its start: each part has its rate at every step."""
+    """Catches a warm-up that starts at 0 or jumps, a decay to nothing or to more than a tenth, and
+    a router that learns before its start: each part has its rate at every step."""
     model, router = family()
     args = settings()
     optimizers = train.make_optimizers(model, router, args)
@@ -136,8 +139,8 @@ def slow_adamw(p, gradients: list, rates: list, decay: float):
 
 
 def test_three_steps_are_adamw_by_hand():
-    """Catches other betas, decay that is scaled by the gradient (Adam for AdamW), a rate that never reaches its
-    group."""
+    """Catches other betas, decay that is scaled by the gradient (Adam for AdamW), a rate that never
+    reaches its group."""
     model, router = family()
     before = [p.detach().clone() for _, _, p in named(model, router)]
     args = settings()
@@ -158,8 +161,8 @@ def test_three_steps_are_adamw_by_hand():
 
 
 def test_each_part_is_clipped_alone():
-    """Catches one clip for all parts, in which the Llama's gradient shrinks the router's; a clip that clips nothing;
-    a clip by value; norms that are taken after the clip."""
+    """Catches one clip for all parts, in which the Llama's gradient shrinks the router's; a clip
+    that clips nothing; a clip by value; norms that are taken after the clip."""
     model, router = family()
     random_gradients(model, router, 3)
     before = copy.deepcopy([p.grad for _, _, p in named(model, router)])
@@ -190,8 +193,9 @@ def test_nothing_is_clipped_that_does_not_train():
 
 
 def test_noise_falls_and_soft_passes_end():
-    """Catches a temperature that falls linearly, a kappa that falls, soft passes before the router's start or after
-    their end: at every step of a run of 21 that starts its router at a quarter."""
+    """Catches a temperature that falls linearly, a kappa that falls, soft passes before the
+    router's start or after their end: at every step of a run of 21 that starts its router
+    at a quarter."""
     args = settings(steps=21, tau_end=0.01, kappa_end=5.0, teach_prob=0.8, router_start=0.25, teach_end=0.75)
     for step in range(21):
         tau, kappa, soft = train.schedule(step, args)

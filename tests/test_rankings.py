@@ -1,4 +1,5 @@
-"""bench/rankings.py: scores against derivatives by differences, orders of layers against a loop, cuts of one axis."""
+"""bench/rankings.py: scores against derivatives by differences, orders of layers against a loop,
+cuts of one axis."""
 import torch
 
 from bench.rankings import cut, fisher_scores, layers_by_loss, weighted_scores
@@ -24,8 +25,8 @@ def slow_fisher(model, x, y, touch) -> float:
 
 @torch.no_grad()
 def test_fisher_is_the_squared_derivative_of_every_window():
-    """Catches a factor on another unit, on some norms only, or one gradient for all windows: scaling a unit is scaling
-    the weights behind it."""
+    """Catches a factor on another unit, on some norms only, or one gradient for all windows:
+    scaling a unit is scaling the weights behind it."""
     model = random_llama(GQA).double()
     windows = tokens_for(GQA, batch=3)
     x, y = windows[:, :-1], windows[:, 1:]
@@ -41,7 +42,8 @@ def test_fisher_is_the_squared_derivative_of_every_window():
         return lambda g: model.layers[layer].attention.wo.weight[:, columns].mul_(g)
 
     def on_channel(channel):
-        norms = [norm for block in model.layers for norm in (block.attention_norm, block.ffn_norm)] + [model.norm]
+        norms = [norm for block in model.layers for norm in (block.attention_norm, block.ffn_norm)] + [
+            model.norm]
         return lambda g: [norm.weight[channel].mul_(g) for norm in norms]
 
     for layer, unit in ((0, 1), (2, 5), (3, 0)):
@@ -63,7 +65,9 @@ def test_weighted_scores_know_what_reads_a_unit():
         reads = block.feed_forward.w2.weight[:, unit].norm()
         assert torch.isclose(got["ffn_dim"][1][unit], plain["ffn_dim"][1][unit] * reads)
         columns = slice(unit * GQA.head_dim, (unit + 1) * GQA.head_dim)
-        assert torch.isclose(got["n_heads"][1][unit], plain["n_heads"][1][unit] * block.attention.wo.weight[:, columns].norm())
+        assert torch.isclose(
+            got["n_heads"][1][unit],
+            plain["n_heads"][1][unit] * block.attention.wo.weight[:, columns].norm())
         readers = [block.attention.wq.weight, block.attention.wk.weight, block.attention.wv.weight]
         reads = torch.cat(readers)[:, unit].norm()
         assert torch.isclose(got["dim"][2][unit], plain["dim"][2][unit] * reads)

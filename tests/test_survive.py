@@ -1,4 +1,5 @@
-"""train.py on bad days: killed, asked to stop, out of room, with losses that are not finite, with other rates."""
+"""train.py on bad days: killed, asked to stop, out of room, with losses that are not finite,
+with other rates."""
 import copy
 import json
 import os
@@ -26,17 +27,18 @@ pytestmark = pytest.mark.usefixtures("small_base")
 LONG = [*TINY, "--base-steps", "12", "--steps", "16", "--save-every", "2", "--eval-every", "3"]
 
 # A base smaller than the demo's.
-SMALL = """
-import functools, sys, train
-train.LlamaConfig = functools.partial(train.LlamaConfig, dim=32, n_layers=3, n_heads=4, n_kv_heads=2, head_dim=8, ffn_dim=48)
-"""
+SMALL = (
+    "\nimport functools, sys, train\n"
+    "train.LlamaConfig = functools.partial(train.LlamaConfig, dim=32, n_layers=3, n_heads=4, "
+    "n_kv_heads=2, head_dim=8, ffn_dim=48)\n")
 
 STRAIGHT = SMALL + """
 train.main(sys.argv[1:])
 """
 
-# Every attempt goes on where the last one was killed: at a place of its own, `when` the n-th call of a function begins or
-# has ended. A save is three to five files, each an fsync, a rename and an fsync of the folder.
+# Every attempt goes on where the last one was killed: at a place of its own, `when` the n-th call
+# of a function begins or has ended. A save is three to five files, each an fsync, a rename and an
+# fsync of the folder.
 KILLS = SMALL + """
 import os, signal
 import plumbing.progress as progress
@@ -88,8 +90,9 @@ def losses(folder) -> dict[int, list]:
 
 
 def test_killed_twenty_times(demo, tmp_path):
-    """Invariants 5 and 7. Catches a file that is half-written, state that a checkpoint forgets, and files of two steps
-    that are taken for one: kill -9 in steps, evaluations and saves must leave no trace in what comes out."""
+    """Invariants 5 and 7. Catches a file that is half-written, state that a checkpoint forgets, and
+    files of two steps that are taken for one: kill -9 in steps, evaluations and saves must leave no
+    trace in what comes out."""
     root, flags = demo
     flags = [*flags[:2], *LONG]
     straight = run("-c", STRAIGHT, *flags, "--out", tmp_path / "a/flex")
@@ -106,8 +109,8 @@ def test_killed_twenty_times(demo, tmp_path):
 
 @pytest.mark.parametrize("ranks", [0, 2])
 def test_asked_to_stop(odd_start, tmp_path, ranks):
-    """Catches a signal that loses the step, ends with a traceback, or leaves ranks waiting for each other; and a
-    command that does not go on where it stopped."""
+    """Catches a signal that loses the step, ends with a traceback, or leaves ranks waiting for each
+    other; and a command that does not go on where it stopped."""
     _, flags = odd_start
     argv = [str(ROOT / "train.py"), *flags, "--steps", "1500", "--log-every", "1", "--save-every", "10000",
             "--eval-every", "10000", "--out", str(tmp_path / "flex")]
@@ -118,7 +121,8 @@ def test_asked_to_stop(odd_start, tmp_path, ranks):
             break
     process.send_signal(signal.SIGTERM)
     said = process.stderr.read()
-    assert process.wait(timeout=60) == (1 if ranks else 143), said[-2000:]  # torchrun itself ends so, with a traceback
+    # torchrun itself ends so, with a traceback
+    assert process.wait(timeout=60) == (1 if ranks else 143), said[-2000:]
     assert ranks or "Traceback" not in said, said[-2000:]
     assert "stopped at step" in said and "--resume" in said, said[-2000:]
     state = load_tensors(tmp_path / "flex/resume.pt")
@@ -126,8 +130,8 @@ def test_asked_to_stop(odd_start, tmp_path, ranks):
 
 
 def test_a_signal_in_the_last_step_of_the_base(demo, tmp_path, monkeypatch, capsys):
-    """Catches Ctrl-C that ends nothing, because the stage was at its end anyway and the next one begins; and a status
-    that a script takes for success."""
+    """Catches Ctrl-C that ends nothing, because the stage was at its end anyway and the next one
+    begins; and a status that a script takes for success."""
     root, flags = demo
     flags = [*flags, "--out", str(tmp_path / "out/flex")]
     step = train.train_step
@@ -169,7 +173,8 @@ def test_a_signal_to_one_rank_stops_all(tmp_path, monkeypatch):
 
 
 def test_what_is_due(tmp_path):
-    """Catches a last step that is neither evaluated nor saved, and a resumed run that repeats what it has just read."""
+    """Catches a last step that is neither evaluated nor saved, and a resumed run that repeats what
+    it has just read."""
     for start, due in ((0, [3, 6, 7]), (3, [6, 7]), (4, [6, 7])):
         run_of_seven = Run(tmp_path, 7, torch.device("cpu"), {}, start=start)
         assert [step for step in range(start, 8) if run_of_seven.due(step, 3)] == due
@@ -196,21 +201,24 @@ def test_a_bad_step_is_skipped(odd_start, tmp_path, monkeypatch, capsys):
     assert said.count("| skipped:") == 3 and "(2 in a row)" in said and "(3 in a row)" not in said
     same = [all(torch.equal(a[k], b[k]) for k in a) for a, b in zip(weights, weights[1:])]
     assert same == [False, True, True, False, True]
-    assert [r["bad"] for r in map(json.loads, open(tmp_path / "flex/log.jsonl")) if "loss" in r] == [0, 1, 2, 0, 1, 0]
+    assert [r["bad"] for r in map(json.loads, open(tmp_path / "flex/log.jsonl"))
+            if "loss" in r] == [0, 1, 2, 0, 1, 0]
     assert all(w.isfinite().all() for w in load_tensors(tmp_path / "flex/resume.pt")["model"].values())
     shutil.rmtree(tmp_path / "flex")
     monkeypatch.setattr(train, "train_step", poisoned({3, 4, 5}))
     with pytest.raises(SystemExit) as stop:
         train.main(flags + ["--max-bad-steps", "2"])
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
-    assert stop.value.code == 2 and len(errors) == 1 and "2 steps in a row" in errors[0] and "--resume" in errors[0]
+    assert (stop.value.code == 2 and len(errors) == 1 and "2 steps in a row" in errors[0]
+            and "--resume" in errors[0])
     assert load_tensors(tmp_path / "flex/resume.pt")["step"] == 3
 
 
 @pytest.mark.parametrize("what", ["gradients", "weights"])
 def test_a_diverged_run_keeps_its_last_good_checkpoint(odd_start, tmp_path, monkeypatch, capsys, what):
-    """Catches a good checkpoint that is replaced after steps that were not finite, or by weights that are no numbers; a
-    message that promises another state; a run that ends so and ends well; and a mending command that does not mend."""
+    """Catches a good checkpoint that is replaced after steps that were not finite, or by weights
+    that are no numbers; a message that promises another state; a run that ends so and ends well;
+    and a mending command that does not mend."""
     _, flags = odd_start
     flags = flags + ["--out", str(tmp_path / "flex"), "--save-every", "2"]
     step = train.train_step
@@ -230,7 +238,8 @@ def test_a_diverged_run_keeps_its_last_good_checkpoint(odd_start, tmp_path, monk
     said = capsys.readouterr().err
     error = said.splitlines()[-1]
     assert stop.value.code == 2 and said.count("error") == 1
-    assert "not saved at its last step" in error and "the checkpoint of step 2" in error and "--override --lr" in error
+    assert ("not saved at its last step" in error and "the checkpoint of step 2" in error
+            and "--override --lr" in error)
     assert "step     4/6 | not saved: " in said and ("NaN or infinity" in said) == (what == "weights")
     assert load_tensors(tmp_path / "flex/resume.pt")["step"] == 2
     monkeypatch.setattr(train, "train_step", step)
@@ -240,7 +249,8 @@ def test_a_diverged_run_keeps_its_last_good_checkpoint(odd_start, tmp_path, monk
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a disk that is always full: Linux has one")
 def test_a_full_disk_costs_the_log_alone(odd_start, tmp_path, capsys):
-    """Catches a run of weeks that dies at a line of its log, one that says so at every step, and other weights."""
+    """Catches a run of weeks that dies at a line of its log, one that says so at every step,
+    and other weights."""
     root, flags = odd_start
     (tmp_path / "full").mkdir()
     (tmp_path / "full/log.jsonl").symlink_to("/dev/full")
@@ -248,7 +258,8 @@ def test_a_full_disk_costs_the_log_alone(odd_start, tmp_path, capsys):
     for name in ("full", "free"):
         train.main(flags + ["--out", str(tmp_path / name)])
         said[name] = capsys.readouterr().err
-    assert said["full"].count("log.jsonl cannot be written (No space left") == 1 and "note" not in said["free"]
+    assert (said["full"].count("log.jsonl cannot be written (No space left") == 1
+            and "note" not in said["free"])
     weights = [load_tensors(tmp_path / name / "resume.pt")["model"] for name in said]
     assert all(torch.equal(a, b) for a, b in zip(*(w.values() for w in weights), strict=True))
 
@@ -256,7 +267,8 @@ def test_a_full_disk_costs_the_log_alone(odd_start, tmp_path, capsys):
 def test_a_full_disk_keeps_the_last_checkpoint(demo, tmp_path, monkeypatch, capsys):
     """Catches a checkpoint that is lost because the next one has no room."""
     root, flags = demo
-    flags = flags + ["--llama", str(root / "out/base"), "--kd", "0", "--out", str(tmp_path / "flex")]  # as the demo's
+    # as the demo's
+    flags = flags + ["--llama", str(root / "out/base"), "--kd", "0", "--out", str(tmp_path / "flex")]
     write, calls = checkpoint.atomic_write, []
 
     def full(path):
@@ -269,18 +281,20 @@ def test_a_full_disk_keeps_the_last_checkpoint(demo, tmp_path, monkeypatch, caps
     with pytest.raises(SystemExit) as stop:
         train.main(flags)
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
-    assert stop.value.code == 2 and len(errors) == 1 and "No space left" in errors[0] and "--resume" in errors[0]
+    assert (stop.value.code == 2 and len(errors) == 1 and "No space left" in errors[0]
+            and "--resume" in errors[0])
     state = load_tensors(tmp_path / "flex/resume.pt")
     assert state["step"] == 3 and len(calls) == 5
     monkeypatch.setattr(checkpoint, "atomic_write", write)
     train.main(flags + ["--resume"])
     for name in RUN:
-        assert (tmp_path / "flex" / name).read_bytes() == (root / "out/flex" / name).read_bytes() or name == "resume.pt"
+        assert ((tmp_path / "flex" / name).read_bytes() == (root / "out/flex" / name).read_bytes()
+                or name == "resume.pt")
 
 
 def test_what_a_run_is_made_of(odd_start, tmp_path, monkeypatch, capsys):
-    """Catches a run that goes on from another Llama or on other text under the same path, and one that is refused
-    because its folders were moved."""
+    """Catches a run that goes on from another Llama or on other text under the same path, and one
+    that is refused because its folders were moved."""
     root, flags = odd_start
     at = {flag: flags[flags.index(flag) + 1] for flag in ("--llama", "--data")}
     shutil.copytree(at["--llama"], tmp_path / "llama")
@@ -288,7 +302,8 @@ def test_what_a_run_is_made_of(odd_start, tmp_path, monkeypatch, capsys):
 
     def with_paths(llama, data) -> list[str]:
         new = {at["--llama"]: str(llama), at["--data"]: str(data)}
-        return [new.get(word, word) for word in flags] + ["--out", str(tmp_path / "flex"), "--save-every", "2"]
+        return [new.get(word, word) for word in flags] + [
+            "--out", str(tmp_path / "flex"), "--save-every", "2"]
 
     step = train.train_step
 
@@ -319,7 +334,8 @@ def test_what_a_run_is_made_of(odd_start, tmp_path, monkeypatch, capsys):
     shutil.copytree("moved/data", "held")
     shard = Path("held/val_000000.bin")
     shard.write_bytes(shard.read_bytes()[:-1] + bytes([shard.read_bytes()[-1] ^ 1]))
-    for llama, data, what in (("other", "moved/data", "llama_fingerprint"), ("moved/llama", "text", "fingerprint"),
+    for llama, data, what in (("other", "moved/data", "llama_fingerprint"),
+                              ("moved/llama", "text", "fingerprint"),
                               ("moved/llama", "held", "val_fingerprint")):
         with pytest.raises(SystemExit):
             train.main(with_paths(llama, data) + ["--resume"])
@@ -336,9 +352,11 @@ RESUME_DAMAGES = {
     "a step that is half": lambda s: s.update(step=5.5),
     "a step before the first": lambda s: s.update(step=-1),
     "true for a step": lambda s: s.update(step=True),
-    "a weight of whole numbers": lambda s: s["model"].update({"norm.weight": s["model"]["norm.weight"].to(torch.int8)}),
+    "a weight of whole numbers": lambda s: s["model"].update(
+        {"norm.weight": s["model"]["norm.weight"].to(torch.int8)}),
     "a weight in bf16": lambda s: s["model"].update({"norm.weight": s["model"]["norm.weight"].bfloat16()}),
-    "moments of whole numbers": lambda s: s["optimizers"][0]["state"][0].update(exp_avg=torch.ones(3, dtype=torch.int8)),
+    "moments of whole numbers": lambda s: s["optimizers"][0]["state"][0].update(
+        exp_avg=torch.ones(3, dtype=torch.int8)),
     "a router in bf16": lambda s: s["flex"]["router"].update(
         {name: weight.bfloat16() for name, weight in s["flex"]["router"].items()}),
     "a weight that is a list": lambda s: s["model"].update({"norm.weight": [1.0]}),
@@ -350,7 +368,8 @@ RESUME_DAMAGES = {
 
 @pytest.mark.parametrize("damage", RESUME_DAMAGES)
 def test_a_state_that_is_none(demo, tmp_path, capsys, damage):
-    """Catches a traceback where resume.pt is of something else, and a run that goes on with half of a state."""
+    """Catches a traceback where resume.pt is of something else, and a run that goes on with half
+    of a state."""
     root, flags = demo
     shutil.copytree(root / "out", tmp_path / "out")
     path = tmp_path / "out/flex/resume.pt"
@@ -368,8 +387,8 @@ def test_a_state_that_is_none(demo, tmp_path, capsys, damage):
 
 
 def test_routers_of_another_save(odd_start, tmp_path, capsys):
-    """Catches weights that run with the router of another step, as after a crash between the two files; --resume
-    writes both again."""
+    """Catches weights that run with the router of another step, as after a crash between the two
+    files; --resume writes both again."""
     _, flags = odd_start
     flags = flags + ["--out", str(tmp_path / "flex")]
     train.main(flags)
@@ -384,8 +403,8 @@ def test_routers_of_another_save(odd_start, tmp_path, capsys):
 
 
 def test_a_state_that_leads_nowhere(demo, tmp_path, capsys):
-    """Catches a run that starts at step 0, over what it would have gone on from, because the disk that its state is on
-    is not mounted."""
+    """Catches a run that starts at step 0, over what it would have gone on from, because the disk
+    that its state is on is not mounted."""
     root, flags = demo
     shutil.copytree(root / "out", tmp_path / "out")
     (tmp_path / "out/flex/resume.pt").unlink()
@@ -393,13 +412,14 @@ def test_a_state_that_leads_nowhere(demo, tmp_path, capsys):
     before = files_of(tmp_path)
     with pytest.raises(SystemExit) as stop:
         train.main([*flags, "--out", str(tmp_path / "out/flex"), "--resume"])
-    assert stop.value.code == 2 and "resume.pt is a link that leads nowhere" in capsys.readouterr().err.splitlines()[-1]
+    assert (stop.value.code == 2
+            and "resume.pt is a link that leads nowhere" in capsys.readouterr().err.splitlines()[-1])
     assert files_of(tmp_path) == before
 
 
 def test_override(demo, tmp_path, capsys):
-    """Catches a rate that the optimizer's state brings back, steps that cannot be added to a finished run, and settings
-    that change what the run is."""
+    """Catches a rate that the optimizer's state brings back, steps that cannot be added to a
+    finished run, and settings that change what the run is."""
     root, flags = demo
     shutil.copytree(root / "out", tmp_path / "out")
     flags = flags + ["--out", str(tmp_path / "out/flex"), "--resume"]

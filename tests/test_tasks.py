@@ -1,5 +1,5 @@
-"""tasks/: questions, likelihoods, metrics, download. The slow way, one choice and one token at a time, is the oracle;
-what lm-evaluation-harness says is in test_lm_eval.py."""
+"""tasks/: questions, likelihoods, metrics, download. The slow way, one choice and one token at a
+time, is the oracle; what lm-evaluation-harness says is in test_lm_eval.py."""
 import dataclasses
 import functools
 import hashlib
@@ -25,7 +25,14 @@ from tasks import download, report
 from tasks.likelihood import Request, batches_of, requests_of, score, tokens_computed, tokens_unshared
 from tasks.metrics import perplexity_stderr, task_metrics
 from tasks.questions import TASKS, Question, load_task
-from tasks.report import computed_lines, computed_tokens, encode_tasks, load_questions, measure_tasks, task_table
+from tasks.report import (
+    computed_lines,
+    computed_tokens,
+    encode_tasks,
+    load_questions,
+    measure_tasks,
+    task_table,
+)
 from tests.helpers import GQA, make_supernet, one_line_error
 from tests.processes import ROOT, run
 from tests.tiny_tasks import rows_of_tasks, write_hf, write_jsonl, write_raw
@@ -50,7 +57,8 @@ def requests(desk, name: str, window: int = WINDOW, limit=None):
     return questions, list(requests_of(questions, load_tokenizer(desk / "flex" / TOKENIZER), window))
 
 
-def slow_answer(model, tokenizer, context: str, continuation: str, window: int, **slice_) -> tuple[float, bool]:
+def slow_answer(model, tokenizer, context: str, continuation: str, window: int,
+                **slice_) -> tuple[float, bool]:
     """One forward over all that stands before the last target, as few tokens as the window lets through."""
     bos = tokenizer.encode_single_token(BOS)
     first = [bos, *tokenizer.encode(context.rstrip(), disallowed_special=())]
@@ -69,8 +77,9 @@ def slow_answer(model, tokenizer, context: str, continuation: str, window: int, 
 
 @pytest.mark.parametrize("name,window", [(n, WINDOW) for n in TASKS] + [("hellaswag", 100), ("mmlu", 40)])
 def test_log_likelihoods_are_the_slow_ones(desk, name, window):
-    """Catches a prefix longer than what is shared, a cache copied to the wrong rows, padding that is read, targets one
-    place off, a window that cuts the wrong end: at a slice with modulation, in fp32, to 1e-4."""
+    """Catches a prefix longer than what is shared, a cache copied to the wrong rows, padding that
+    is read, targets one place off, a window that cuts the wrong end: at a slice with modulation, in
+    fp32, to 1e-4."""
     tokenizer = load_tokenizer(desk / "flex" / TOKENIZER)
     model, subnet, factors = open_family(desk / "flex").member(0.5)
     questions, encoded = requests(desk, name, window)
@@ -80,7 +89,8 @@ def test_log_likelihoods_are_the_slow_ones(desk, name, window):
     with torch.no_grad():
         for i, answers in zip(some, scores):
             for pair, (ll, greedy) in zip(questions[i].pairs, answers, strict=True):
-                slow, slow_greedy = slow_answer(model, tokenizer, *pair, window, subnet=subnet, factors=factors)
+                slow, slow_greedy = slow_answer(model, tokenizer, *pair, window,
+                                                subnet=subnet, factors=factors)
                 assert abs(ll - slow) < 1e-4 * max(1, abs(slow)), questions[i].where
                 assert greedy == slow_greedy, questions[i].where
 
@@ -116,7 +126,8 @@ def test_awkward_rows_are_read_as_they_are(desk):
     assert any(q.pairs[1] == q.pairs[2] for q in arc)
     assert any("\n\nAnswer:" in q.pairs[0][0] for q in arc)
     mmlu = load_task("mmlu", desk / "raw")
-    assert all(q.pairs[0][0].count("\nC. one\ntwo, three\nD. ") == 6 for q in mmlu), "5 shots and the question"
+    assert all(q.pairs[0][0].count("\nC. one\ntwo, three\nD. ") == 6
+               for q in mmlu), "5 shots and the question"
     assert all(q.pairs[0][0].count("\nAnswer:") == 6 and q.pairs[0][0].endswith("\nAnswer:") for q in mmlu)
     assert mmlu[20].pairs[0][0].startswith(
         "The following are multiple choice questions (with answers) about high school us history.\n\n")
@@ -126,10 +137,12 @@ def test_awkward_rows_are_read_as_they_are(desk):
 
 
 def test_questions_are_their_rows(tmp_path):
-    """Catches lengths in bytes, or with the blank; digits that are not found among the labels; an answer counted from
-    another number; a last word split off at another blank; the filled blank scored along with what follows it."""
-    rows = {"arc_easy/test": dict(question="Why?", choices=dict(text=["a", "naïve 日本", "c"], label=["1", "2", "3"]),
-                                  answerKey="2"),
+    """Catches lengths in bytes, or with the blank; digits that are not found among the labels; an
+    answer counted from another number; a last word split off at another blank; the filled blank
+    scored along with what follows it."""
+    rows = {"arc_easy/test": dict(
+                question="Why?", choices=dict(text=["a", "naïve 日本", "c"], label=["1", "2", "3"]),
+                answerKey="2"),
             "lambada_openai/test": dict(text="the dog  ate\nsome\ncake"),
             "piqa/validation": dict(goal="Rest", sol1="sit", sol2="lie 🐈", label=1),
             "winogrande/validation": dict(sentence="Ann saw Bo, _ waved back. ", option1="Ann", option2="Bö",
@@ -148,11 +161,12 @@ def test_questions_are_their_rows(tmp_path):
 
 
 def test_mmlu_prompts_are_header_shots_and_question(tmp_path):
-    """Catches shots from the split that is tested, of another subject, or six of them; no blank line between; letters
-    that are counted from another number."""
+    """Catches shots from the split that is tested, of another subject, or six of them; no blank
+    line between; letters that are counted from another number."""
     def rows_of(split, n, shift):
-        return [dict(question=f" {split} {subject} {i}? ", subject=subject, choices=[f"{split}{i}", "b", "c", "d"],
-                     answer=(i + shift) % 4) for subject in ("old_maps", "new maps") for i in range(n)]
+        return [dict(question=f" {split} {subject} {i}? ", subject=subject,
+                     choices=[f"{split}{i}", "b", "c", "d"], answer=(i + shift) % 4)
+                for subject in ("old_maps", "new maps") for i in range(n)]
 
     write_jsonl(tmp_path / "mmlu/dev.jsonl", rows_of("dev", 6, 1))
     write_jsonl(tmp_path / "mmlu/test.jsonl", rows_of("test", 7, 2))
@@ -167,8 +181,8 @@ def test_mmlu_prompts_are_header_shots_and_question(tmp_path):
 
 
 def test_hellaswag_shots_are_one_draw(tmp_path):
-    """Catches a generator seeded anew for each row, ten drawn instead of eleven, a row among its own shots, an ending
-    that is not the right one, text that is not cleaned."""
+    """Catches a generator seeded anew for each row, ten drawn instead of eleven, a row among its
+    own shots, an ending that is not the right one, text that is not cleaned."""
     train = [scene(i) for i in range(14)]
     val = [scene(i if i % 2 else 100 + i) for i in range(12)]
     write_jsonl(tmp_path / "hellaswag/train.jsonl", train)
@@ -189,8 +203,8 @@ def test_hellaswag_shots_are_one_draw(tmp_path):
 def scene(i: int) -> dict:
     """A row of HellaSwag, with WikiHow's marks."""
     endings = [f"leaves  {i} {k} [step]" for k in range(4)]
-    return dict(activity_label=f"[header] Act {i}", ctx_a=f"Someone [title] waits {i}", ctx_b="he", label=i % 4,
-                endings=endings)
+    return dict(activity_label=f"[header] Act {i}", ctx_a=f"Someone [title] waits {i}", ctx_b="he",
+                label=i % 4, endings=endings)
 
 
 def query(i: int) -> str:
@@ -199,12 +213,14 @@ def query(i: int) -> str:
 
 
 def test_metrics_are_their_formulas():
-    """Catches a tie that goes to the last, lengths with the blank, a population's deviation, micro for macro."""
+    """Catches a tie that goes to the last, lengths with the blank, a population's deviation,
+    micro for macro."""
     lls = [[-1.0, -1.0, -3.0], [-2.0, -1.0], [-6.0, -4.0, -9.0, -8.0]]
     scores = [[(ll, False) for ll in row] for row in lls]
     asked = [blank_question(3, 0), blank_question(2, 0), blank_question(4, 0, lengths=[6, 2, 3, 100])]
     found = task_metrics("piqa", asked, scores)
-    assert found["acc"] == pytest.approx(1 / 3) and found["acc_norm"] == pytest.approx(1 / 3) and found["n"] == 3
+    assert (found["acc"] == pytest.approx(1 / 3) and found["acc_norm"] == pytest.approx(1 / 3)
+            and found["n"] == 3)
     assert found["acc_stderr"] == pytest.approx(statistics.stdev([1, 0, 0]) / 3 ** 0.5)
     asked = [blank_question(4, 3, lengths=[6, 2, 3, 100])]
     assert task_metrics("piqa", asked, scores[2:])["acc_norm"] == 1
@@ -245,8 +261,9 @@ def test_perplexity_is_resampled_as_the_harness_does():
 
 
 def test_tokens_computed_are_counted_and_few(desk, monkeypatch):
-    """Catches a prefix computed again for every choice, letters that each take a forward, and a count that is not what
-    went through the model: on HellaSwag at least twice fewer than a forward for every choice."""
+    """Catches a prefix computed again for every choice, letters that each take a forward, and a
+    count that is not what went through the model: on HellaSwag at least twice fewer than a forward
+    for every choice."""
     model = load_llama(desk / "flex")
     seen = []
     forward = type(model).forward
@@ -264,13 +281,14 @@ def test_tokens_computed_are_counted_and_few(desk, monkeypatch):
         (name, (computed, alone)), = computed_tokens([row], tasks).items()
         assert computed == sum(seen)
         assert alone >= at_least * computed, name
-        assert computed_lines({name: (computed, alone)})[0].startswith(f"{name}: {computed:,} tokens computed")
+        assert computed_lines({name: (computed, alone)})[0].startswith(
+            f"{name}: {computed:,} tokens computed")
     assert all(len(r.rows) == 1 and len(r.choices) == 4 for r in requests(desk, "mmlu")[1])
 
 
 def test_sharing_never_costs_more_than_it_saves():
-    """Catches batches so large that two answers to a short question, as in PIQA, take more tokens than they would if
-    nothing was shared."""
+    """Catches batches so large that two answers to a short question, as in PIQA, take more tokens
+    than they would if nothing was shared."""
     generator = np.random.default_rng(0)
     asked = []
     for _ in range(60):
@@ -284,7 +302,8 @@ def test_sharing_never_costs_more_than_it_saves():
 
 
 def test_longest_first(desk):
-    """Catches memory that runs out at the end of a long evaluation, and rows that are lost or scored twice."""
+    """Catches memory that runs out at the end of a long evaluation, and rows that are lost
+    or scored twice."""
     encoded = requests(desk, "piqa")[1]
     longest = [max(len(row) for row in r.rows) for r in encoded]
     for batch in (1, 7, None):
@@ -304,7 +323,8 @@ def ask(capsys, *argv) -> dict:
 
 @pytest.mark.parametrize("name", TASKS)
 def test_batch_sizes_change_nothing(desk, name):
-    """Catches an answer that depends on who else is in the batch: rows shorter, longer, with another prefix, or cut."""
+    """Catches an answer that depends on who else is in the batch: rows shorter, longer, with
+    another prefix, or cut."""
     model = load_llama(desk / "flex")
     questions, encoded = requests(desk, name, 250)  # short enough for some rows to be cut, and to be quick
     questions, encoded = questions[-10:], encoded[-10:]  # the last row is the long one
@@ -317,10 +337,11 @@ def test_batch_sizes_change_nothing(desk, name):
 
 
 def test_two_ranks_are_one(desk, capsys):
-    """Catches rows that two ranks both score or neither, shots drawn by rank, a table or JSON printed twice."""
+    """Catches rows that two ranks both score or neither, shots drawn by rank, a table or
+    JSON printed twice."""
     tasks = ["piqa", "hellaswag", "mmlu"]
-    flags = ["--model", desk / "flex", "--budgets", 1, 0.5, "--tasks", *tasks, "--task-dir", desk / "raw", "--limit", 3,
-             "--batch", 2]
+    flags = ["--model", desk / "flex", "--budgets", 1, 0.5, "--tasks", *tasks, "--task-dir", desk / "raw",
+             "--limit", 3, "--batch", 2]
     rows = ask(capsys, *flags)["rows"]
     assert rows[0]["tasks"] != rows[1]["tasks"] and list(rows[0]["tasks"]) == tasks
     done = run(ROOT / "eval.py", *flags, "--json", ranks=2)
@@ -330,7 +351,8 @@ def test_two_ranks_are_one(desk, capsys):
 
 
 def test_budgets_share_the_tokens(desk, capsys, monkeypatch):
-    """Catches text tokenised again for every budget; the average is of the metrics in the table; no loss unasked."""
+    """Catches text tokenised again for every budget; the average is of the metrics in the table;
+    no loss unasked."""
     calls = []
 
     def counted(*args):
@@ -338,8 +360,8 @@ def test_budgets_share_the_tokens(desk, capsys, monkeypatch):
         return requests_of(*args)
 
     monkeypatch.setattr(report, "requests_of", counted)
-    result = ask(capsys, "--model", desk / "flex", "--budgets", 1, 0.8, 0.5, "--tasks", "piqa", "hellaswag", "piqa",
-                 "--task-dir", desk / "hf", "--limit", 3)
+    result = ask(capsys, "--model", desk / "flex", "--budgets", 1, 0.8, 0.5,
+                 "--tasks", "piqa", "hellaswag", "piqa", "--task-dir", desk / "hf", "--limit", 3)
     assert len(calls) == 2 and result["window"] == WINDOW and "loss" not in result["rows"][0]
     for row in result["rows"]:
         assert list(row["tasks"]) == ["piqa", "hellaswag"]
@@ -357,8 +379,8 @@ def test_the_average_is_over_the_papers_metrics(monkeypatch):
 
 
 def test_the_table_shows_the_papers_metrics(desk, capsys):
-    """Catches another metric in the table than in the paper's, a column under another name, a star on a budget that
-    was not trained, missing subjects and cut contexts that nobody hears of."""
+    """Catches another metric in the table than in the paper's, a column under another name, a star
+    on a budget that was not trained, missing subjects and cut contexts that nobody hears of."""
     questions = load_questions(["mmlu", "hellaswag"], desk / "raw", 4)
     capsys.readouterr()
     tasks = encode_tasks(questions, load_tokenizer(desk / "flex" / TOKENIZER), 200)
@@ -388,20 +410,25 @@ BAD = {"json": ("piqa/valid.jsonl", 3, '{"goal": "x", ', "JSON"),
        "no text": ("lambada_openai/lambada_test.jsonl", 4, '{"txt": "a b"}', "text"),
        "no goal": ("piqa/valid.jsonl", 5, '{"sol1": "a", "sol2": "b"}', "goal"),
        "label": ("piqa/valid-labels.lst", 7, "2", "label"),
-       "no blank": ("winogrande/dev.jsonl", 2, '{"sentence": "a b", "option1": "a", "option2": "b", "answer": "1"}',
-                    "'_'"),
-       "answer": ("winogrande/dev.jsonl", 2, '{"sentence": "a _", "option1": "a", "option2": "b", "answer": "3"}',
-                  "answer"),
-       "no answer": ("winogrande/dev.jsonl", 2, '{"sentence": "a _", "option1": "a", "option2": "b"}', "answer"),
-       "key": ("arc_easy/ARC-Easy-Test.jsonl", 6, '{"question": {"stem": "a", "choices": [{"text": "b", "label": "A"}, '
+       "no blank": ("winogrande/dev.jsonl", 2,
+                    '{"sentence": "a b", "option1": "a", "option2": "b", "answer": "1"}', "'_'"),
+       "answer": ("winogrande/dev.jsonl", 2,
+                  '{"sentence": "a _", "option1": "a", "option2": "b", "answer": "3"}', "answer"),
+       "no answer": ("winogrande/dev.jsonl", 2,
+                     '{"sentence": "a _", "option1": "a", "option2": "b"}', "answer"),
+       "key": ("arc_easy/ARC-Easy-Test.jsonl", 6,
+               '{"question": {"stem": "a", "choices": [{"text": "b", "label": "A"}, '
                '{"text": "c", "label": "B"}]}, "answerKey": "C"}', "answerKey"),
-       "choices": ("arc_easy/ARC-Easy-Test.jsonl", 6, '{"question": {"stem": "a", "choices": 3}, "answerKey": "A"}',
-                   "text"),
-       "endings": ("hellaswag/hellaswag_val.jsonl", 3, '{"activity_label": "a", "ctx_a": "b", "ctx_b": "c", "endings": '
+       "choices": ("arc_easy/ARC-Easy-Test.jsonl", 6,
+                   '{"question": {"stem": "a", "choices": 3}, "answerKey": "A"}', "text"),
+       "endings": ("hellaswag/hellaswag_val.jsonl", 3,
+                   '{"activity_label": "a", "ctx_a": "b", "ctx_b": "c", "endings": '
                    '[1, 2], "label": 0}', "endings"),
-       "scene": ("hellaswag/hellaswag_train.jsonl", 3, '{"activity_label": "a", "ctx_a": "b", "ctx_b": "c", "endings": '
+       "scene": ("hellaswag/hellaswag_train.jsonl", 3,
+                 '{"activity_label": "a", "ctx_a": "b", "ctx_b": "c", "endings": '
                  '["x", "y", "z", "w"], "label": 4}', "label"),
-       "three endings": ("hellaswag/hellaswag_val.jsonl", 3, '{"activity_label": "a", "ctx_a": "b", "ctx_b": "c", '
+       "three endings": ("hellaswag/hellaswag_val.jsonl", 3,
+                         '{"activity_label": "a", "ctx_a": "b", "ctx_b": "c", '
                          '"endings": ["x", "y", "z"], "label": 1}', "four strings"),
        "letter": ("mmlu/test/anatomy_test.csv", 1, "q,a,b,c,d,E", "columns"),
        "columns": ("mmlu/dev/anatomy_dev.csv", 1, "q,a,b,c,A", "columns"),
@@ -433,7 +460,8 @@ def test_lines_of_a_csv_are_counted_across_quotes(tmp_path, capsys):
 
 @pytest.mark.parametrize("name", TASKS)
 def test_missing_files(desk, tmp_path, capsys, name):
-    """Catches a traceback where a line should say which file, where it is looked for, and where people get it."""
+    """Catches a traceback where a line should say which file, where it is looked for, and where
+    people get it."""
     mend = f"python -m tasks.download {name} --out {tmp_path}"
     with one_line_error(capsys, str(tmp_path / name), mend, TASKS[name].source):
         load_questions([name], tmp_path)
@@ -448,7 +476,8 @@ def test_names_of_tasks(desk, capsys):
 
 
 def test_incomplete_tasks(desk, tmp_path, capsys):
-    """Catches labels that belong to other rows, shots that are too few, an empty file, an answer over the window."""
+    """Catches labels that belong to other rows, shots that are too few, an empty file, an answer
+    over the window."""
     write_raw(tmp_path, rows_of_tasks())
     (tmp_path / "piqa/valid-labels.lst").write_text("0\n1\n")
     with one_line_error(capsys, "valid-labels.lst:2:", "32 rows"):
@@ -520,8 +549,8 @@ def archive(kind: str, files: dict[str, bytes]) -> bytes:
 
 
 def test_downloads_go_on_where_they_stopped(server, tmp_path, monkeypatch, capsys):
-    """Catches half a file under its name, a download that starts again, a damaged one that is kept, a second one when
-    all is there."""
+    """Catches half a file under its name, a download that starts again, a damaged one that is kept,
+    a second one when all is there."""
     data = bytes(range(256)) * 2000
     Server.files, Server.cut = {"/lambada_test.jsonl": data}, 300_000
     source = download.Source(f"{server}/lambada_test.jsonl", len(data), hashlib.sha256(data).hexdigest())
@@ -533,7 +562,8 @@ def test_downloads_go_on_where_they_stopped(server, tmp_path, monkeypatch, capsy
     download.main(flags)
     download.main(flags)
     assert Server.ranges == [None, "bytes=300000-"]
-    assert {p.name: p.read_bytes() for p in (tmp_path / "lambada_openai").iterdir()} == {"lambada_test.jsonl": data}
+    assert {p.name: p.read_bytes() for p in (tmp_path / "lambada_openai").iterdir()} == {
+        "lambada_test.jsonl": data}
     Server.files = {"/lambada_test.jsonl": data[::-1]}
     with one_line_error(capsys, "SHA-256", source.sha256):
         download.main([*flags[:2], str(tmp_path / "other")])
@@ -546,26 +576,31 @@ def test_downloads_go_on_where_they_stopped(server, tmp_path, monkeypatch, capsy
 
 
 def test_archives_become_what_is_read(server, desk, tmp_path, monkeypatch, capsys):
-    """Catches members under other names than questions.py looks for, an archive left behind, paths that lead outside."""
+    """Catches members under other names than questions.py looks for, an archive left behind, paths
+    that lead outside."""
     raw = {str(p.relative_to(desk / "raw")): p.read_bytes() for p in (desk / "raw").rglob("*") if p.is_file()}
     packed = {"piqa": ("zip", {"physicaliqa-train-dev/dev.jsonl": raw["piqa/valid.jsonl"], "../evil": b"",
                                "physicaliqa-train-dev/dev-labels.lst": raw["piqa/valid-labels.lst"]}),
-              "winogrande": ("zip", {"winogrande_1.1/dev.jsonl": raw["winogrande/dev.jsonl"], "winogrande_1.1/a": b""}),
+              "winogrande": ("zip", {"winogrande_1.1/dev.jsonl": raw["winogrande/dev.jsonl"],
+                                     "winogrande_1.1/a": b""}),
               "arc_easy": ("zip", {f"ARC-V1-Feb2018-2/{name}".replace("arc_easy", "ARC-Easy"): data
                                    for name, data in raw.items() if "arc_easy" in name}),
-              "mmlu": ("tar", {name.replace("mmlu", "data", 1): data for name, data in raw.items() if "mmlu" in name})}
+              "mmlu": ("tar", {name.replace("mmlu", "data", 1): data
+                               for name, data in raw.items() if "mmlu" in name})}
     for task, (kind, files) in packed.items():
         source, = download.SOURCES[task]
         assert source.url.startswith("https://")
         name = source.url.rsplit("/")[-1]
         Server.files[f"/{name}"] = archive(kind, files)
-        monkeypatch.setitem(download.SOURCES, task, [source._replace(url=f"{server}/{name}", size=None, sha256=None)])
+        monkeypatch.setitem(download.SOURCES, task,
+                            [source._replace(url=f"{server}/{name}", size=None, sha256=None)])
     for _ in range(2):
         download.main([*packed, "--out", str(tmp_path)])
     assert len(Server.ranges) == 4
     for task in packed:
         assert without_places(load_task(task, tmp_path)) == without_places(load_task(task, desk / "raw"))
-    assert not [p for p in tmp_path.rglob("*") if p.name == "evil" or p.name.endswith((".part", ".tmp", ".zip"))]
+    assert not [p for p in tmp_path.rglob("*")
+                if p.name == "evil" or p.name.endswith((".part", ".tmp", ".zip"))]
     # What was deleted comes again.
     (tmp_path / "winogrande/dev.jsonl").unlink()
     download.main([*packed, "--out", str(tmp_path)])
@@ -573,7 +608,8 @@ def test_archives_become_what_is_read(server, desk, tmp_path, monkeypatch, capsy
 
 
 def test_a_bad_archive_does_not_stay(server, tmp_path, monkeypatch, capsys):
-    """Catches a damaged archive that is unpacked again and again, one that fills the disk, and a download without end."""
+    """Catches a damaged archive that is unpacked again and again, one that fills the disk, and a
+    download without end."""
     source, = download.SOURCES["winogrande"]
     monkeypatch.setitem(download.SOURCES, "winogrande", [source._replace(url=f"{server}/winogrande_1.1.zip")])
     monkeypatch.setattr(download, "MOST", 9_000)
@@ -584,7 +620,8 @@ def test_a_bad_archive_does_not_stay(server, tmp_path, monkeypatch, capsys):
     with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as out:
         out.writestr("winogrande_1.1/dev.jsonl", b"0" * 9_001)
     bomb = packed.getvalue()
-    bad = {"no archive": b"<html>", "flipped": bytes(flipped), "cut": good[:-30], "cut inside": bomb[:45] + bomb[60:],
+    bad = {"no archive": b"<html>", "flipped": bytes(flipped), "cut": good[:-30],
+           "cut inside": bomb[:45] + bomb[60:],
            "other": archive("zip", {"elsewhere/dev.jsonl": b"{}"}), "bomb": bomb, "endless": b"0" * 9_001}
     for name, data in bad.items():
         Server.files["/winogrande_1.1.zip"] = data

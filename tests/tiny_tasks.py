@@ -1,12 +1,15 @@
-"""Small files of the six tasks, as published and as Hugging Face's rows, full of what real ones hold here and there."""
+"""Small files of the six tasks, as published and as Hugging Face's rows, full of what real ones
+hold here and there."""
 import csv
 import json
 import random
 from pathlib import Path
 
 SUBJECTS = ["anatomy", "high_school_us_history", "world_religions"]
-WORDS = ("the cat sat on mat and dog ate cake def main argv return line for in a naïve 日本 🐈 it's \"said\" she, "
-         "{x} {{braces}} {% if %} 12345 3.14 I'm [sic] don't Über\u2028sep $y_1$ \\frac{1}{2} <|eot|>x").split(" ")
+WORDS = (
+    "the cat sat on mat and dog ate cake def main argv return line for in a naïve 日本 🐈 it's \"said\" "
+    "she, {x} {{braces}} {% if %} 12345 3.14 I'm [sic] don't Über\u2028sep $y_1$ \\frac{1}{2} "
+    "<|eot|>x").split(" ")
 
 
 def words(rng: random.Random, low: int, high: int) -> str:
@@ -14,8 +17,8 @@ def words(rng: random.Random, low: int, high: int) -> str:
 
 
 def rows_of_tasks(n: int = 32, long: int = 200) -> dict:
-    """task -> its rows in Hugging Face's form, n of each (of MMLU in three subjects); the last of each is `long` words
-    long. "hellaswag train" and "mmlu dev" hold the examples."""
+    """task -> its rows in Hugging Face's form, n of each (of MMLU in three subjects); the last of
+    each is `long` words long. "hellaswag train" and "mmlu dev" hold the examples."""
     rng = random.Random(7)
     say = lambda low=2, high=9: words(rng, low, high)
     arc, lambada, piqa, wino, swag, train = [], [], [], [], [], []
@@ -28,22 +31,27 @@ def rows_of_tasks(n: int = 32, long: int = 200) -> dict:
             texts[2] = texts[1]                                       # two equal choices
         arc.append(dict(id=f"q{i}", question=say(*length) + ["?", " ? ", "\n", ""][i % 4],
                         choices=dict(text=texts, label=list(labels)), answerKey=labels[i % k]))
-        lambada.append(dict(text=[say(*length) + " cake", "the\n\n" + say() + "  dog", say() + " naïve日本", "Cake",
-                                  say() + " mat.", say() + " "][i % 6 if i < n - 1 else 0]))
+        lambada.append(dict(text=[
+            say(*length) + " cake", "the\n\n" + say() + "  dog", say() + " naïve日本", "Cake",
+            say() + " mat.", say() + " "][i % 6 if i < n - 1 else 0]))
         piqa.append(dict(goal=say(*length) + ["", " ", "\n "][i % 3], sol1=say(),
                          sol2=[say(), " " + say(), say() + "  "][i % 3], label=i % 2))
         if i % 7 == 2:
             piqa[-1]["sol2"] = piqa[-1]["sol1"]
-        sentences = [f"{say(*length).replace('_', '-')} _ was {say()}.", f"{say()} the_{say()} _ twice", f"_ {say()}"]
+        sentences = [f"{say(*length).replace('_', '-')} _ was {say()}.", f"{say()} the_{say()} _ twice",
+                     f"_ {say()}"]
         wino.append(dict(sentence=sentences[i % 3 if i < n - 1 else 0], option1=say(1, 2),
                          option2=[say(1, 2), say(1, 2) + " "][i % 2], answer=str(1 + i % 2)))
         swag.append(scene(rng, i, length))
     swag[5]["endings"][2] = "[empty]"                                 # nothing is left of it
     swag[9]["endings"][1] = swag[9]["endings"][0]
     train = [scene(rng, 1000 + i, (3, 8)) for i in range(20)]
-    swag[3] = dict(train[4])                                          # a row of train, to be no shot of its own
-    mmlu = {split: [question(rng, subject, i, (long // 4, long // 4) if split == "test" and i == 10 else (3, 12))
-                    for subject in SUBJECTS for i in range(size)] for split, size in (("dev", 6), ("test", 11))}
+    # a row of train, to be no shot of its own
+    swag[3] = dict(train[4])
+    mmlu = {split: [question(rng, subject, i,
+                             (long // 4, long // 4) if split == "test" and i == 10 else (3, 12))
+                    for subject in SUBJECTS for i in range(size)]
+            for split, size in (("dev", 6), ("test", 11))}
     return {"arc_easy": arc, "lambada_openai": lambada, "piqa": piqa, "winogrande": wino, "hellaswag": swag,
             "hellaswag train": train, "mmlu": mmlu["test"], "mmlu dev": mmlu["dev"]}
 
@@ -82,11 +90,14 @@ def write_hf(folder, rows: dict) -> None:
 def write_raw(folder, rows: dict) -> None:
     """The same rows as their authors published them."""
     folder = Path(folder)
-    write_jsonl(folder / "arc_easy/ARC-Easy-Test.jsonl", [dict(id=r["id"], answerKey=r["answerKey"], question=dict(
-        stem=r["question"], choices=[dict(text=t, label=l) for t, l in zip(*r["choices"].values())]))
+    write_jsonl(folder / "arc_easy/ARC-Easy-Test.jsonl", [
+        dict(id=r["id"], answerKey=r["answerKey"], question=dict(
+            stem=r["question"],
+            choices=[dict(text=t, label=l) for t, l in zip(*r["choices"].values())]))
         for r in rows["arc_easy"]])
     write_jsonl(folder / "lambada_openai/lambada_test.jsonl", rows["lambada_openai"])
-    write_jsonl(folder / "piqa/valid.jsonl", [{k: v for k, v in r.items() if k != "label"} for r in rows["piqa"]])
+    write_jsonl(folder / "piqa/valid.jsonl",
+                [{k: v for k, v in r.items() if k != "label"} for r in rows["piqa"]])
     (folder / "piqa/valid-labels.lst").write_text("".join(f"{r['label']}\n" for r in rows["piqa"]))
     write_jsonl(folder / "winogrande/dev.jsonl", rows["winogrande"])
     for split, name in (("", "val"), (" train", "train")):
@@ -95,7 +106,8 @@ def write_raw(folder, rows: dict) -> None:
     for split, name in (("", "test"), (" dev", "dev")):
         (folder / "mmlu" / name).mkdir(parents=True)
         for subject in SUBJECTS:
-            with open(folder / f"mmlu/{name}/{subject}_{name}.csv", "w", encoding="utf-8", newline="") as file:
+            with open(folder / f"mmlu/{name}/{subject}_{name}.csv", "w",
+                      encoding="utf-8", newline="") as file:
                 csv.writer(file, lineterminator="\n").writerows(
                     [r["question"], *r["choices"], "ABCD"[r["answer"]]] for r in rows["mmlu" + split]
                     if r["subject"] == subject)
