@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is imported, here and in every process that a test starts
+# read when torch is imported, here and in every process that a test starts
+os.environ["OMP_NUM_THREADS"] = "1"
 import torch  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,8 +41,8 @@ def small_base():
 
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory):
-    """(a folder, flags): data/ from three files of the project, a finished run in out/base and out/flex, and two Llamas
-    of random weights in llama/ and odd/."""
+    """(a folder, flags): data/ from three files of the project, a finished run in out/base and
+    out/flex, and two Llamas of random weights in llama/ and odd/."""
     import train
     from data.prepare import prepare
     from tests.miniature import ODD, SMALL_CONFIG, TINY, save_random

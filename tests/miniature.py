@@ -15,15 +15,19 @@ from space import Space
 from tests.helpers import GQA, random_llama
 
 # A few steps, sequences of 32 tokens.
-TINY = ["--base-steps", "8", "--steps", "6", "--seq-len", "32", "--batch-tokens", "256", "--eval-windows", "8",
-        "--calibration-windows", "8", "--eval-every", "3", "--save-every", "3", "--device", "cpu", "--log-every", "1"]
-SMALL_CONFIG = functools.partial(dataclasses.replace, GQA)  # in place of LlamaConfig, whose default is the demo's
-ODD = LlamaConfig(dim=44, n_layers=3, n_heads=8, n_kv_heads=4, head_dim=8, ffn_dim=50, vocab_size=600, context=32)
+TINY = ["--base-steps", "8", "--steps", "6", "--seq-len", "32", "--batch-tokens", "256",
+        "--eval-windows", "8", "--calibration-windows", "8", "--eval-every", "3", "--save-every", "3",
+        "--device", "cpu", "--log-every", "1"]
+# in place of LlamaConfig, whose default is the demo's
+SMALL_CONFIG = functools.partial(dataclasses.replace, GQA)
+ODD = LlamaConfig(dim=44, n_layers=3, n_heads=8, n_kv_heads=4, head_dim=8, ffn_dim=50, vocab_size=600,
+                  context=32)
 RUN = ("consolidated.00.pth", "flex.pt", "params.json")
 
 
 def save_random(folder, config: LlamaConfig, data) -> None:
-    """Writes a Llama of random weights, with the tokenizer of a data folder. Its first layers are not the best ones."""
+    """Writes a Llama of random weights, with the tokenizer of a data folder. Its first layers
+    are not the best ones."""
     model = random_llama(config)
     with torch.no_grad():
         for layer, size in zip(model.layers, (0.2, 1.5, 0.4, 1.0)):

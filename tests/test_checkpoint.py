@@ -1,4 +1,5 @@
-"""checkpoint.py: what is written is read back, Meta's own folders are understood, damaged ones end in one line."""
+"""checkpoint.py: what is written is read back, Meta's own folders are understood,
+damaged ones end in one line."""
 import contextlib
 import dataclasses
 import io
@@ -19,7 +20,8 @@ import train
 from bench import latency
 from data import prepare
 from plumbing import checkpoint, describe
-from plumbing.checkpoint import check_target, load_llama, load_tensors, matrix_dtype, save_llama, save_one_by_one, save_tensors
+from plumbing.checkpoint import (
+    check_target, load_llama, load_tensors, matrix_dtype, save_llama, save_one_by_one, save_tensors)
 from plumbing.files import atomic_write, check_out, new_folder
 from model import LlamaConfig
 from plumbing.params import meta_ffn_dim, params_json, published_name, read_config
@@ -74,7 +76,8 @@ def test_round_trip(tmp_path, shape):
 
 
 def test_a_loaded_model_does_not_write_into_its_file(tmp_path):
-    """Catches a memory map that is shared with the file: training would change the checkpoint it started from."""
+    """Catches a memory map that is shared with the file: training would change the
+    checkpoint it started from."""
     saved(tmp_path)
     before, model = files_of(tmp_path), load_llama(tmp_path)
     with torch.no_grad():
@@ -84,14 +87,16 @@ def test_a_loaded_model_does_not_write_into_its_file(tmp_path):
 
 
 def test_dtype_and_meaning_of_missing_output(tmp_path):
-    """Catches a folder without output.weight (tied), or with rope.freqs (Llama 1, 2), that is refused, tied tensors
-    that come apart when they are converted, and an output that is like the embeddings in its first row alone."""
+    """Catches a folder without output.weight (tied), or with rope.freqs (Llama 1, 2), that is
+    refused, tied tensors that come apart when they are converted, and an output that is like the
+    embeddings in its first row alone."""
     model, tokens = saved(tmp_path, SHAPES["tied"]), tokens_for(GQA)
     state = {k: v for k, v in model.state_dict().items() if k != "output.weight"}
     save_tensors(tmp_path / "consolidated.00.pth", state | {"rope.freqs": torch.ones(4)})
     again = load_llama(tmp_path, dtype=torch.float64)
     assert again.config.tied and again.output.weight is again.tok_embeddings.weight
-    assert {p.dtype for p in again.parameters()} == {torch.float64} and close(again(tokens)[0], model(tokens)[0])
+    assert ({p.dtype for p in again.parameters()} == {torch.float64}
+            and close(again(tokens)[0], model(tokens)[0]))
     # Two tensors with the same values, as a checkpoint that was converted and back has them
     output = state["tok_embeddings.weight"].clone()
     save_tensors(tmp_path / "consolidated.00.pth", state | {"output.weight": output})
@@ -103,7 +108,8 @@ def test_dtype_and_meaning_of_missing_output(tmp_path):
 
 
 def test_tied_is_stored_once_and_slices_leave_their_storage_behind(tmp_path):
-    """Catches a tied matrix written twice, and a view that drags the whole tensor it was cut from into the file."""
+    """Catches a tied matrix written twice, and a view that drags the whole tensor it was
+    cut from into the file."""
     size = lambda: (tmp_path / "consolidated.00.pth").stat().st_size
     n = lambda tensors: sum(4 * t.numel() for t in tensors)
     tied = dataclasses.replace(GQA, vocab_size=4000, tied=True)
@@ -141,7 +147,8 @@ META = {"Llama1-7B": ((4096, 32, 32, None, -1, None, 256, None, None), 11008, 32
 
 @pytest.mark.parametrize("name", META)
 def test_metas_params_json(tmp_path, name):
-    """Catches a wrong default for a key Meta leaves out, the FFN formula, and 3.2's RoPE factor taken for 3.1's."""
+    """Catches a wrong default for a key Meta leaves out, the FFN formula, and 3.2's RoPE
+    factor taken for 3.1's."""
     values, ffn_dim, vocab_size, rope_factor = META[name]
     keys = ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "ffn_dim_multiplier", "multiple_of",
             "rope_theta", "use_scaled_rope")
@@ -152,21 +159,24 @@ def test_metas_params_json(tmp_path, name):
         assert (c.ffn_dim, c.vocab_size, c.rope_factor) == (ffn_dim, vocab_size, rope_factor)
         assert (c.dim, c.n_layers, c.n_heads, c.n_kv_heads) == (*values[:3], values[3] or values[2])
         assert (c.head_dim, c.norm_eps, c.rope_theta) == (values[0] // values[2], 1e-6, values[7] or 10000)
-    rewrite(tmp_path, lambda p: p["model"] | dict(rope_scaling_factor=4, head_dim=80, ffn_dim=77))  # these decide
+    # these decide
+    rewrite(tmp_path, lambda p: p["model"] | dict(rope_scaling_factor=4, head_dim=80, ffn_dim=77))
     c = read_config(tmp_path)
     assert (c.head_dim, c.ffn_dim, c.rope_factor) == (80, 77, 4 if rope_factor > 1 else 1)
-    rewrite(tmp_path, lambda p: p | dict(rope_factor=5, rope_high_freq_factor=4, use_qk_norm=False, moe_args=None))
+    rewrite(tmp_path, lambda p: p | dict(rope_factor=5, rope_high_freq_factor=4, use_qk_norm=False,
+                                         moe_args=None))
     assert read_config(tmp_path).rope_factor == (5 if rope_factor > 1 else 1)
 
 
-@pytest.mark.parametrize("more,context", [({}, 4096), (dict(norm_eps=1e-6), 2048), (dict(vocab_size=128256), 8192),
-                                          (dict(context=300), 300)])
+@pytest.mark.parametrize("more,context", [({}, 4096), (dict(norm_eps=1e-6), 2048),
+                                          (dict(vocab_size=128256), 8192), (dict(context=300), 300)])
 def test_defaults_of_a_short_params_json(tmp_path, more, context):
-    """Catches another default than Meta's for a key that is missing: multiple_of is 256, norm_eps 1e-5, theta 10000,
-    every query head has its own KV head, and RoPE is not scaled."""
+    """Catches another default than Meta's for a key that is missing: multiple_of is 256,
+    norm_eps 1e-5, theta 10000, every query head has its own KV head, and RoPE is not scaled."""
     (tmp_path / "params.json").write_text(json.dumps(dict(dim=4096, n_layers=32, n_heads=32) | more))
     c = read_config(tmp_path)
-    assert (c.ffn_dim, c.n_kv_heads, c.head_dim, c.rope_theta, c.rope_factor) == (11008, 32, 128, 10000.0, 1.0)
+    assert (c.ffn_dim, c.n_kv_heads, c.head_dim, c.rope_theta, c.rope_factor) == (
+        11008, 32, 128, 10000.0, 1.0)
     assert (c.norm_eps, c.vocab_size) == (more.get("norm_eps", 1e-5), more.get("vocab_size", 32000))
     assert c.context == context and not c.tied
 
@@ -178,18 +188,21 @@ WINDOWS = {"Llama1-7B": None, "Llama2-7B": None, "Llama2-13B": None, "Llama1-30B
 
 @pytest.mark.parametrize("name", META)
 def test_window_and_family_do_not_hang_on_norm_eps(tmp_path, name):
-    """Catches Llama 1's 65B, whose norm_eps is Llama 2's, taken for a Llama 2, and the early Llama 2 chat models, whose
-    norm_eps is Llama 1's, for a Llama 1: shape and weights tell, norm_eps only where nothing else does."""
+    """Catches Llama 1's 65B, whose norm_eps is Llama 2's, taken for a Llama 2, and the early
+    Llama 2 chat models, whose norm_eps is Llama 1's, for a Llama 1: shape and weights tell,
+    norm_eps only where nothing else does."""
     keys = ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size")
     p = {k: v for k, v in zip(keys, META[name][0]) if v is not None}
-    freqs = {1: {"layers.0.attention.inner_attention.rope.freqs": torch.ones(2)}, 2: {"rope.freqs": torch.ones(2)}}
+    freqs = {1: {"layers.0.attention.inner_attention.rope.freqs": torch.ones(2)},
+             2: {"rope.freqs": torch.ones(2)}}
     for norm_eps, by_norm_eps in ((1e-5, 2), (1e-6, 1)):
         (tmp_path / "params.json").write_text(json.dumps(p | dict(norm_eps=norm_eps)))
         for told in (None, 1, 2):
             (tmp_path / "consolidated.00.pth").unlink(missing_ok=True)
             if told:
                 embeddings = torch.zeros(32000, 1)  # the channels of one shard of many
-                save_tensors(tmp_path / "consolidated.00.pth", freqs[told] | {"tok_embeddings.weight": embeddings})
+                save_tensors(tmp_path / "consolidated.00.pth",
+                             freqs[told] | {"tok_embeddings.weight": embeddings})
             c = read_config(tmp_path)
             llama = told or by_norm_eps
             assert c.context == (WINDOWS[name] or {1: 2048, 2: 4096}[llama])
@@ -202,11 +215,13 @@ def test_window_and_family_do_not_hang_on_norm_eps(tmp_path, name):
 @pytest.mark.parametrize("size,dim,n_layers,n_kv_heads", [("7B", 4096, 32, None), ("34B", 8192, 48, 8)])
 def test_code_llama(tmp_path, size, dim, n_layers, n_kv_heads):
     """Catches Code Llama, which says no vocab_size, read as a Llama 2."""
-    p = dict(dim=dim, n_layers=n_layers, n_heads=dim // 128, ffn_dim_multiplier=1.0, rope_theta=1e6, norm_eps=1e-5)
+    p = dict(dim=dim, n_layers=n_layers, n_heads=dim // 128, ffn_dim_multiplier=1.0, rope_theta=1e6,
+             norm_eps=1e-5)
     (tmp_path / "params.json").write_text(json.dumps(p | (dict(n_kv_heads=n_kv_heads) if n_kv_heads else {})))
     c = read_config(tmp_path)
     assert published_name(c) == f"Code Llama {size}" and (c.context, c.vocab_size) == (16384, 32000)
-    save_tensors(tmp_path / "consolidated.00.pth", {"tok_embeddings.weight": torch.zeros(32016, 1)})  # of many shards
+    # of many shards
+    save_tensors(tmp_path / "consolidated.00.pth", {"tok_embeddings.weight": torch.zeros(32016, 1)})
     c = read_config(tmp_path)
     assert published_name(c) == f"Code Llama {size}" and (c.context, c.vocab_size) == (16384, 32016)
 
@@ -222,8 +237,8 @@ def test_our_params_json_says_all_of_it(tmp_path):
 
 
 def test_metas_formula_gives_our_ffn_dim():
-    """Catches a multiplier that is rounded away: Meta's own code would build another MLP than the one in our file; and
-    a width that is rounded where Meta cuts it off."""
+    """Catches a multiplier that is rounded away: Meta's own code would build another MLP than the
+    one in our file; and a width that is rounded where Meta cuts it off."""
     for dim in range(16, 96):
         for multiplier, multiple_of in [(None, 1), (1.3, 1), (1.7, 3), (0.9, 8)]:
             assert meta_ffn_dim(dim, multiplier, multiple_of) == meta_ffn(dim, multiplier, multiple_of)
@@ -231,7 +246,8 @@ def test_metas_formula_gives_our_ffn_dim():
         some = range(1, 5 * dim, max(1, dim // 61))
         for ffn_dim in {1, 2, 3, 255, 256, 257, 11008, 13824, 14336, 28672, 53248, *some}:
             p = params_json(dataclasses.replace(GQA, dim=dim, ffn_dim=ffn_dim))
-            assert meta_ffn(dim, p["ffn_dim_multiplier"], p["multiple_of"]) == ffn_dim == p["ffn_dim"], (dim, p)
+            assert (meta_ffn(dim, p["ffn_dim_multiplier"], p["multiple_of"])
+                    == ffn_dim == p["ffn_dim"]), (dim, p)
 
 
 # -----------------------------------------------------------------------------
@@ -265,7 +281,8 @@ PARAMS_MISTAKES = {
     "a list": lambda f: (f / "params.json").write_text("[1, 2]"),
     "missing key": lambda f: rewrite(f, lambda p: p.pop("n_layers") and None),
     "text for a number": lambda f: rewrite(f, lambda p: p | dict(dim="wide")),
-    "no heads": lambda f: rewrite(f, lambda p: {k: v for k, v in p.items() if k != "head_dim"} | dict(n_heads=0)),
+    "no heads": lambda f: rewrite(
+        f, lambda p: {k: v for k, v in p.items() if k != "head_dim"} | dict(n_heads=0)),
     "odd heads": lambda f: rewrite(f, lambda p: p | dict(head_dim=7)),
     "heads that do not divide": lambda f: rewrite(f, lambda p: p | dict(n_kv_heads=3)),
     "a list too short": lambda f: rewrite(f, lambda p: p | dict(ffn_dim=[80, 80])),
@@ -279,20 +296,24 @@ PARAMS_MISTAKES = {
     "a pipe": lambda f: ((f / "params.json").unlink(), os.mkfifo(f / "params.json")),
     "a huge number": lambda f: rewrite(f, lambda p: p | dict(rope_theta=10**400)),
     "no epsilon": lambda f: rewrite(f, lambda p: p | dict(norm_eps=0)),
-    **{f"{key} {value!r}": lambda f, key=key, value=value: rewrite(f, lambda p: p | {key: value}) for key, value in (
-        ("ffn_dim", 0), ("ffn_dim", -0.0), ("head_dim", 0), ("n_kv_heads", 0), ("context", 0), ("ffn_dim", []),
-        ("rope_theta", True), ("rope_theta", "1e4"), ("rope_theta", 1e308), ("norm_eps", 3), ("norm_eps", "1e-5"),
-        ("use_scaled_rope", 1e-320), ("use_scaled_rope", []), ("vocab_size", -2))},
+    **{f"{key} {value!r}": lambda f, key=key, value=value: rewrite(f, lambda p: p | {key: value})
+       for key, value in (
+           ("ffn_dim", 0), ("ffn_dim", -0.0), ("head_dim", 0), ("n_kv_heads", 0), ("context", 0),
+           ("ffn_dim", []), ("rope_theta", True), ("rope_theta", "1e4"), ("rope_theta", 1e308),
+           ("norm_eps", 3), ("norm_eps", "1e-5"), ("use_scaled_rope", 1e-320), ("use_scaled_rope", []),
+           ("vocab_size", -2))},
     "infinite theta": lambda f: rewrite(f, lambda p: p | dict(rope_theta=float("inf"))),
     **{f"factor {factor}": lambda f, factor=factor: rewrite(f, lambda p: p | dict(
         use_scaled_rope=True, rope_factor=factor)) for factor in (0, 0.5, -8.0, float("nan"), float("inf"))}}
 WEIGHTS_MISTAKES = {
     "no weights": lambda f: (f / "consolidated.00.pth").unlink(),
-    "empty": lambda f: cut(f, 0), "cut at the start": lambda f: cut(f, 0.01), "cut short": lambda f: cut(f, 0.9),
+    "empty": lambda f: cut(f, 0), "cut at the start": lambda f: cut(f, 0.01),
+    "cut short": lambda f: cut(f, 0.9),
     "text": lambda f: (f / "consolidated.00.pth").write_text("<!DOCTYPE html>\nnot found\n"),
     "other shape": lambda f: rewrite(f, lambda p: p | dict(ffn_dim=72)),
     "other depth": lambda f: rewrite(f, lambda p: p | dict(n_layers=3)),
-    "missing tensor": lambda f: state_change(f, lambda s: {k: v for k, v in s.items() if "2.ffn_norm" not in k}),
+    "missing tensor": lambda f: state_change(
+        f, lambda s: {k: v for k, v in s.items() if "2.ffn_norm" not in k}),
     "no embeddings": lambda f: state_change(f, lambda s: {k: v for k, v in s.items() if "embed" not in k}),
     "extra tensor": lambda f: state_change(f, lambda s: s.update(lora_a=torch.ones(3))),
     "a list": lambda f: state_change(f, lambda s: list(s.values())),
@@ -303,8 +324,8 @@ WEIGHTS_MISTAKES = {
 
 @pytest.mark.parametrize("mistake", PARAMS_MISTAKES)
 def test_mistakes_in_params(tmp_path, capsys, mistake):
-    """Catches a traceback where a user needs one line that names the file; a size of 0 or a false that means the
-    default, a true that means 1, and numbers that no Llama computes with."""
+    """Catches a traceback where a user needs one line that names the file; a size of 0 or a false
+    that means the default, a true that means 1, and numbers that no Llama computes with."""
     saved(tmp_path / "llama")
     PARAMS_MISTAKES[mistake](tmp_path / "llama")
     with one_line_error(capsys, str(tmp_path / "llama")):
@@ -379,8 +400,8 @@ def test_a_signal_while_tensors_are_written(tmp_path, monkeypatch):
 
 
 def test_new_folder_appears_whole_or_not_at_all(tmp_path):
-    """Catches a folder that is filled in place, old files that stay beside new ones, and temporary folders left
-    behind."""
+    """Catches a folder that is filled in place, old files that stay beside new ones, and
+    temporary folders left behind."""
     out = tmp_path / "deep" / "out"
 
     def write(*names, error=None):
@@ -433,11 +454,12 @@ def test_new_folder_leaves_other_things_alone(tmp_path, capsys):
 
 
 def test_where_an_export_may_go(tmp_path, capsys):
-    """Catches an export into a folder of Meta's own, a training run, or its source: all have the files of an export, so
-    all could be replaced."""
+    """Catches an export into a folder of Meta's own, a training run, or its source: all have the
+    files of an export, so all could be replaced."""
     for name in ("source", "meta", "run", "export"):
         saved(tmp_path / name)
-    rewrite(tmp_path / "meta", lambda p: {key: p[key] for key in ("dim", "n_layers", "n_heads", "vocab_size")})
+    rewrite(tmp_path / "meta",
+            lambda p: {key: p[key] for key in ("dim", "n_layers", "n_heads", "vocab_size")})
     save_tensors(tmp_path / "run" / "resume.pt", dict(step=3))
     for name in ("source", "meta", "run"):
         with one_line_error(capsys, name, "--out"):
@@ -447,8 +469,9 @@ def test_where_an_export_may_go(tmp_path, capsys):
 
 
 def test_a_file_is_written_one_tensor_at_a_time(tmp_path):
-    """Catches tensors that are all held until the last one is written, a tied one stored twice or lost, a view that
-    drags its whole tensor along, another order of names, and numbers that torch.load does not find again."""
+    """Catches tensors that are all held until the last one is written, a tied one stored twice or
+    lost, a view that drags its whole tensor along, another order of names, and numbers that
+    torch.load does not find again."""
     alive = []
 
     def tensors():
@@ -474,7 +497,8 @@ def test_a_file_is_written_one_tensor_at_a_time(tmp_path):
     assert load_tensors(tmp_path / "a.pth").keys() == found.keys()  # its checksums are right
     torch.save(found, tmp_path / "b.pth")
     again = torch.load(tmp_path / "b.pth", weights_only=True)
-    assert all(torch.equal(t, again[name]) and t.stride() == again[name].stride() for name, t in found.items())
+    assert all(torch.equal(t, again[name]) and t.stride() == again[name].stride()
+               for name, t in found.items())
 
 
 def test_writes_are_the_same_bytes(tmp_path):
@@ -494,7 +518,8 @@ def test_writes_are_the_same_bytes(tmp_path):
 @pytest.mark.parametrize("llama2", [False, True])
 @pytest.mark.parametrize("tied", [False, True])
 def test_shards_are_merged(tmp_path, n, llama2, tied):
-    """Catches a tensor merged along the wrong axis, in the wrong order, or taken from the first shard alone."""
+    """Catches a tensor merged along the wrong axis, in the wrong order, or taken from
+    the first shard alone."""
     model = cut_into(tmp_path / "llama", n, llama2, dataclasses.replace(WHOLE, tied=tied))
     if tied and llama2:  # embeddings and output would be cut along different axes: there is one of them
         for i in range(n):
@@ -540,21 +565,26 @@ SHARD_MISTAKES = {
         f.parent / "b/consolidated.02.pth").replace(f / "consolidated.02.pth"), "two models"),
     "cut short": (lambda f: (f / "consolidated.02.pth").write_bytes(
         (f / "consolidated.02.pth").read_bytes()[:5000]), "consolidated.02.pth"),
-    "two dtypes": (lambda f: shard_state(f, 3, lambda s: {k: v.bfloat16() for k, v in s.items()}), "two models"),
+    "two dtypes": (lambda f: shard_state(f, 3, lambda s: {k: v.bfloat16() for k, v in s.items()}),
+                   "two models"),
     "int8": (lambda f: shard_state(f, 1, lambda s: {k: v.char() for k, v in s.items()}), "int8"),
-    "a tensor less": (lambda f: shard_state(f, 2, lambda s: {k: v for k, v in s.items() if "1.ffn_norm" not in k}),
-                      "layers.1.ffn_norm"),
+    "a tensor less": (lambda f: shard_state(
+        f, 2, lambda s: {k: v for k, v in s.items() if "1.ffn_norm" not in k}), "layers.1.ffn_norm"),
     "a tensor more": (lambda f: shard_state(f, 2, lambda s: s | {"lora_a": torch.ones(3)}), "lora_a"),
     "a number as a name": (lambda f: shard_state(f, 2, lambda s: s | {7: torch.ones(3)}), "7"),
     "a state in a state": (lambda f: shard_state(f, 1, lambda s: {"model": s}), "model: dict"),
-    "no dictionary": (lambda f: torch.save([1], f / "consolidated.02.pth"), "a list in place of a dictionary"),
-    "sparse": (lambda f: shard_state(f, 1, lambda s: s | {"norm.weight": s["norm.weight"].to_sparse()}), "no numbers"),
-    "meta": (lambda f: shard_state(f, 1, lambda s: s | {"norm.weight": s["norm.weight"].to("meta")}), "no numbers"),
+    "no dictionary": (lambda f: torch.save([1], f / "consolidated.02.pth"),
+                      "a list in place of a dictionary"),
+    "sparse": (lambda f: shard_state(f, 1, lambda s: s | {"norm.weight": s["norm.weight"].to_sparse()}),
+               "no numbers"),
+    "meta": (lambda f: shard_state(f, 1, lambda s: s | {"norm.weight": s["norm.weight"].to("meta")}),
+             "no numbers"),
     "a pointer": (lambda f: (f / "consolidated.01.pth").write_text(
         "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 2\n"), "git lfs pull"),
     "a page": (lambda f: (f / "consolidated.01.pth").write_text("<html>404</html>"), "consolidated.01.pth"),
     "a flipped bit": (lambda f: flip(f / "consolidated.01.pth", b"layers"), "checksum"),
-    "a flipped bit in the weights": (lambda f: flip(f / "consolidated.01.pth", bytes_of_weights(f, 1)), "checksum")}
+    "a flipped bit in the weights": (lambda f: flip(f / "consolidated.01.pth", bytes_of_weights(f, 1)),
+                                     "checksum")}
 
 
 def flip(path, near: bytes) -> None:
@@ -584,13 +614,14 @@ def test_mistakes_in_shards(tmp_path, capsys, mistake):
 @pytest.mark.parametrize("n", [1, 4])
 @pytest.mark.parametrize("said", [None, -1, 0])
 def test_the_vocabulary_is_read_off_the_weights(tmp_path, said, n, llama2):
-    """Catches 32,000 rows expected where params.json is silent (Code Llama has 32,016), rows of one shard taken for
-    all, and rows of all shards added up where each has every token."""
+    """Catches 32,000 rows expected where params.json is silent (Code Llama has 32,016), rows of one
+    shard taken for all, and rows of all shards added up where each has every token."""
     whole = cut_into(tmp_path / "llama", n, llama2)
     rewrite(tmp_path / "llama", lambda p: p | dict(vocab_size=said))
     if said is None:
         rewrite(tmp_path / "llama", lambda p: {k: v for k, v in p.items() if k != "vocab_size"})
-    assert read_config(tmp_path / "llama").vocab_size == 96 == load_llama(tmp_path / "llama").config.vocab_size
+    assert (read_config(tmp_path / "llama").vocab_size == 96
+            == load_llama(tmp_path / "llama").config.vocab_size)
     for i in range(n):  # tied, and stored once: the embeddings tell
         shard_state(tmp_path / "llama", i, lambda s: {k: v for k, v in s.items() if k != "output.weight"})
     again = load_llama(tmp_path / "llama")
@@ -610,8 +641,8 @@ def test_frequencies_of_every_layer_are_dropped(tmp_path):
 
 @pytest.mark.parametrize("name", ["norm.weight", "layers.2.ffn_norm.weight"])
 def test_norms_that_differ_by_rounding(tmp_path, capsys, name):
-    """Catches shards refused because their ranks rounded a norm in different ways, another shard's taken than the
-    first's, a mean of them, silence, and shards of another model let in."""
+    """Catches shards refused because their ranks rounded a norm in different ways, another shard's
+    taken than the first's, a mean of them, silence, and shards of another model let in."""
     cut_into(tmp_path / "llama", 4, False, dtype=torch.bfloat16)
     first = load_tensors(tmp_path / "llama/consolidated.00.pth")[name].clone()
     first[3] = 0.0
@@ -640,14 +671,15 @@ def test_norms_that_differ_by_rounding(tmp_path, capsys, name):
 
 FOREIGN = {"vision_chunk_size": 448, "quantization_args": {"scheme": 8}, "lora_args": {"rank": 16},
            "moe_args": {"experts": 16}, "moe": {"num_experts": 8}, "use_qk_norm": True, "qk_norm": True,
-           "sliding_window": 4096, "hidden_dim": 14336, "attention_chunk_size": 8192, "nope_layer_interval": 4,
-           "ffn_exp": 4.0, "attention_bias": True, "rope_high_freq_factor": 1, "q_lora_rank": 1536}
+           "sliding_window": 4096, "hidden_dim": 14336, "attention_chunk_size": 8192,
+           "nope_layer_interval": 4, "ffn_exp": 4.0, "attention_bias": True, "rope_high_freq_factor": 1,
+           "q_lora_rank": 1536}
 
 
 @pytest.mark.parametrize("key", FOREIGN)
 def test_other_kinds_of_llama_are_named(tmp_path, capsys, key):
-    """Catches a vision, quantised, LoRA or MoE model, one with norms on queries, or Mistral, loaded as if it were a
-    Llama; and one whose file has such a key without a value refused."""
+    """Catches a vision, quantised, LoRA or MoE model, one with norms on queries, or Mistral, loaded
+    as if it were a Llama; and one whose file has such a key without a value refused."""
     saved(tmp_path)
     rewrite(tmp_path, lambda p: p | {key: FOREIGN[key]})
     with one_line_error(capsys, key, "text Llama"):
@@ -667,12 +699,14 @@ def test_other_kinds_of_llama_are_named(tmp_path, capsys, key):
 def hugging_face(folder):
     """What marks a Hugging Face folder, and the flag that names it."""
     (folder / "config.json").write_text('{"model_type": "llama"}')
-    return folder, f"{folder} is a Hugging Face folder", f"python data/llama.py {folder} --out out/{folder.name}"
+    return (folder, f"{folder} is a Hugging Face folder",
+            f"python data/llama.py {folder} --out out/{folder.name}")
 
 
 def only_safetensors(folder):
     (folder / "model-00001-of-00002.safetensors").write_bytes(b"")
-    return folder, f"{folder} is a Hugging Face folder", f"python data/llama.py {folder} --out out/{folder.name}"
+    return (folder, f"{folder} is a Hugging Face folder",
+            f"python data/llama.py {folder} --out out/{folder.name}")
 
 
 def weights_of_hugging_face(folder):
@@ -689,7 +723,8 @@ def gguf_file(folder):
 
 def gguf_folder(folder):
     path = gguf_file(folder)[0]
-    return folder, f"{folder} is a folder with a GGUF file", f"python data/llama.py {path} --out out/small-Q4_0"
+    return (folder, f"{folder} is a folder with a GGUF file",
+            f"python data/llama.py {path} --out out/small-Q4_0")
 
 
 def with_original(folder):
@@ -703,16 +738,18 @@ def nearly_raw(folder):
     """A params.json beside Hugging Face's weights."""
     saved(folder)
     (folder / "consolidated.00.pth").rename(folder / "consolidated.safetensors")
-    return folder, f"{folder} is a Hugging Face folder", f"python data/llama.py {folder} --out out/{folder.name}"
+    return (folder, f"{folder} is a Hugging Face folder",
+            f"python data/llama.py {folder} --out out/{folder.name}")
 
 
-OTHERS = [hugging_face, only_safetensors, weights_of_hugging_face, gguf_file, gguf_folder, with_original, nearly_raw]
+OTHERS = [hugging_face, only_safetensors, weights_of_hugging_face, gguf_file, gguf_folder, with_original,
+          nearly_raw]
 
 
 @pytest.mark.parametrize("kind", OTHERS)
 def test_a_llama_of_another_kind_is_named(tmp_path, capsys, kind):
-    """Catches "no Llama folder" said to somebody who has one, of Hugging Face's or llama.cpp's kind, and a command that
-    would not convert it."""
+    """Catches "no Llama folder" said to somebody who has one, of Hugging Face's or llama.cpp's
+    kind, and a command that would not convert it."""
     folder = tmp_path / "SmolLM2-135M"
     folder.mkdir()
     path, what, mend = kind(folder)
@@ -726,7 +763,8 @@ def test_a_llama_of_another_kind_is_named(tmp_path, capsys, kind):
 PROGRAMS = {  # every flag that names a Llama
     "train": (train.main, ["--llama", "FOLDER"]), "eval": (evaluation.main, ["--model", "FOLDER"]),
     "plan": (train.main, ["--dry-run", "--llama", "FOLDER"]),
-    "base": (evaluation.main, ["--model", "RAW", "--base", "FOLDER"]), "sample": (sample.main, ["--model", "FOLDER"]),
+    "base": (evaluation.main, ["--model", "RAW", "--base", "FOLDER"]),
+    "sample": (sample.main, ["--model", "FOLDER"]),
     "export": (exporting.main, ["--model", "FOLDER"]), "describe": (describe.main, ["FOLDER"]),
     "search": (search.main, ["--llama", "FOLDER"]), "flextron": (flextron.main, ["--llama", "FOLDER"]),
     "latency": (latency.main, ["--model", "FOLDER"]),
@@ -764,11 +802,12 @@ def test_every_published_shape_is_known(tmp_path, capsys, name):
     (tmp_path / "params.json").write_text(json.dumps(p))
     describe.main([str(tmp_path / "params.json")])
     said = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
-    family = {"Llama1": "Llama 1 ", "Llama2": "Llama 2 "}.get(name.split("-")[0], f"Llama {name.split('-')[0]} ")
+    family = {"Llama1": "Llama 1 ", "Llama2": "Llama 2 "}.get(
+        name.split("-")[0], f"Llama {name.split('-')[0]} ")
     assert said["family"].startswith(family) and said["family"].split(",")[0].endswith(name.split("-")[1])
     assert ("the weights would tell" in said["family"]) == (name == "Llama1-7B")
-    totals = {"3.2-1B": "1,235,814,400", "3.2-3B": "3,212,749,824", "3.1-8B": "8,030,261,248", "3-8B": "8,030,261,248",
-              "3.1-70B": "70,553,706,496", "Llama2-7B": "6,738,415,616"}
+    totals = {"3.2-1B": "1,235,814,400", "3.2-3B": "3,212,749,824", "3.1-8B": "8,030,261,248",
+              "3-8B": "8,030,261,248", "3.1-70B": "70,553,706,496", "Llama2-7B": "6,738,415,616"}
     assert totals.get(name, "") in said["parameters"]
     assert said["shards"] == "0" and f"ffn {ffn_dim}" in said["shape"] and "cost" in said["sub-networks"]
     assert ("not scaled" if rope_factor == 1 else f"scaled by {rope_factor}") in said["RoPE"]
@@ -780,14 +819,16 @@ def test_a_folder_is_described_as_it_is(tmp_path, capsys):
     (tmp_path / "llama/tokenizer.model").write_bytes(b"\x0a\x0b")
     describe.main([str(tmp_path / "llama")])
     said = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
-    assert (said["dtype"], said["shards"], said["tied"], said["tokenizer"]) == ("bfloat16", "2", "yes", "SentencePiece")
+    assert (said["dtype"], said["shards"], said["tied"], said["tokenizer"]) == (
+        "bfloat16", "2", "yes", "SentencePiece")
     assert said["family"] == "none of Meta's"
 
 
 def test_memory_while_merging(tmp_path):
-    """Catches shards that are all read before they are merged, or weights that are there twice: the peak stays well
-    under two copies."""
-    config = LlamaConfig(dim=768, n_layers=8, n_heads=12, n_kv_heads=4, head_dim=64, ffn_dim=2048, vocab_size=8000)
+    """Catches shards that are all read before they are merged, or weights that are there twice: the
+    peak stays well under two copies."""
+    config = LlamaConfig(dim=768, n_layers=8, n_heads=12, n_kv_heads=4, head_dim=64, ffn_dim=2048,
+                         vocab_size=8000)
     cut_into(tmp_path / "llama", 4, False, config)
     size = sum(f.stat().st_size for f in (tmp_path / "llama").glob("*.pth"))
     code = ("import resource, sys; from plumbing.checkpoint import load_llama; "
@@ -801,8 +842,9 @@ def test_memory_while_merging(tmp_path):
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_weights_that_are_no_numbers(tmp_path, capsys, value, dtype):
-    """Catches a folder that diverged and is evaluated, sampled, exported or trained as if it had not: one number in one
-    tensor is enough. Large ones are numbers, though their sum is none in their dtype."""
+    """Catches a folder that diverged and is evaluated, sampled, exported or trained as if
+    it had not: one number in one tensor is enough. Large ones are numbers, though their sum
+    is none in their dtype."""
     model = random_llama(GQA)
     state = {name: weight.detach().to(dtype) for name, weight in model.state_dict().items()}
     state["layers.2.feed_forward.w1.weight"][:] = 6e4

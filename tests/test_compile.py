@@ -11,15 +11,19 @@ from tests.helpers import GQA, close, random_llama, tokens_for
 from tests.miniature import log
 from tests.processes import ROOT, run
 
-NEEDS_COMPILER = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on CPUs")
+NEEDS_COMPILER = pytest.mark.skipif(not shutil.which("g++"),
+                                    reason="torch.compile needs a C++ compiler on CPUs")
 
 
 def step(model, space: Space, i: int, generator) -> dict:
-    """Gradients of a random slice, at every fifth step under soft gates, at every fourth of the full network."""
+    """Gradients of a random slice, at every fifth step under soft gates, at every
+    fourth of the full network."""
     draw = lambda n: torch.randint(n, (), generator=generator)
     subnet = space.full if i % 4 == 0 or i % 5 == 0 else space.subnet(space.members[draw(len(space.members))])
-    factors = torch.rand(GQA.n_layers, 2, generator=generator).requires_grad_() if subnet != space.full else None
-    soft = [g.detach().requires_grad_() for g in space.gates(torch.rand(space.onehot.size(1), generator=generator))]
+    factors = (torch.rand(GQA.n_layers, 2, generator=generator).requires_grad_()
+               if subnet != space.full else None)
+    soft = [g.detach().requires_grad_()
+            for g in space.gates(torch.rand(space.onehot.size(1), generator=generator))]
     x = tokens_for(GQA, seed=i)
     model.zero_grad()
     model(x, x, subnet=subnet, gates=Gates(*soft) if i % 5 == 0 else None, factors=factors)[1].backward()
@@ -28,7 +32,8 @@ def step(model, space: Space, i: int, generator) -> dict:
 
 @pytest.mark.parametrize("backend,steps", [("eager", 60), pytest.param("inductor", 4, marks=NEEDS_COMPILER)])
 def test_the_same_gradients_from_few_graphs(backend, steps):
-    """Catches a graph that remembers the sizes or the layer it was made for, and one graph per size or layer."""
+    """Catches a graph that remembers the sizes or the layer it was made for, and one
+    graph per size or layer."""
     torch._dynamo.reset()
     plain, compiled, before = random_llama(GQA), random_llama(GQA), compiled_graphs()
     compile_blocks(compiled, backend)
@@ -51,8 +56,8 @@ train.main(sys.argv[1:])
 
 
 def test_a_compiled_run_is_the_same_run(odd_start, tmp_path):
-    """Catches blocks compiled after they were sharded, a block recomputed under another slice or other gates, a teacher
-    that changes, and a count that nobody prints."""
+    """Catches blocks compiled after they were sharded, a block recomputed under another slice or
+    other gates, a teacher that changes, and a count that nobody prints."""
     flags = [*odd_start[1], "--shard", "fsdp", "--activation-checkpointing", "--kd", "0.5",
              "--budgets", "1.0", "0.6", "--steps", "4", "--eval-every", "100"]
     script = tmp_path / "compiled.py"

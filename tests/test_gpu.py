@@ -1,4 +1,5 @@
-"""What a GPU does otherwise: bf16 products, and kernels of its own. Without a GPU the same tests run in bf16 on the CPU.
+"""What a GPU does otherwise: bf16 products, and kernels of its own. Without a GPU the same
+tests run in bf16 on the CPU.
 
     python -m pytest -q tests/test_gpu.py -k cuda        what bench/gpu.sh runs
 """
@@ -21,7 +22,8 @@ IN_BF16 = 0.02  # what a few layers of bf16 products lose, relative, in the 2-no
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=NO_GPU)])
 def device(request):
-    """Forwards are in bf16 on both. The same bits twice: some of CUDA's backwards add in any order, unless told not to."""
+    """Forwards are in bf16 on both. The same bits twice: some of CUDA's backwards add in any
+    order, unless told not to."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     with autocast_is("bfloat16"):
         yield torch.device(request.param)
@@ -35,15 +37,16 @@ def apart(a: torch.Tensor, b: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_sliced_equals_masked_equals_exported(device, shape):
-    """Catches a slice whose bf16 products are others than those under gates or of its export: the loss, and the
-    gradient of a matrix. And bf16 that is none: exactly fp32's."""
+    """Catches a slice whose bf16 products are others than those under gates or of its export: the
+    loss, and the gradient of a matrix. And bf16 that is none: exactly fp32's."""
     config = SHAPES[shape]
     model = random_llama(config).to(device)
     x = tokens_for(config).to(device)
     for subnet in subnets(config).values():
         gates = Gates(*(gate.to(device) for gate in hard_gates(config, subnet)))
         native = native_llama(model, subnet, device, torch.float32)
-        ways = {"sliced": (model, dict(subnet=subnet)), "masked": (model, dict(gates=gates)), "exported": (native, {})}
+        ways = {"sliced": (model, dict(subnet=subnet)), "masked": (model, dict(gates=gates)),
+                "exported": (native, {})}
         with torch.no_grad():
             exact = model(x, subnet=subnet)[0]
         for way, (one, given) in ways.items():
@@ -62,8 +65,8 @@ def test_sliced_equals_masked_equals_exported(device, shape):
 
 
 def test_an_export_in_bf16_reads_and_writes(device):
-    """Catches a cache of another dtype than the keys, and positions or norms that are rounded: bf16 weights, token by
-    token, against fp32 weights at once."""
+    """Catches a cache of another dtype than the keys, and positions or norms that are rounded: bf16
+    weights, token by token, against fp32 weights at once."""
     model = random_llama(GQA).to(device)
     for subnet in subnets(GQA).values():
         whole = native_llama(model, subnet, device, torch.float32)
@@ -79,10 +82,12 @@ def test_an_export_in_bf16_reads_and_writes(device):
 
 @pytest.mark.parametrize("teach", ["pairs", "soft"])
 def test_a_training_step_in_bf16_is_near_fp32(demo, device, teach):
-    """Catches a loss, a distillation or a router's gradient that bf16 spoils: one whole step beside fp32's."""
+    """Catches a loss, a distillation or a router's gradient that bf16 spoils: one
+    whole step beside fp32's."""
     found = {}
     for name in ("float32", "bfloat16"):
-        model, router, shards, args = parts(*demo, teach=teach, teach_prob=1.0, kd=0.5, device=device.type, autocast=name)
+        model, router, shards, args = parts(*demo, teach=teach, teach_prob=1.0, kd=0.5,
+                                            device=device.type, autocast=name)
         model.to(device)
         teacher = random_llama(model.config, seed=3).to(device)
         with autocast_is(name):
@@ -92,13 +97,15 @@ def test_a_training_step_in_bf16_is_near_fp32(demo, device, teach):
     for one, other in zip(exact, rounded, strict=True):
         assert one["subnet"] == other["subnet"] and 0 < abs(one["loss"] - other["loss"]) < 0.02 * one["loss"]
     assert want.keys() == got.keys()
-    flat = [torch.cat([g.float().flatten().cpu() for n, g in grads.items() if n not in dict(router.named_parameters())])
+    flat = [torch.cat([g.float().flatten().cpu() for n, g in grads.items()
+                       if n not in dict(router.named_parameters())])
             for grads in (got, want)]
     assert apart(*flat) < 4 * IN_BF16
 
 
 def test_resume_in_bf16_is_bit_for_bit(random_start, device, tmp_path, monkeypatch):
-    """Catches a run that, stopped and gone on with, ends in other bits: something of bf16 that no checkpoint has."""
+    """Catches a run that, stopped and gone on with, ends in other bits: something of bf16
+    that no checkpoint has."""
     root, flags = random_start
     flags = [*flags, "--device", device.type, "--autocast", "bfloat16", "--kd", "0.5", "--save-every", "2"]
     monkeypatch.setattr(duration, "machine_flops", lambda device: 1e12)

@@ -1,4 +1,5 @@
-"""The house: the root is the method, and nothing in it needs another paper, a benchmark or a task to be imported."""
+"""The house: the root is the method, and nothing in it needs another paper, a benchmark or
+a task to be imported."""
 import ast
 
 from tests.processes import ROOT, run
@@ -47,12 +48,13 @@ def test_no_circles():
     graph = modules()
     assert len(graph) > 40
     for name in graph:
-        assert name not in reached(graph, name), f"{name} imports itself by way of {sorted(reached(graph, name))}"
+        assert name not in reached(graph, name), (
+            f"{name} imports itself by way of {sorted(reached(graph, name))}")
 
 
 def test_no_arrow_to_another_paper():
-    """Catches a chapter of the method that loads another paper, a benchmark or a task; in a process of its own, so that
-    imports inside functions that run at import time count too."""
+    """Catches a chapter of the method that loads another paper, a benchmark or a task; in a process
+    of its own, so that imports inside functions that run at import time count too."""
     code = f"""
 import importlib, sys
 for name in {ROOT_FILES}:

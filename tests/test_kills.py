@@ -17,9 +17,10 @@ pytestmark = pytest.mark.skipif(os.name != "posix", reason="forks and signals")
 @pytest.mark.parametrize("n, how, programs", [(2, [], list(kills.PROGRAMS)),
                                               (1, ["--signal", "int"], ["export", "prepare", "llama"])])
 def test_killed_programs_end_as_others_do(n, how, programs):
-    """Catches a state that a checkpoint forgets, half a file, what a killed program leaves for ever, and Ctrl-C that ends
-    in a traceback or is taken for success."""
-    done = run("-m", "bench.kills", "--seed", "18", "--kills", str(n), *how, "--programs", *programs, timeout=900)
+    """Catches a state that a checkpoint forgets, half a file, what a killed program leaves for
+    ever, and Ctrl-C that ends in a traceback or is taken for success."""
+    done = run("-m", "bench.kills", "--seed", "18", "--kills", str(n), *how, "--programs", *programs,
+               timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     rows = [line.split("|")[1:-1] for line in done.stdout.splitlines()[2:]]
     assert [row[0].strip() for row in rows] == programs
@@ -27,12 +28,13 @@ def test_killed_programs_end_as_others_do(n, how, programs):
 
 
 def test_what_is_a_fault(tmp_path):
-    """Catches a comparison that finds nothing because it does not look: another byte, another tensor, a file more, one
-    less; times that are compared."""
+    """Catches a comparison that finds nothing because it does not look: another byte, another
+    tensor, a file more, one less; times that are compared."""
     def world(name: str, **changes):
         folder = tmp_path / name
         (folder / "new").mkdir(parents=True)
-        files = {"a.txt": b"a", "latency.json": b'{"dim": [1], "full_ms": 3}', "log.jsonl": name.encode()} | changes
+        files = {"a.txt": b"a", "latency.json": b'{"dim": [1], "full_ms": 3}',
+                 "log.jsonl": name.encode()} | changes
         for file, content in files.items():
             if content is not None:
                 (folder / "new" / file).write_bytes(content)

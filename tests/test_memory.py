@@ -47,10 +47,12 @@ train.main(sys.argv[1:])
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("ranks,extra", [
-    (0, ""), (0, "--activation-checkpointing --batch-tokens 512"), (0, "--kd 0.5"), (0, "--kd 0.5 --batch-tokens 4096"),
-    (2, "--shard ddp --kd 0.5"), (2, "--shard zero1 --kd 0"), (2, "--shard fsdp --kd 0.5"), (4, "--shard fsdp --kd 0")])
+    (0, ""), (0, "--activation-checkpointing --batch-tokens 512"), (0, "--kd 0.5"),
+    (0, "--kd 0.5 --batch-tokens 4096"), (2, "--shard ddp --kd 0.5"), (2, "--shard zero1 --kd 0"),
+    (2, "--shard fsdp --kd 0.5"), (4, "--shard fsdp --kd 0")])
 def test_the_plan_is_what_a_run_takes(demo, tmp_path, ranks, extra):
-    """Catches a plan that forgets a copy, or counts one that is never made: within 10 % of the measured peak."""
+    """Catches a plan that forgets a copy, or counts one that is never made: within
+    10 % of the measured peak."""
     root, _ = demo
     shutil.copytree(root / "data", tmp_path / "data")
     (tmp_path / "data/tokenizer.model").unlink()
@@ -67,14 +69,16 @@ def test_the_plan_is_what_a_run_takes(demo, tmp_path, ranks, extra):
     measured = [int(words[1]) for words in map(str.split, done.stdout.splitlines()) if words[:1] == ["took"]]
     assert len(measured) == max(ranks, 1)
     args = settings.parse_args(flags)
-    planned = {row["shard"]: row["total"] for row in memory.plan(SMALL, args, max(ranks, 1), bf16=False)}[args.shard]
-    print(f"{ranks} {extra}: {[m // 10**6 for m in measured]} MB, planned {planned // 10**6}")  # RESULTS has these: pytest -s
+    planned = {row["shard"]: row["total"]
+               for row in memory.plan(SMALL, args, max(ranks, 1), bf16=False)}[args.shard]
+    # RESULTS has these: pytest -s
+    print(f"{ranks} {extra}: {[m // 10**6 for m in measured]} MB, planned {planned // 10**6}")
     assert abs(planned / max(measured) - 1) < 0.1, (planned / 1e6, max(measured) / 1e6)
 
 
 def test_a_teacher_is_its_weights_and_three_times_the_logits():
-    """Catches a plan in which a teacher has no logits: with a large vocabulary they are most of it. Its logits, their
-    softmax, and its product with the student's are there at once."""
+    """Catches a plan in which a teacher has no logits: with a large vocabulary they are most of it.
+    Its logits, their softmax, and its product with the student's are there at once."""
     config = dataclasses.replace(GQA, vocab_size=50_000)
     weights = 4 * n_params(config, SubNet.full(config), embeddings=True)
     for tokens, in_chunk in ((256, 256), (4096, 1024)):
@@ -87,8 +91,8 @@ def test_a_teacher_is_its_weights_and_three_times_the_logits():
 
 
 def test_what_the_forward_keeps():
-    """Catches bytes that are counted twice, views of weights taken for activations, and depth that costs nothing: the
-    real forward, tensor by tensor, must keep as much."""
+    """Catches bytes that are counted twice, views of weights taken for activations, and depth that
+    costs nothing: the real forward, tensor by tensor, must keep as much."""
     for checkpointing in (False, True):
         model = random_llama(dataclasses.replace(GQA, n_layers=3))
         model.activation_checkpointing = checkpointing
@@ -107,8 +111,10 @@ def test_what_the_forward_keeps():
 
 
 def test_the_table_from_params_json_alone(tmp_path, capsys):
-    """Catches a plan that wants weights, a total that is not the sum, shares that do not fall with the ranks."""
-    config = LlamaConfig(dim=2048, n_layers=16, n_heads=32, n_kv_heads=8, head_dim=64, ffn_dim=8192, vocab_size=128256)
+    """Catches a plan that wants weights, a total that is not the sum, shares that do
+    not fall with the ranks."""
+    config = LlamaConfig(dim=2048, n_layers=16, n_heads=32, n_kv_heads=8, head_dim=64, ffn_dim=8192,
+                         vocab_size=128256)
     (tmp_path / "params.json").write_text(json.dumps(params_json(config)))
     rows = {}
     for ranks in ("1", "8"):
@@ -123,12 +129,13 @@ def test_the_table_from_params_json_alone(tmp_path, capsys):
         assert all(sum(row[:-1]) == pytest.approx(row[-1], abs=0.03) for row in table.values())
     assert rows["1"]["ddp"] == rows["1"]["fsdp"] == rows["1"]["zero1"]
     assert rows["8"]["zero1"][2] == pytest.approx(rows["8"]["ddp"][2] / 8, abs=0.01)
-    # Under fsdp two blocks, and what lies outside of them, are there in bf16, with their gradients; one block's
-    # gradient is in fp32 too.
+    # Under fsdp two blocks, and what lies outside of them, are there in bf16, with their gradients;
+    # one block's gradient is in fp32 too.
     block = n_params(config, SubNet.uniform(2048, [0], 32, 8192))
     outside = 2 * 128256 * 2048 + 2048
     gradients = 4 * n / 8 + 2 * (block + outside) + 4 * block
-    assert rows["8"]["fsdp"][:2] == pytest.approx([(4 * n / 8 + 2 * (2 * block + outside)) / 1e9, gradients / 1e9], abs=0.01)
+    assert rows["8"]["fsdp"][:2] == pytest.approx(
+        [(4 * n / 8 + 2 * (2 * block + outside)) / 1e9, gradients / 1e9], abs=0.01)
     assert rows["8"]["fsdp"][-1] < rows["8"]["zero1"][-1] < rows["8"]["ddp"][-1]
     for choices, words in (("--n-layers-choices 17", "17"), ("--budgets 1.0 0.00001", "1e-05")):
         with one_line_error(capsys, words):  # as training would
@@ -144,7 +151,8 @@ def test_the_table_from_params_json_alone(tmp_path, capsys):
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_weights_that_are_there_say_whether_they_are_tied(tmp_path, capsys, tied):
-    """Catches a plan that counts the embeddings of a tied Llama twice: params.json does not say it, the weights do."""
+    """Catches a plan that counts the embeddings of a tied Llama twice: params.json does not
+    say it, the weights do."""
     config = dataclasses.replace(GQA, tied=tied)
     save_llama(tmp_path, config, random_llama(config).state_dict())
     assert "tied" not in json.loads((tmp_path / "params.json").read_text())

@@ -68,9 +68,9 @@ def inner_sizes(model) -> list[int]:
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_masked_sliced_and_written_are_the_same(shape, tmp_path):
-    """Invariant 2. Catches a gather that takes other units than the masks say, heads that leave their KV group, layers
-    numbered anew in the sort, a params.json whose lists are not the folder's shapes, and more parameters than the
-    budget has."""
+    """Invariant 2. Catches a gather that takes other units than the masks say, heads that leave
+    their KV group, layers numbered anew in the sort, a params.json whose lists are not the folder's
+    shapes, and more parameters than the budget has."""
     config = SHAPES[shape]
     tokens = tokens_for(config)
     model = random_llama(config)
@@ -109,8 +109,9 @@ def test_everything_kept_is_the_model():
 @pytest.mark.parametrize("uniform", [False, True])
 @pytest.mark.parametrize("config", [GQA, MHA], ids=["gqa", "mha"])
 def test_every_candidate_meets_the_budget(config, uniform):
-    """Catches a repair that goes over, that leaves room for one more neuron (uniform: in each layer), that empties a
-    layer, a KV group or the network, and one that makes groups or, if uniform, layers unlike."""
+    """Catches a repair that goes over, that leaves room for one more neuron (uniform: in each
+    layer), that empties a layer, a KV group or the network, and one that makes groups or, if
+    uniform, layers unlike."""
     full = n_params(config, SubNet.full(config))
     groups = kv_groups(config)
     nearly_least = 0.185 if config is GQA else 0.16
@@ -127,7 +128,8 @@ def test_every_candidate_meets_the_budget(config, uniform):
             step = 3 * config.dim                            # one neuron
             if uniform:
                 step *= len(subnet.layers)
-            # With all neurons in, and heads that are too large a step for what is left, none can fill the room.
+            # With all neurons in, and heads that are too large a step for what is left, none can
+            # fill the room.
             if all(f == config.ffn_dim for f in subnet.ffn_dim):
                 step = max(full / config.n_layers, step)
             assert -1e-6 < room < step, (budget, subnet, room / full)
@@ -141,11 +143,13 @@ def test_every_candidate_meets_the_budget(config, uniform):
                 assert len(set(subnet.n_heads)) == 1
 
 
-@pytest.mark.parametrize("ffn_dim,unit", [(255, 1), (256, 32), (300, 32), (2047, 32), (2048, 256), (2300, 256)])
+@pytest.mark.parametrize("ffn_dim,unit", [(255, 1), (256, 32), (300, 32), (2047, 32), (2048, 256),
+                                          (2300, 256)])
 @pytest.mark.parametrize("config", [GQA, MHA], ids=["gqa", "mha"])
 def test_uniform_neurons_come_in_multiples(config, ffn_dim, unit, capsys):
-    """Catches neurons that llama.cpp's quantisations have no block for, a size that is rounded up and goes over the
-    budget, one that is rounded down twice or to nothing, and the source's own size rounded where it fits."""
+    """Catches neurons that llama.cpp's quantisations have no block for, a size that is rounded up
+    and goes over the budget, one that is rounded down twice or to nothing, and the source's own
+    size rounded where it fits."""
     config = dataclasses.replace(config, dim=24, ffn_dim=ffn_dim)
     full = n_params(config, SubNet.full(config))
     least = unit * math.ceil(ffn_dim / 10 / unit)
@@ -177,8 +181,8 @@ def test_uniform_neurons_come_in_multiples(config, ffn_dim, unit, capsys):
 
 
 def test_half_of_the_layers_is_the_fewest(capsys):
-    """Catches a network of one layer where its budget would fit into one, and a smallest budget that is not that of
-    half the layers, a head in each KV group and a tenth of the neurons."""
+    """Catches a network of one layer where its budget would fit into one, and a smallest budget
+    that is not that of half the layers, a head in each KV group and a tenth of the neurons."""
     bounds = bounds_for(GQA, 0.2)
     start = bounds.start()
     for kept in range(4):
@@ -226,8 +230,8 @@ def test_the_start_is_the_best_units_at_one_ratio():
 
 
 def test_resized_and_swapped():
-    """Catches a resize that throws out a mutation's units before it has to, and a swap that changes how many are kept
-    or, with few kept or nearly all, nothing."""
+    """Catches a resize that throws out a mutation's units before it has to, and a swap that changes
+    how many are kept or, with few kept or nearly all, nothing."""
     kept = torch.tensor([True, False, True, False, True, False])
     place = torch.tensor([0, 5, 1, 4, 3, 2])
     wanted = {1: [4], 2: [2, 4], 3: [0, 2, 4], 4: [0, 1, 2, 4], 5: [0, 1, 2, 3, 4]}
@@ -281,8 +285,8 @@ def inputs_of(model, tokens) -> dict:
 
 @pytest.mark.parametrize("config", [GQA, MHA], ids=["gqa", "mha"])
 def test_scores_are_the_formula(config):
-    """Catches the diagonal of G for that of its inverse, W before the square, rows for columns, wk of a group counted
-    for its query heads, a last batch that is left out."""
+    """Catches the diagonal of G for that of its inverse, W before the square, rows for columns, wk
+    of a group counted for its query heads, a last batch that is left out."""
     model = random_llama(config)
     tokens = tokens_for(config, batch=7)
     heads, neurons = unit_scores(model, tokens, batch=3)
@@ -320,8 +324,8 @@ def test_scores_are_the_formula(config):
 
 
 def test_a_singular_gram_is_damped_and_a_broken_one_named(capsys):
-    """Catches a score or a reformation that fails on fewer tokens than neurons, or on neurons that never fire; and
-    weights that are not finite and pass for a result."""
+    """Catches a score or a reformation that fails on fewer tokens than neurons, or on neurons that
+    never fire; and weights that are not finite and pass for a result."""
     model = random_llama(GQA)
     tokens = tokens_for(GQA, batch=2, length=5)              # 10 tokens, 80 neurons
     with torch.no_grad():
@@ -345,7 +349,8 @@ def test_a_singular_gram_is_damped_and_a_broken_one_named(capsys):
 
 
 def test_grams_are_fp32_where_forwards_are_not(monkeypatch):
-    """Catches a Gram made under autocast: with 8 bits, sums of thousands of tokens lose what tells units apart."""
+    """Catches a Gram made under autocast: with 8 bits, sums of thousands of tokens lose
+    what tells units apart."""
     seen = []
 
     def half(device):
@@ -377,8 +382,8 @@ def test_grams_are_fp32_where_forwards_are_not(monkeypatch):
 
 
 def test_the_closed_form_is_the_minimum():
-    """Catches a wrong damping, a transposed residual, a scale that is not taken out again: against least squares on the
-    tokens themselves, with the ridge as rows of its own."""
+    """Catches a wrong damping, a transposed residual, a scale that is not taken out again: against
+    least squares on the tokens themselves, with the ridge as rows of its own."""
     g = torch.Generator().manual_seed(0)
 
     def normal(*shape):
@@ -416,8 +421,9 @@ def admm(weight, gram, kept, iterations: int, rho: float = 1.0) -> torch.Tensor:
 
 
 def test_the_papers_admm_comes_to_the_closed_form():
-    """Catches a mask with its polarity the wrong way round, a target of zeros (the released code has both), and a
-    closed form that is not the problem's: after enough iterations both are the same to 1e-6."""
+    """Catches a mask with its polarity the wrong way round, a target of zeros (the released
+    code has both), and a closed form that is not the problem's: after enough iterations
+    both are the same to 1e-6."""
     g = torch.Generator().manual_seed(1)
     x = torch.randn(400, 24, generator=g, dtype=torch.float64)
     x = x * (0.2 + torch.rand(24, generator=g)) + 0.3
@@ -452,9 +458,9 @@ def stream_before_norm(model, tokens) -> torch.Tensor:
 
 @pytest.mark.parametrize("shape", ["gqa", "mha", "tied"])
 def test_reformation_never_raises_the_error(shape):
-    """Catches a weight reformed on inputs from before its predecessors were, an error that is not that of the
-    streams, and a step that makes things worse: at each weight the squared error must fall, and the last one is
-    that of the whole models side by side."""
+    """Catches a weight reformed on inputs from before its predecessors were, an error that is not
+    that of the streams, and a step that makes things worse: at each weight the squared error must
+    fall, and the last one is that of the whole models side by side."""
     config = SHAPES[shape]
     model = random_llama(config)
     tokens = tokens_for(config, batch=40, length=20)
@@ -522,7 +528,8 @@ def test_reforming_the_whole_model_changes_nothing():
 
 
 class Unrepaired(Bounds):
-    """Hands out what a mutation or a crossover makes, before the repair: (candidate, heads per group, neurons)."""
+    """Hands out what a mutation or a crossover makes, before the repair: (candidate,
+    heads per group, neurons)."""
     first: Candidate
 
     def repaired(self, c, rng, heads=None, neurons=None):
@@ -580,8 +587,9 @@ def check_chances(pairs, depth: float, ratio: float, mask: float) -> None:
 
 
 def test_a_generation_has_the_papers_numbers(monkeypatch):
-    """Catches chances of mutation, proportions and parents that are not the paper's: of 100, 50 are mutants (depth .1,
-    ratio .3, mask .1), 30 are crossovers, and 20 are strong mutants of the start (ratio .3, mask .6)."""
+    """Catches chances of mutation, proportions and parents that are not the paper's: of 100, 50
+    are mutants (depth .1, ratio .3, mask .1), 30 are crossovers, and 20 are strong mutants of the
+    start (ratio .3, mask .6)."""
     bounds = unrepaired(0.8)
     parents = [few_units(WIDE, seed) for seed in range(10)]
     of_parents = []
@@ -619,8 +627,9 @@ def test_a_generation_has_the_papers_numbers(monkeypatch):
 
 @pytest.mark.parametrize("budget,heads,neurons", [(0.8, 8, 32), (0.5, 6, 8)])
 def test_a_mutation_draws_the_papers_ranges(budget, heads, neurons):
-    """Catches ranges that are not the paper's: at 80 % from .8 of the heads and .4 of the neurons, at 50 % from .6 and
-    .1, and up to all of them. A layer may come as well as go, and a swap leaves every count as it was."""
+    """Catches ranges that are not the paper's: at 80 % from .8 of the heads and .4 of the neurons,
+    at 50 % from .6 and .1, and up to all of them. A layer may come as well as go, and a swap leaves
+    every count as it was."""
     bounds = unrepaired(budget)
     parent = few_units(WIDE, 0)
     rng = random_generator(budget)
@@ -645,8 +654,8 @@ def test_a_mutation_draws_the_papers_ranges(budget, heads, neurons):
 
 
 def test_a_mutations_sizes_are_those_of_the_candidate():
-    """Catches a mutation whose sizes are lost on the way to the repair: where the budget allows what was drawn, it
-    must come out."""
+    """Catches a mutation whose sizes are lost on the way to the repair: where the budget allows
+    what was drawn, it must come out."""
     bounds = bounds_for(GQA, 0.8)
     start = bounds.start()
     rng = random_generator(0)
@@ -661,8 +670,8 @@ def test_a_mutations_sizes_are_those_of_the_candidate():
 
 
 def test_a_crossover_takes_every_layer_from_one_parent_or_the_other():
-    """Catches a child of one parent alone, a layer with one parent's heads and the other's neurons, and a child that is
-    repaired from other sizes than its own."""
+    """Catches a child of one parent alone, a layer with one parent's heads and the other's neurons,
+    and a child that is repaired from other sizes than its own."""
     bounds = unrepaired(0.8)
     a = few_units(WIDE, 0)
     b = few_units(WIDE, 1)
@@ -702,8 +711,8 @@ def evolved(monkeypatch, loss_of, **kwargs):
 
 
 def test_evolution_finds_what_is_better(monkeypatch):
-    """Catches a search that keeps the worst, forgets the best, or never moves: with a loss that wants neurons in layer
-    3 and few layers it must come close, and its best never gets worse."""
+    """Catches a search that keeps the worst, forgets the best, or never moves: with a loss that
+    wants neurons in layer 3 and few layers it must come close, and its best never gets worse."""
     def loss(s, n=0):
         sizes = dict(zip(s.layers, s.ffn_dim))
         return len(s.layers) - sizes.get(3, 0) / 80
@@ -729,8 +738,8 @@ def test_nan_loses_and_nothing_is_tried_twice(monkeypatch):
 
 
 def test_the_best_tenth_of_all_are_parents(monkeypatch):
-    """Catches more or fewer parents than a tenth, and parents that are forgotten with their generation: the paper keeps
-    10 of 100, the best so far."""
+    """Catches more or fewer parents than a tenth, and parents that are forgotten with their
+    generation: the paper keeps 10 of 100, the best so far."""
     states = []
     made = []
 
@@ -749,8 +758,8 @@ def test_the_best_tenth_of_all_are_parents(monkeypatch):
 
 
 def test_generations_differ(monkeypatch):
-    """Catches a generation that repeats the draws of the one before: of the same two parents its candidates must be
-    others."""
+    """Catches a generation that repeats the draws of the one before: of the same two parents its
+    candidates must be others."""
     def loss(s, n):
         return float(n)                                      # the first two are the best
 
@@ -760,8 +769,8 @@ def test_generations_differ(monkeypatch):
 
 
 def test_the_fitness_is_the_candidates_loss():
-    """Catches the loss of the first units for that of the candidate's, and a loss on other windows: against the masked
-    model."""
+    """Catches the loss of the first units for that of the candidate's, and a loss on other windows:
+    against the masked model."""
     model = random_llama(GQA)
     x = tokens_for(GQA, batch=5)
     y = tokens_for(GQA, batch=5, seed=2)
@@ -798,7 +807,8 @@ def desk(tmp_path_factory):
     desk = tmp_path_factory.mktemp("search")
     config = LlamaConfig(dim=32, n_layers=3, n_heads=4, n_kv_heads=2, head_dim=8, ffn_dim=48, vocab_size=560,
                          context=16)
-    text = "the cat sat on the mat and the dog ate the cake; def main(argv): return [line for line in argv]\n" * 3
+    text = ("the cat sat on the mat and the dog ate the cake; "
+            "def main(argv): return [line for line in argv]\n") * 3
     save_tokenizer(desk / "base/tokenizer.model", train_bpe([text], 560))
     save_llama(desk / "base", config, random_llama(config).state_dict())
     g = torch.Generator().manual_seed(0)
@@ -810,8 +820,8 @@ def desk(tmp_path_factory):
 
 def flags(desk, out, budget=0.6) -> list[str]:
     """The command line of python -m search, on the desk."""
-    return ["--llama", str(desk / "base"), "--data", str(desk / "data"), "--budget", str(budget), "--out", str(out),
-            *FEW]
+    return ["--llama", str(desk / "base"), "--data", str(desk / "data"), "--budget", str(budget),
+            "--out", str(out), *FEW]
 
 
 def test_windows_are_disjoint(desk):
@@ -828,8 +838,8 @@ def test_windows_are_disjoint(desk):
 
 
 def test_every_part_reads_its_own_windows(desk, tmp_path, monkeypatch):
-    """Catches a search that is ranked on the text of its report, a score or reformation on the text of the fitness, and
-    a Llama written that is not the best one found."""
+    """Catches a search that is ranked on the text of its report, a score or reformation on the text
+    of the fitness, and a Llama written that is not the best one found."""
     args = search.parse_args(flags(desk, tmp_path / "out"))
     config = load_llama(desk / "base").config
     (fitness, _), calibration, (report, _) = disjoint_windows(args, config, 0)
@@ -880,8 +890,9 @@ def test_a_left_out_layer_is_made_up_for(desk, tmp_path, monkeypatch):
 
 
 def test_a_folder_that_the_other_programs_read(desk, tmp_path, capsys):
-    """Catches a heterogeneous folder that eval.py, sample.py or export.py stumble over, a loss in the table that is not
-    that of the folder, a cost over the budget, and --no-reform that reforms."""
+    """Catches a heterogeneous folder that eval.py, sample.py or export.py stumble over, a
+    loss in the table that is not that of the folder, a cost over the budget, and
+    --no-reform that reforms."""
     config = load_llama(desk / "base").config
     full = n_params(config, SubNet.full(config))
     losses = {}
@@ -915,7 +926,8 @@ def test_a_folder_that_the_other_programs_read(desk, tmp_path, capsys):
 
 
 def test_uniform_goes_to_hugging_face(desk, tmp_path, monkeypatch, capsys):
-    """Catches --uniform that is not: --format hf must take it; and a budget that only layers of several sizes meet."""
+    """Catches --uniform that is not: --format hf must take it; and a budget that only layers
+    of several sizes meet."""
     search.main([*flags(desk, tmp_path / "u"), "--uniform"])
     config = load_llama(tmp_path / "u").config
     assert isinstance(config.ffn_dim, int) and isinstance(config.n_heads, int)
@@ -985,8 +997,8 @@ for n, where in (1, "inside"), (2, "after"):
 
 
 def test_killed_and_resumed_is_the_same_search(desk, tmp_path, capsys):
-    """Catches state that is half-written or forgotten: killed before its first save was whole, and after its second,
-    a search must end with the very files of one that ran straight."""
+    """Catches state that is half-written or forgotten: killed before its first save was whole, and
+    after its second, a search must end with the very files of one that ran straight."""
     search.main(flags(desk, tmp_path / "a"))
     (tmp_path / "kills.py").write_text(KILLS)
     killed = run(tmp_path / "kills.py", *flags(desk, tmp_path / "b"), "--resume")

@@ -1,4 +1,5 @@
-"""shard.py: however the Llama lies on the ranks, it is the same run; a checkpoint of one kind goes on as another."""
+"""shard.py: however the Llama lies on the ranks, it is the same run; a checkpoint of one
+kind goes on as another."""
 import dataclasses
 
 import pytest
@@ -29,8 +30,9 @@ def alone(odd_start, tmp_path_factory):
 # 4 ranks, and 2 of zero1, come below.
 @pytest.mark.parametrize("ranks,kind", [(2, "ddp"), (3, "zero1"), (3, "fsdp")])
 def test_every_way_is_the_same_run(alone, tmp_path, ranks, kind):
-    """Invariant 5. Catches a reducer that waits for a skipped layer, moments that are lost with their rank, sums taken
-    for means, a rank that draws another slice, and a checkpoint that holds one rank's part."""
+    """Invariant 5. Catches a reducer that waits for a skipped layer, moments that are lost with
+    their rank, sums taken for means, a rank that draws another slice, and a checkpoint that
+    holds one rank's part."""
     _, folder, flags = alone
     done = run(ROOT / "train.py", *flags, "--shard", kind, "--out", tmp_path / "flex", ranks=ranks)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -41,8 +43,8 @@ def test_every_way_is_the_same_run(alone, tmp_path, ranks, kind):
     one, two = (state_of(f) for f in (folder, tmp_path / "flex"))
     assert one["model"].keys() == two["model"].keys()
     assert all(w.shape == two["model"][k].shape for k, w in one["model"].items())
-    shapes = lambda s: [{k: {n: getattr(t, "shape", t) for n, t in of.items()} for k, of in o["state"].items()}
-                        for o in s["optimizers"]]
+    shapes = lambda s: [{k: {n: getattr(t, "shape", t) for n, t in of.items()}
+                         for k, of in o["state"].items()} for o in s["optimizers"]]
     assert shapes(one) == shapes(two)
 
 
@@ -61,13 +63,15 @@ train.main(sys.argv[1:])
 @pytest.mark.parametrize("first,then", [((2, "fsdp"), (0, "ddp")), ((2, "zero1"), (4, "fsdp")),
                                         ((0, "ddp"), (2, "zero1"))])
 def test_resumed_another_way(alone, tmp_path, first, then):
-    """Catches a checkpoint that only the ranks which wrote it can read, and moments given to other parameters."""
+    """Catches a checkpoint that only the ranks which wrote it can read, and moments
+    given to other parameters."""
     _, folder, flags = alone
     script = tmp_path / "dies.py"
     script.write_text(DIES)
     done = run(script, *flags, "--shard", first[1], "--out", tmp_path / "flex", ranks=first[0])
     assert done.returncode != 0 and load_tensors(tmp_path / "flex/resume.pt")["step"] == 3
-    done = run(ROOT / "train.py", *flags, "--shard", then[1], "--out", tmp_path / "flex", "--resume", ranks=then[0])
+    done = run(ROOT / "train.py", *flags, "--shard", then[1], "--out", tmp_path / "flex", "--resume",
+               ranks=then[0])
     assert done.returncode == 0, done.stderr[-2000:]
     for a, b in zip(log(folder, "loss"), log(tmp_path / "flex", "loss")):
         assert all(abs(x - y) < 5e-4 for x, y in zip(a, b)), (a, b)
@@ -99,8 +103,9 @@ train.finish()
 
 @pytest.mark.parametrize("ranks,kind,kd", [(3, "fsdp", 0), (4, "ddp", 0), (2, "fsdp", 0.5)])
 def test_gradients_agree(alone, tmp_path, ranks, kind, kd):
-    """Invariant 5, before clipping, with the slices of one process: gradients summed instead of averaged, those of a
-    skipped layer taken from an earlier pass, or a teacher of which a rank has a part only."""
+    """Invariant 5, before clipping, with the slices of one process: gradients summed
+    instead of averaged, those of a skipped layer taken from an earlier pass, or a teacher
+    of which a rank has a part only."""
     root, _, flags = alone
     flags = [*flags, "--kd", kd]
     script = tmp_path / "gradients.py"
@@ -117,10 +122,11 @@ def test_gradients_agree(alone, tmp_path, ranks, kind, kd):
     rounding = torch.finfo(torch.float32).eps * max(grads[0][n].norm() for n in llama)
     for names, tolerance in [([n], 1e-5) for n in llama] + [(sorted(grads[0].keys() - set(llama)), 1e-3)]:
         one, two = (torch.cat([g[n].flatten() for n in names]) for g in grads)
-        assert (one - two).norm() <= tolerance * one.norm() + rounding, (names, (one - two).norm(), one.norm())
+        assert (one - two).norm() <= tolerance * one.norm() + rounding, (
+            names, (one - two).norm(), one.norm())
 
 
-STATES = """
+STATES = ("""
 import copy, sys, train
 from pathlib import Path
 from plumbing.checkpoint import resume_state, save_state
@@ -132,7 +138,8 @@ args = train.parse_args(["--device", "cpu", "--shard", kind, "--batch-tokens", "
 
 
 def save(folder, model, optimizers):
-    state = dict(model=model_state(model), optimizers=[optimizer_state(o) for o in optimizers], step=7, settings={})
+    state = dict(model=model_state(model), optimizers=[optimizer_state(o) for o in optimizers], """
+"""step=7, settings={})
     Path(folder).mkdir(parents=True, exist_ok=True)
     save_state(folder, state)
 
@@ -158,7 +165,7 @@ for source in sources:
         load_optimizer_state(optimizer, moments)
     save(Path(out) / Path(source).name, model, optimizers)
 train.finish()
-"""
+""")
 WAYS = [(0, "ddp"), *((ranks, kind) for ranks in (2, 3, 4) for kind in ("ddp", "zero1", "fsdp"))]
 
 
@@ -185,8 +192,9 @@ def numbers_of(state: dict) -> dict:
 
 @pytest.mark.parametrize("ranks,kind", WAYS)
 def test_every_way_goes_on_from_every_other(states, tmp_path, ranks, kind):
-    """The whole matrix of kinds and numbers of ranks, to the bit. Catches rows that are joined in another order or cut
-    at another place, moments of another parameter, and a rank that writes nothing, or what is another's."""
+    """The whole matrix of kinds and numbers of ranks, to the bit. Catches rows that are joined in
+    another order or cut at another place, moments of another parameter, and a rank that writes
+    nothing, or what is another's."""
     script, folder = states
     sources = [folder / f"{k}-{n}" for n, k in WAYS]
     done = run(script, tmp_path, kind, *sources, ranks=ranks)
@@ -207,7 +215,8 @@ def test_every_rank_writes_its_part_alone(states, ranks, kind):
     whole = (folder / "ddp-0/resume.pt").stat().st_size
     sizes = [path.stat().st_size for path in sorted((folder / f"{kind}-{ranks}").rglob("*.pt"))]
     assert len(sizes) == (1 if kind == "ddp" else ranks)
-    share = {"ddp": 1, "zero1": 1 / 3 + 2 / 3 / max(1, ranks), "fsdp": 1 / max(1, ranks)}[kind]  # of the largest
+    # of the largest
+    share = {"ddp": 1, "zero1": 1 / 3 + 2 / 3 / max(1, ranks), "fsdp": 1 / max(1, ranks)}[kind]
     assert max(sizes) < 1.25 * share * whole + 30_000, (sizes, whole)
 
 
@@ -278,16 +287,17 @@ train.finish()
 
 @pytest.mark.parametrize("last", ["lives", "dies"])
 def test_a_good_state_in_parts_is_replaced_by_a_whole_one(tmp_path, capsys, last):
-    """Catches parts of two saves that are taken for one: a rank that is out of room, or has a weight that is no number,
-    is told to all; one that dies between the parts and resume.pt leaves the last state; and a folder of parts that
-    stays for ever."""
+    """Catches parts of two saves that are taken for one: a rank that is out of room, or has a
+    weight that is no number, is told to all; one that dies between the parts and resume.pt leaves
+    the last state; and a folder of parts that stays for ever."""
     (tmp_path / "bad_days.py").write_text(BAD_DAYS)
     (tmp_path / "out").mkdir()
     done = run(tmp_path / "bad_days.py", tmp_path / "out", last, ranks=2, timeout=60)
     assert (done.returncode == 0) == (last == "lives"), done.stderr[-2000:]
     state = state_of(tmp_path / "out")
     step, value = (5, 50.0) if last == "lives" else (4, 40.0)
-    assert state["step"] == step and state["model"]["w"][:].flatten().tolist() == [value] * 6 + [value + 1] * 6
+    assert (state["step"] == step
+            and state["model"]["w"][:].flatten().tolist() == [value] * 6 + [value + 1] * 6)
     part = next((tmp_path / "out" / load_tensors(tmp_path / "out/resume.pt")["parts"]["folder"]).iterdir())
     save_tensors(part, load_tensors(part) | dict(step=3))
     with one_line_error(capsys, str(part), "of step 3", "delete it"):
@@ -297,7 +307,7 @@ def test_a_good_state_in_parts_is_replaced_by_a_whole_one(tmp_path, capsys, last
         state_of(tmp_path / "out")
 
 
-PRECISE = """
+PRECISE = ("""
 import sys, torch
 import plumbing.parallel
 plumbing.parallel.autocast = lambda device: torch.autocast("cpu", torch.bfloat16)  # as on a GPU
@@ -313,7 +323,8 @@ with gathered(model):  # outside of autocast, as around the steps
     pass
 seen = set()
 for block in model.layers:
-    block.ffn_norm.register_forward_hook(lambda norm, inputs, x: seen.add((inputs[0].dtype, norm.weight.dtype)))
+    block.ffn_norm.register_forward_hook(lambda norm, inputs, x: """
+"""seen.add((inputs[0].dtype, norm.weight.dtype)))
 tokens = tokens_for(WHOLE, batch=4)
 for _ in range(2):  # gradients add up in fp32
     with plumbing.parallel.autocast(device):
@@ -323,12 +334,12 @@ grads = {name: whole(p.grad) for name, p in model.named_parameters()}
 if train.RANK == 0:
     torch.save(dict(grads=grads, seen=[list(map(str, pair)) for pair in seen]), out)
 train.finish()
-"""
+""")
 
 
 def test_weights_are_gathered_in_autocasts_dtype(tmp_path):
-    """Catches fp32 where bf16 would do, a residual stream in bf16, gradients that are added up in bf16, and ones that
-    differ by more than bf16 rounds from those of ddp."""
+    """Catches fp32 where bf16 would do, a residual stream in bf16, gradients that are added up in
+    bf16, and ones that differ by more than bf16 rounds from those of ddp."""
     (tmp_path / "precise.py").write_text(PRECISE)
     found = {}
     for kind in ("ddp", "fsdp"):
@@ -370,8 +381,9 @@ train.finish()
 @pytest.mark.parametrize("config,files,llama2,ranks", [
     (WHOLE, 2, False, 3), (dataclasses.replace(WHOLE, tied=True), 1, False, 2), (MHA, 2, True, 4)])
 def test_a_split_llama_is_ranked_and_sorted_as_a_whole_one(tmp_path, config, files, llama2, ranks):
-    """Catches rows of another rank, or of another file; tied weights that part; windows that count twice, or for
-    nothing, where ranks have not equally many; a part that is sorted as if it were all; a rank that keeps it all."""
+    """Catches rows of another rank, or of another file; tied weights that part; windows that count
+    twice, or for nothing, where ranks have not equally many; a part that is sorted as if it were
+    all; a rank that keeps it all."""
     cut_into(tmp_path / "llama", files, llama2, config)
     (tmp_path / "split.py").write_text(SPLIT)
     found = []
@@ -412,8 +424,8 @@ train.main(sys.argv[1:])
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_ranks_that_draw_apart_end_at_once(alone, tmp_path, kind):
-    """Catches ranks that run different slices: under fsdp they wait for one another for ever, under ddp nobody
-    notices. The error names the step and the ranks."""
+    """Catches ranks that run different slices: under fsdp they wait for one another for ever, under
+    ddp nobody notices. The error names the step and the ranks."""
     _, _, flags = alone
     script = tmp_path / "apart.py"
     script.write_text(APART)

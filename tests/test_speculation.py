@@ -1,4 +1,5 @@
-"""Speculative decoding in sample.py: the text is the target's, whatever drafts it. And sizes that change mid-text."""
+"""Speculative decoding in sample.py: the text is the target's, whatever drafts it. And
+sizes that change mid-text."""
 import dataclasses
 import itertools
 
@@ -23,8 +24,8 @@ def factors_for(config, seed: int = 1) -> torch.Tensor:
 
 
 def members_of(config) -> dict[str, Member]:
-    """Every slice of subnets() as a member of one Llama, with factors but for the full one; a slice that is often
-    right, as those of a trained family are; and another Llama."""
+    """Every slice of subnets() as a member of one Llama, with factors but for the full one; a slice
+    that is often right, as those of a trained family are; and another Llama."""
     model = random_llama(config)
     nearly = SubNet.uniform(config.dim, range(config.n_layers), config.n_heads, config.ffn_dim - 4)
     members = {"full": Member(model, SubNet.full(config)), "nearly full": Member(model, nearly)}
@@ -42,7 +43,8 @@ def prompts_for(config, n: int, seed: int = 3) -> list[list[int]]:
     return [torch.randint(config.vocab_size, (length,), generator=generator).tolist() for length in lengths]
 
 
-def written(target: Member, draft: Member, prompts, n: int, k: int | None = None, tally=None, **how) -> list[list[int]]:
+def written(target: Member, draft: Member, prompts, n: int, k: int | None = None, tally=None,
+            **how) -> list[list[int]]:
     """What speculate() yields, text by text."""
     texts = [[] for _ in prompts]
     for came in speculate(target, draft, prompts, n, tally or Tally(0.4), k, **how):
@@ -53,12 +55,13 @@ def written(target: Member, draft: Member, prompts, n: int, k: int | None = None
 
 def plain(target: Member, prompts, n: int, **how) -> list[list[int]]:
     """What generate() yields, one prompt at a time."""
-    return [list(generate(target.model, prompt, n, target.subnet, target.factors, **how)) for prompt in prompts]
+    return [list(generate(target.model, prompt, n, target.subnet, target.factors, **how))
+            for prompt in prompts]
 
 
 def chi_square(counts: torch.Tensor, p: torch.Tensor) -> float:
-    """Pearson's statistic of counts against probabilities p of the same shape, as standard deviations from its mean.
-    What has no probability must not have come."""
+    """Pearson's statistic of counts against probabilities p of the same shape, as standard
+    deviations from its mean. What has no probability must not have come."""
     assert counts[p == 0].sum() == 0
     counts, p = counts[p > 0].double(), p[p > 0].double()
     expected = counts.sum() * p / p.sum()
@@ -73,10 +76,10 @@ def chi_square(counts: torch.Tensor, p: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("k", [1, 2, 3, 4, 5, 6, None])
 def test_greedy_text_for_every_k_and_draft(k):
-    """Catches a token that is accepted though the target would say another, a bonus that is dropped or said twice, a
-    cache that keeps what was refused, rows that are accepted together: every member drafts for a slice, and another
-    model does, alone and in a batch. None: the K that pays changes on the way. A draft that is the target itself gives
-    K + 1 tokens a round."""
+    """Catches a token that is accepted though the target would say another, a bonus that is dropped
+    or said twice, a cache that keeps what was refused, rows that are accepted together: every
+    member drafts for a slice, and another model does, alone and in a batch. None: the K that pays
+    changes on the way. A draft that is the target itself gives K + 1 tokens a round."""
     members = members_of(LONG)
     prompts = prompts_for(LONG, 3)
     want = plain(members["heads"], prompts, 12, temperature=0)
@@ -90,8 +93,8 @@ def test_greedy_text_for_every_k_and_draft(k):
 
 @pytest.mark.parametrize("window", [12, 13, 1])
 def test_the_window_moves_as_in_plain_text(window):
-    """Catches a draft that runs past the window's end, a window that moves one token late, and a move that one row's
-    cache alone takes part in. One prompt is longer than the window."""
+    """Catches a draft that runs past the window's end, a window that moves one token late, and a
+    move that one row's cache alone takes part in. One prompt is longer than the window."""
     members = members_of(GQA)
     prompts = prompts_for(GQA, 3) + [list(range(30))]
     want = plain(members["full"], prompts, 40, temperature=0, window=window)
@@ -105,16 +108,17 @@ def test_the_window_moves_as_in_plain_text(window):
 
 
 def test_the_rule_is_exact():
-    """Catches an acceptance by another quotient, a refused token that is drawn again from p, from q, or from |p - q|, a
-    bonus from the wrong place, and tokens accepted behind a refused one: frequencies against p, acceptance against the
-    sum of min(p, q)."""
+    """Catches an acceptance by another quotient, a refused token that is drawn again from p, from
+    q, or from |p - q|, a bonus from the wrong place, and tokens accepted behind a refused one:
+    frequencies against p, acceptance against the sum of min(p, q)."""
     N, K, V = 60_000, 3, 7
     generator = torch.Generator().manual_seed(4)
     p = torch.rand(K + 1, V, generator=generator) ** 2
     q = torch.rand(K, V, generator=generator) ** 2
     p[0, 3] = q[0, 5] = q[1, 0] = 0  # as top-k leaves them
     p, q = p / p.sum(-1, keepdim=True), q / q.sum(-1, keepdim=True)
-    drafted = torch.stack([torch.multinomial(q[i], N, replacement=True, generator=generator) for i in range(K)], 1)
+    drafted = torch.stack([torch.multinomial(q[i], N, replacement=True, generator=generator)
+                           for i in range(K)], 1)
     accepted, following = verify(drafted, p.expand(N, -1, -1), q.expand(N, -1, -1), generator)
     came = torch.cat([drafted, torch.zeros(N, 1, dtype=torch.long)], 1)
     came[torch.arange(N), accepted] = following
@@ -130,7 +134,8 @@ def test_the_rule_is_exact():
 
 
 def test_equal_probabilities_are_always_accepted(monkeypatch):
-    """Catches a residual that is nothing over nothing: a draft with the target's probabilities but for their rounding."""
+    """Catches a residual that is nothing over nothing: a draft with the target's probabilities
+    but for their rounding."""
     generator = torch.Generator().manual_seed(0)
     p = torch.rand(2000, 2, 5, generator=generator).softmax(-1)
     q = p[:, :1] * (1 + 1e-7)
@@ -147,8 +152,9 @@ def test_equal_probabilities_are_always_accepted(monkeypatch):
 
 @pytest.mark.parametrize("k,temperature,top_k", [(1, 1.0, 0), (2, 0.9, 4), (5, 2.0, 0)])
 def test_sampled_text_has_the_targets_distribution(k, temperature, top_k):
-    """Catches temperature or top-k on one of the two alone, and contexts that slip: all texts of three tokens over a
-    vocabulary of five, counted in a batch of 4,000, against their exact probabilities."""
+    """Catches temperature or top-k on one of the two alone, and contexts that slip: all
+    texts of three tokens over a vocabulary of five, counted in a batch of 4,000, against
+    their exact probabilities."""
     config = dataclasses.replace(GQA, dim=24, n_layers=2, vocab_size=5)
     model = random_llama(config)
     target = Member(model, model.full)
@@ -173,13 +179,14 @@ def test_sampled_text_has_the_targets_distribution(k, temperature, top_k):
 
 
 def test_the_seed_decides_the_drafted_text(tmp_path, capsys):
-    """Catches draws from the global stream, and a K that goes by the clock: the same command, the same text."""
+    """Catches draws from the global stream, and a K that goes by the clock: the same
+    command, the same text."""
     make_supernet(tmp_path, LONG)
 
     def said(seed, *more):
         torch.rand(3)
-        sample.main(["--model", str(tmp_path), "--draft", "0.5", "--temperature", "1", "--device", "cpu", "--seed",
-                     str(seed), "--max-new-tokens", "40", *more])
+        sample.main(["--model", str(tmp_path), "--draft", "0.5", "--temperature", "1", "--device", "cpu",
+                     "--seed", str(seed), "--max-new-tokens", "40", *more])
         return capsys.readouterr().out
     assert said(5) == said(5) != said(6)
     assert said(5) != said(5, "--draft-tokens", "4")
@@ -192,8 +199,9 @@ def test_the_seed_decides_the_drafted_text(tmp_path, capsys):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("name", ["full", "all", "per layer"])
 def test_texts_of_unequal_length_are_read_as_alone(shape, name):
-    """Catches a row at another's positions, a query that sees the gap behind a short row or a token of its own future,
-    keys written over a neighbour's, and a cache that believes in tokens taken back."""
+    """Catches a row at another's positions, a query that sees the gap behind a short row
+    or a token of its own future, keys written over a neighbour's, and a cache that
+    believes in tokens taken back."""
     config = SHAPES[shape]
     model, subnet = random_llama(config), subnets(config)[name]
     member = Member(model, subnet, factors_for(config))
@@ -212,7 +220,8 @@ def test_texts_of_unequal_length_are_read_as_alone(shape, name):
                 assert close(got[row], alone(text, got.size(1)), 1e-5), (row, n)
             for row in range(len(texts)):
                 # Each text loses 0 to 2 of its last tokens and goes on with 1 to 4 others.
-                lost, new = torch.randint(3, (1,), generator=generator), torch.randint(1, 5, (1,), generator=generator)
+                lost, new = (torch.randint(3, (1,), generator=generator),
+                             torch.randint(1, 5, (1,), generator=generator))
                 texts[row] = texts[row][:max(1, len(texts[row]) - lost.item())]
                 reader.seen[row] = min(reader.seen[row], len(texts[row]))
                 texts[row] += torch.randint(config.vocab_size, (new.item(),), generator=generator).tolist()
@@ -220,8 +229,8 @@ def test_texts_of_unequal_length_are_read_as_alone(shape, name):
 
 @pytest.mark.parametrize("texts", [1, 4])
 def test_caches_after_a_rollback_are_those_of_the_text(monkeypatch, texts):
-    """Catches a rollback that is off by one, or that one of the two caches leaves out: after every round, keys and
-    values against those of a forward of the text so far."""
+    """Catches a rollback that is off by one, or that one of the two caches leaves out: after every
+    round, keys and values against those of a forward of the text so far."""
     members = members_of(LONG)
     target, draft = members["full"], members["nearly full"]
     prompts = prompts_for(LONG, texts, seed=6)
@@ -238,7 +247,8 @@ def test_caches_after_a_rollback_are_those_of_the_text(monkeypatch, texts):
                 assert len(text) - 2 <= reader.seen[row] <= len(text) - 1
                 fresh = KVCache(len(text))
                 with torch.no_grad():
-                    member.model(torch.tensor([text]), subnet=member.subnet, factors=member.factors, cache=fresh)
+                    member.model(torch.tensor([text]), subnet=member.subnet, factors=member.factors,
+                                 cache=fresh)
                 for layer, pair in fresh.layers.items():
                     for ours, theirs in zip(reader.cache.layers[layer], pair):
                         seen = reader.seen[row]
@@ -247,9 +257,11 @@ def test_caches_after_a_rollback_are_those_of_the_text(monkeypatch, texts):
 
 
 def test_what_memory_held_is_not_read(monkeypatch):
-    """Catches a cache whose unwritten places hold NaN: a row that is shorter than its neighbours has such places."""
+    """Catches a cache whose unwritten places hold NaN: a row that is shorter than its
+    neighbours has such places."""
     empty = torch.Tensor.new_empty
-    monkeypatch.setattr(torch.Tensor, "new_empty", lambda self, *a, **k: empty(self, *a, **k).fill_(float("nan")))
+    monkeypatch.setattr(torch.Tensor, "new_empty",
+                        lambda self, *a, **k: empty(self, *a, **k).fill_(float("nan")))
     members = members_of(LONG)
     prompts = [[5], list(range(20))]
     assert written(members["full"], members["all"], prompts, 9, 2, temperature=0) == plain(
@@ -277,7 +289,8 @@ def test_speedup_and_the_best_k():
 
 
 def test_the_tally():
-    """Catches tokens behind a refused one that count as refused, and a report that keeps silent where nothing pays."""
+    """Catches tokens behind a refused one that count as refused, and a report that keeps
+    silent where nothing pays."""
     tally = Tally(0.5)
     tally.add(4, 4, 5)
     tally.add(4, 1, 2)
@@ -304,7 +317,8 @@ def test_the_report(capsys):
     line, err = said(0, None, 0.4)
     assert "0.00 accepted, 1.00 tokens" in line and "cannot pay" in err and "leave out --draft" in err
     line, err = said(1, 6, 0.45)
-    assert "0.50 accepted, 2.00 tokens" in line and "6 drafted tokens cannot pay" in err and "--draft-tokens 1" in err
+    assert ("0.50 accepted, 2.00 tokens" in line and "6 drafted tokens cannot pay" in err
+            and "--draft-tokens 1" in err)
 
 
 # -----------------------------------------------------------------------------
@@ -312,12 +326,13 @@ def test_the_report(capsys):
 
 
 def test_the_command_says_the_same_with_a_draft(tmp_path, capsys):
-    """Catches a draft whose text is its own, flags that do not arrive, a window that ends elsewhere, and a report
-    without its figures."""
+    """Catches a draft whose text is its own, flags that do not arrive, a window that ends
+    elsewhere, and a report without its figures."""
     make_supernet(tmp_path, dataclasses.replace(GQA, context=64), seed=1)
 
     def said(*flags):
-        sample.main(["--model", str(tmp_path), "--prompt", "the cat", "--temperature", "0", "--device", "cpu", *flags])
+        sample.main(["--model", str(tmp_path), "--prompt", "the cat", "--temperature", "0",
+                     "--device", "cpu", *flags])
         return capsys.readouterr()
     whole, half = said(), said("--budget", "0.7")
     assert whole.out != half.out and "the window of 64 tokens ends" in whole.err
@@ -357,10 +372,12 @@ def folders(tmp_path_factory):
     ("flex", "--budget 0.5 --draft 0.9", "--draft 0.9 smaller"), ("flex", "--draft 1.0", "smaller"),
     ("flex", "--budget 1.0:4,0.5 --draft 0.7", "smaller"), ("plain", "--draft 1.0", "smaller"),
     ("plain", "--draft 0.5", "plain Llama"), ("flex", "--draft 0.5 --draft-tokens 0", "--draft-tokens 0"),
-    ("flex", "--draft-tokens 3", "--draft 0.4"), ("flex", "--draft 0.01", "0.01"), ("flex", "--draft half", "half"),
+    ("flex", "--draft-tokens 3", "--draft 0.4"), ("flex", "--draft 0.01", "0.01"),
+    ("flex", "--draft half", "half"),
     ("flex", "--budget 1.0:64", "1.0:64 1.0:64,0.5"), ("flex", "--budget 1.0,0.5", "1.0,0.5"),
     ("flex", "--budget 1.0:0,0.5", "1.0:0,0.5"), ("flex", "--budget 1.0:4,0.01", "0.01"),
-    ("plain", "--budget 1.0:4,0.5", "plain"), ("flex", "--take-over --budget 1.0:4,0.7 --draft 0.4", "--take-over")])
+    ("plain", "--budget 1.0:4,0.5", "plain"),
+    ("flex", "--take-over --budget 1.0:4,0.7 --draft 0.4", "--take-over")])
 def test_mistakes(folders, capsys, model, flags, words):
     """Catches a traceback, and a draft that is as large as what it drafts for."""
     with one_line_error(capsys, *words.split()):
@@ -368,8 +385,8 @@ def test_mistakes(folders, capsys, model, flags, words):
 
 
 def test_parameters_a_token_takes():
-    """Catches an output matrix left out, embeddings counted in, and a tied one counted as nothing: the elements of all
-    matrices and norms that a forward uses."""
+    """Catches an output matrix left out, embeddings counted in, and a tied one counted as nothing:
+    the elements of all matrices and norms that a forward uses."""
     for config in (GQA, SHAPES["tied"]):
         model = random_llama(config)
         for subnet in subnets(config).values():
@@ -391,16 +408,16 @@ def spoken(folder, budgets: str, *flags) -> list[int]:
 
 @pytest.mark.parametrize("temperature", ["0", "1"])
 def test_the_size_changes(tmp_path, temperature):
-    """Catches a member that goes on with another's cache, a token that is lost or said twice at the change, random
-    numbers that begin again, and counts of the wrong member."""
+    """Catches a member that goes on with another's cache, a token that is lost or said twice at the
+    change, random numbers that begin again, and counts of the wrong member."""
     make_supernet(tmp_path, LONG)
     family = open_family(tmp_path)
     generator = torch.Generator().manual_seed(3)
     want = []
     for budget, n in ((1.0, 6), (0.5, 9), (0.8, 10)):
         member = family.member(budget)
-        want += generate(member.model, [3, 1, 4, 1, 5, *want], n, member.subnet, member.factors, float(temperature), 7,
-                         generator=generator)
+        want += generate(member.model, [3, 1, 4, 1, 5, *want], n, member.subnet, member.factors,
+                         float(temperature), 7, generator=generator)
     flags = ["--temperature", temperature, "--top-k", "7", "--seed", "3", "--max-new-tokens", "25"]
     got = spoken(tmp_path, "1.0:6,0.5:9,0.8", *flags)
     assert got == want and got != spoken(tmp_path, "1.0", *flags)
@@ -410,8 +427,9 @@ def test_the_size_changes(tmp_path, temperature):
 
 
 def test_a_cache_is_taken_over(tmp_path, capsys):
-    """Catches a cache that is taken over without being asked, one that is read again all the same, the last token
-    lost, and a cache without some of the layers: against a cache that is filled by hand."""
+    """Catches a cache that is taken over without being asked, one that is read again all
+    the same, the last token lost, and a cache without some of the layers: against a cache
+    that is filled by hand."""
     make_supernet(tmp_path, LONG, seed=1)
     family = open_family(tmp_path)
     flags = ["--temperature", "0", "--max-new-tokens", "25"]
@@ -422,7 +440,8 @@ def test_a_cache_is_taken_over(tmp_path, capsys):
         whole.model(torch.tensor([text[:-1]]), cache=cache)
         assert holds(cache, slim)
         while len(text) < 30:
-            logits, _ = slim.model(torch.tensor([text[-1:]]), subnet=slim.subnet, factors=slim.factors, cache=cache)
+            logits, _ = slim.model(torch.tensor([text[-1:]]), subnet=slim.subnet, factors=slim.factors,
+                                   cache=cache)
             text.append(logits[0, -1].argmax().item())
     assert spoken(tmp_path, "1.0:8,0.5", *flags, "--take-over") == text[5:]
     assert spoken(tmp_path, "1.0:8,0.5", *flags) != text[5:]
@@ -451,7 +470,8 @@ def test_what_a_cache_holds():
 
 
 def test_greedy_text_is_the_targets():
-    """Catches what only a long text shows of greedy drafting: 200 tokens on 20 prompts of several lengths, K 1 to 6."""
+    """Catches what only a long text shows of greedy drafting: 200 tokens on 20 prompts of
+    several lengths, K 1 to 6."""
     members = members_of(LONG)
     prompts = prompts_for(LONG, 20)
     want = plain(members["full"], prompts, 200, temperature=0)
@@ -459,7 +479,8 @@ def test_greedy_text_is_the_targets():
     accepted = {}
     for k, name in enumerate(("another model", "all", "depth", "neurons", "nearly full", "full"), 1):
         tally = Tally(0.4)
-        assert written(members["full"], members[name], prompts, 200, k, tally, temperature=0) == want, (name, k)
+        assert written(
+            members["full"], members[name], prompts, 200, k, tally, temperature=0) == want, (name, k)
         assert tally.tokens == 20 * 200
         accepted[name] = tally.acceptance()
     assert accepted["full"] == 1 and 0.3 < accepted["nearly full"] < 0.9 and accepted["another model"] < 0.1

@@ -165,8 +165,8 @@ def test_a_file_that_is_no_tokenizer(tmp_path, capsys, data, said):
 # settings beside it
 
 
-OTHER = dict(pattern=r"\p{L}+|\P{L}", special_tokens={"<|a|>": 0, "<|b|>": 257, "<|c|>": 1}, bos="<|b|>", eos=["<|c|>"],
-             chat_template=None)
+OTHER = dict(pattern=r"\p{L}+|\P{L}", special_tokens={"<|a|>": 0, "<|b|>": 257, "<|c|>": 1}, bos="<|b|>",
+             eos=["<|c|>"], chat_template=None)
 
 
 def other_tokenizer(folder: Path, absent: bytes = b"", **changes) -> Path:
@@ -176,13 +176,14 @@ def other_tokenizer(folder: Path, absent: bytes = b"", **changes) -> Path:
     special = {"<|a|>": 0, "<|b|>": 2 + len(ids), "<|c|>": 1}
     bpe.save_ranks(folder / bpe.TOKENIZER, ids)
     settings = OTHER | dict(special_tokens=special) | changes
-    (folder / bpe.SETTINGS).write_text(json.dumps({key: value for key, value in settings.items() if value is not ...}))
+    (folder / bpe.SETTINGS).write_text(json.dumps(
+        {key: value for key, value in settings.items() if value is not ...}))
     return folder / bpe.TOKENIZER
 
 
 def test_settings_say_what_the_file_does_not(tmp_path):
-    """Catches Llama 3's BOS or pattern in front of another model's text, ids that are shifted, and bytes that are no
-    tokens: dropped, however many, before the merges."""
+    """Catches Llama 3's BOS or pattern in front of another model's text, ids that are shifted, and
+    bytes that are no tokens: dropped, however many, before the merges."""
     path = other_tokenizer(tmp_path, absent=b"x\xe6")
     enc = bpe.load_tokenizer(path, 256)
     assert enc.settings.bos == "<|b|>" and enc.n_vocab == 256 and enc.absent == b"x\xe6\xff"
@@ -194,7 +195,8 @@ def test_settings_say_what_the_file_does_not(tmp_path):
     bpe.copy_tokenizer(path, tmp_path / "copy")
     assert bpe.load_tokenizer(tmp_path / "copy/tokenizer.model").settings == enc.settings
     other_tokenizer(tmp_path / "other")
-    assert not bpe.same_tokenizer(tmp_path, tmp_path / "other") and bpe.same_tokenizer(tmp_path, tmp_path / "copy")
+    assert (not bpe.same_tokenizer(tmp_path, tmp_path / "other")
+            and bpe.same_tokenizer(tmp_path, tmp_path / "copy"))
     bpe.save_settings(tmp_path / "copy" / bpe.SETTINGS, enc.settings._replace(chat_template="x", eos=[]))
     assert bpe.same_tokenizer(tmp_path, tmp_path / "copy")
     # A source that names no end: the BOS of the next document is one. Every reader finds some.
@@ -215,7 +217,8 @@ def test_a_copy_leaves_nothing_of_another_tokenizer(tmp_path, enc):
 
 
 def test_no_copy_of_a_damaged_one(tmp_path, enc, capsys):
-    """Catches an export that looks whole, with a tokenizer that nothing can read; SentencePiece's is passed on."""
+    """Catches an export that looks whole, with a tokenizer that nothing can read;
+    SentencePiece's is passed on."""
     lines = Path(enc.name).read_bytes().splitlines(keepends=True)
     damaged = tmp_path / "damaged" / bpe.TOKENIZER
     damaged.parent.mkdir()
@@ -229,15 +232,18 @@ def test_no_copy_of_a_damaged_one(tmp_path, enc, capsys):
 
 
 def test_without_settings_it_is_llama3s(enc):
-    """Catches another default: the pattern, the specials behind the ranks, the three tokens that end a turn."""
+    """Catches another default: the pattern, the specials behind the ranks, the three
+    tokens that end a turn."""
     settings = bpe.tokenizer_settings(enc.name)
-    assert settings == enc.settings and settings.pattern == bpe.PATTERN and settings.bos == "<|begin_of_text|>"
+    assert (settings == enc.settings and settings.pattern == bpe.PATTERN
+            and settings.bos == "<|begin_of_text|>")
     assert settings.eos == ["<|end_of_text|>", "<|eom_id|>", "<|eot_id|>"] and settings.chat_template is None
     assert settings.special_tokens == {name: 444 + i for i, name in enumerate(bpe.SPECIALS)}
 
 
 def test_more_rows_than_tokens(enc, capsys):
-    """Catches a vocabulary that was rounded up refused, ids of it that cannot be printed, and any size accepted."""
+    """Catches a vocabulary that was rounded up refused, ids of it that cannot be printed,
+    and any size accepted."""
     padded = bpe.load_tokenizer(enc.name, 704)
     assert padded.n_vocab == 704 and padded.decode([700, 703]) == "<|unused_700|><|unused_703|>"
     assert bpe.load_tokenizer(enc.name, 700).n_vocab == 700
@@ -251,7 +257,8 @@ def test_more_rows_than_tokens(enc, capsys):
     dict(pattern="(["), dict(pattern=7), dict(pattern=...),
     dict(special_tokens={"<|b|>": 300, "<|a|>": 0, "<|c|>": 1}), dict(special_tokens={"<|b|>": "257"}),
     dict(special_tokens=[1]), dict(special_tokens={"<|b|>": 2, "<|a|>": 0, "<|c|>": 1}), dict(bos="<|x|>"),
-    dict(bos=None), dict(eos="<|c|>"), dict(eos=["<|x|>"]), dict(eos=None), dict(chat_template=7), dict(more=1)])
+    dict(bos=None), dict(eos="<|c|>"), dict(eos=["<|x|>"]), dict(eos=None), dict(chat_template=7),
+    dict(more=1)])
 def test_settings_that_are_none(tmp_path, capsys, changes):
     """Catches a traceback, or ids with gaps that panic later."""
     path = other_tokenizer(tmp_path, **changes)
@@ -278,7 +285,8 @@ def test_too_little_text(capsys):
 
 
 def test_two_folders_of_one_tokenizer(tmp_path, capsys):
-    """Catches a model that reads the tokens of another tokenizer; a folder of token ids alone is taken as it is."""
+    """Catches a model that reads the tokens of another tokenizer; a folder of token ids
+    alone is taken as it is."""
     folders = {}
     for name, text in dict(model=TEXT, data=TEXT, other=TEXT + "zyx zyx zyx" * 99, ids=None).items():
         folders[name] = tmp_path / name
@@ -287,19 +295,22 @@ def test_two_folders_of_one_tokenizer(tmp_path, capsys):
             bpe.save_tokenizer(folders[name] / bpe.TOKENIZER, bpe.train_bpe([text], 600))
     assert bpe.same_tokenizer(folders["model"], folders["data"])
     assert not bpe.same_tokenizer(folders["model"], folders["other"])
-    assert bpe.same_tokenizer(folders["model"], folders["ids"]) and bpe.same_tokenizer(folders["ids"], folders["data"])
+    assert (bpe.same_tokenizer(folders["model"], folders["ids"])
+            and bpe.same_tokenizer(folders["ids"], folders["data"]))
     bpe.check_same_tokenizer(folders["model"], folders["data"])
     assert capsys.readouterr().err == ""
     for model, data in (("model", "ids"), ("ids", "data")):
         bpe.check_same_tokenizer(folders[model], folders[data])
         note = capsys.readouterr().err
-        assert note.startswith(f"note: {folders['ids']} has no tokenizer.model: its ids are taken") and note.count("\n") == 1
+        assert (note.startswith(f"note: {folders['ids']} has no tokenizer.model: its ids are taken")
+                and note.count("\n") == 1)
     with pytest.raises(SystemExit) as stop:
         bpe.check_same_tokenizer(folders["model"], folders["other"])
     assert stop.value.code == 2
     line = one_line(capsys)
     assert str(folders["other"]) in line
-    assert f"python data/prepare.py --input TEXT --tokenizer {folders['model']}/tokenizer.model --out data/NAME" in line
+    assert (f"python data/prepare.py --input TEXT --tokenizer {folders['model']}/tokenizer.model "
+            "--out data/NAME") in line
 
 
 def test_fail_speaks_from_one_rank(capsys, monkeypatch):

@@ -1,4 +1,5 @@
-"""train.py: one process against two, a run against its continuation, every gradient against the obvious one."""
+"""train.py: one process against two, a run against its continuation, every gradient
+against the obvious one."""
 import copy
 import json
 import shutil
@@ -30,7 +31,8 @@ pytestmark = pytest.mark.usefixtures("small_base")
 
 
 def assert_close(got: dict, want: dict, tolerance: float = 1e-4, router_tolerance: float = 1e-3) -> None:
-    """The same gradients, tensor by tensor; those of the router as one vector, because some of them cancel."""
+    """The same gradients, tensor by tensor; those of the router as one vector,
+    because some of them cancel."""
     assert got.keys() == want.keys()
     llama = [n for n in want if n.startswith(("layers", "tok", "norm", "output"))]
     rest = sorted(want.keys() - set(llama))
@@ -64,9 +66,10 @@ def logit_of(router, budget: float, subnet) -> torch.Tensor:
     return total
 
 
-def slow_gradients(model, router, shards, step: int, args, passes: list[dict], teacher=None) -> tuple[dict, list]:
-    """The gradients of the mean loss over budgets, all in one obvious graph; and the cross-entropies. passes: what the
-    step says of its own, which are soft and which are pairs."""
+def slow_gradients(model, router, shards, step: int, args, passes: list[dict],
+                   teacher=None) -> tuple[dict, list]:
+    """The gradients of the mean loss over budgets, all in one obvious graph; and the
+    cross-entropies. passes: what the step says of its own, which are soft and which are pairs."""
     tau, kappa, _ = train.schedule(step, args)
     budgets = sorted(args.budgets)
     n = len(budgets)
@@ -111,9 +114,9 @@ def slow_gradients(model, router, shards, step: int, args, passes: list[dict], t
     ("constrained", dict(teach_prob=1.0, modulation="none")), ("constrained", dict(teach="pairs", kd=0.3)),
     ("constrained", dict(teach="pairs", modulation="none")), ("penalty", dict(teach="pairs", penalty=0.7))])
 def test_elastic_step_is_the_sum_of_its_budgets(random_start, router_mode, changes):
-    """Catches budgets that share tokens, lose their weight in the mean, or gates and modulation whose gradient does not
-    reach the router; distillation at b = 1; a penalty that counts n times: the obvious graph, all in one, must give the
-    same gradients."""
+    """Catches budgets that share tokens, lose their weight in the mean, or gates and modulation
+    whose gradient does not reach the router; distillation at b = 1; a penalty that counts n times:
+    the obvious graph, all in one, must give the same gradients."""
     root, flags = random_start
     changes = dict(steps=1000) | changes  # so step 3 is an early one: teach_prob is the share of soft passes
     model, router, shards, args = parts(root, [*flags, "--router", router_mode], (0.5, 1.0, 0.8), **changes)
@@ -147,7 +150,8 @@ def test_a_slice_is_not_compared_with_itself(random_start):
 
 
 def test_soft_passes_are_drawn_for_every_budget(random_start):
-    """Catches one draw for all budgets or for all steps, and a share of soft passes that is not the schedule's."""
+    """Catches one draw for all budgets or for all steps, and a share of soft passes that
+    is not the schedule's."""
     _, _, _, args = parts(*random_start, (1.0, 0.8, 0.6), teach_prob=0.5, steps=10 ** 6)
     drawn = []
 
@@ -168,8 +172,8 @@ def test_soft_passes_are_drawn_for_every_budget(random_start):
 
 
 def test_budgets_of_a_step(random_start):
-    """Catches extra budgets that are all one, the same in every step, or outside of the trained ones; b = 1 that is
-    not the last, where gradients meet."""
+    """Catches extra budgets that are all one, the same in every step, or outside of the trained
+    ones; b = 1 that is not the last, where gradients meet."""
     _, flags = random_start
     args = train.parse_args([*flags, "--budgets", "1.0", "0.6", "0.8", "--extra-budgets", "2"])
     drawn = []
@@ -192,7 +196,8 @@ def test_every_tensor_gets_a_gradient(random_start):
 
 
 def test_accumulation_changes_nothing(random_start):
-    """Catches micro-batches that are summed without their share, or a router graph walked once per micro-batch."""
+    """Catches micro-batches that are summed without their share, or a router graph
+    walked once per micro-batch."""
     grads = []
     losses = []
     for micro in (64, 3, 1):
@@ -207,7 +212,8 @@ def test_accumulation_changes_nothing(random_start):
 
 
 def test_distillation_is_its_formula(random_start):
-    """Catches a reversed KL, a KL averaged over the vocabulary, and the mixed loss under the name of cross-entropy."""
+    """Catches a reversed KL, a KL averaged over the vocabulary, and the mixed loss under the
+    name of cross-entropy."""
     model, _, shards, _ = parts(*random_start)
     teacher = Llama(model.config).init_weights(3)
     x, y = shards.batch(0, 2, 0, 2)
@@ -228,12 +234,14 @@ def bf16(device=None):
 
 
 def test_bf16_step_keeps_fp32_what_must_be(random_start, monkeypatch):
-    """Catches a step on a GPU that runs in fp32; weights, gradients, gates, factors, logits or losses that are rounded
-    to bf16; a cast that cuts a gradient. The fp32 step is the oracle, to the precision of bf16."""
+    """Catches a step on a GPU that runs in fp32; weights, gradients, gates, factors, logits or
+    losses that are rounded to bf16; a cast that cuts a gradient. The fp32 step is the oracle, to
+    the precision of bf16."""
     seen = {}
     steps = []
     for cast in (None, bf16):
-        model, router, shards, args = parts(*random_start, (1.0, 0.8, 0.5), teach_prob=0.5, kd=0.3, steps=1000)
+        model, router, shards, args = parts(*random_start, (1.0, 0.8, 0.5), teach_prob=0.5, kd=0.3,
+                                            steps=1000)
         teacher = Llama(model.config).init_weights(3).requires_grad_(False)
         losses = []
         if cast:
@@ -294,8 +302,8 @@ def test_bf16_step_keeps_fp32_what_must_be(random_start, monkeypatch):
 
 @pytest.fixture(scope="module")
 def watched(random_start, tmp_path_factory):
-    """What a run with distillation did: the windows that ranked, the orders they gave, every step, every pass's
-    teacher, every evaluation, and the rows of the table."""
+    """What a run with distillation did: the windows that ranked, the orders they gave, every step,
+    every pass's teacher, every evaluation, and the rows of the table."""
     _, flags = random_start
     out = tmp_path_factory.mktemp("watched") / "flex"
     did = SimpleNamespace(out=out, ranked=[], steps=[], teachers=[], evaluated=[], rows=[])
@@ -316,8 +324,8 @@ def watched(random_start, tmp_path_factory):
         result = train_step(wrapped, model, router, shards, *rest)
         subnets = [p["subnet"] for p in result["passes"]]
         splits = {path.name.split("_")[0] for path in shards.paths}
-        did.steps.append(SimpleNamespace(layer_order=layer_order, weights=weights, subnets=subnets, splits=splits,
-                                         model=model))
+        did.steps.append(SimpleNamespace(layer_order=layer_order, weights=weights, subnets=subnets,
+                                         splits=splits, model=model))
         return result
 
     def watched_pass(*rest, teacher=None, **more):
@@ -338,13 +346,14 @@ def watched(random_start, tmp_path_factory):
         patch.setattr(train, "run_pass", watched_pass)
         patch.setattr(progress, "evaluate", watched_evaluate)
         patch.setattr(progress, "before_after_table", watched_table)
-        train.main([*flags, "--kd", "0.3", "--calibration-windows", "6", "--modulation-lr", "0.05", "--out", str(out)])
+        train.main([*flags, "--kd", "0.3", "--calibration-windows", "6", "--modulation-lr", "0.05",
+                    "--out", str(out)])
     return did
 
 
 def test_every_split_has_its_role(watched, random_start):
-    """Catches units that are ranked on validation text, a loss of training text in the table, training on the text
-    that judges it."""
+    """Catches units that are ranked on validation text, a loss of training text in the table,
+    training on the text that judges it."""
     root, _ = random_start
     train_windows = Shards(root / "data", "train", 32, 600).windows(6)
     val_windows = Shards(root / "data", "val", 32, 600).windows(8)
@@ -358,8 +367,8 @@ def test_every_split_has_its_role(watched, random_start):
 
 
 def test_layers_are_kept_in_the_order_of_the_ranking(watched):
-    """Catches a router that keeps the first layers, whatever the ranking says: in training, in flex.pt, in the
-    table."""
+    """Catches a router that keeps the first layers, whatever the ranking says: in training, in
+    flex.pt, in the table."""
     (_, orders), = watched.ranked
     order = orders["layers"]
     assert sorted(order[:2]) != [0, 1] and sorted(order[:3]) != [0, 1, 2], "this order proves nothing"
@@ -400,8 +409,8 @@ def test_the_family_starts_as_its_base_sorted(watched, random_start):
 
 
 def test_before_and_after(watched, random_start):
-    """Catches a "before" of the unsorted base or of the trained weights, one under the family's modulation, an "after"
-    or a validation without it, and two columns that changed places."""
+    """Catches a "before" of the unsorted base or of the trained weights, one under the family's
+    modulation, an "after" or a validation without it, and two columns that changed places."""
     root, _ = random_start
     (_, orders), = watched.ranked
     base = load_llama(root / "llama")
@@ -448,8 +457,8 @@ def test_the_router_waits_for_its_start(random_start, tmp_path, monkeypatch):
 
 
 def test_a_run_under_bf16(random_start, tmp_path, monkeypatch, watched):
-    """Catches a ranking that does not survive autocast, as it runs on a GPU, or runs without it; weights that are
-    rounded on the way to the file; an evaluation in fp32."""
+    """Catches a ranking that does not survive autocast, as it runs on a GPU, or runs without it;
+    weights that are rounded on the way to the file; an evaluation in fp32."""
     _, flags = random_start
     ranked = []
     evaluated = []
@@ -480,7 +489,8 @@ def test_a_run_under_bf16(random_start, tmp_path, monkeypatch, watched):
     assert len(best & exact_best) > 18
     state = load_tensors(tmp_path / "flex/resume.pt")
     assert {w.dtype for w in state["model"].values()} == {torch.float32}
-    rounded = [(w - w.bfloat16()).abs().max() == 0 for name, w in state["model"].items() if "norm" not in name]
+    rounded = [(w - w.bfloat16()).abs().max() == 0
+               for name, w in state["model"].items() if "norm" not in name]
     assert not any(rounded)
 
 
@@ -499,7 +509,8 @@ def refused(flags, capsys) -> str:
 
 
 def test_same_seed_same_run(demo, tmp_path):
-    """Invariant 5. Catches randomness from global state: a second run must give the same bytes, base included."""
+    """Invariant 5. Catches randomness from global state: a second run must give the
+    same bytes, base included."""
     root, flags = demo
     torch.manual_seed(999)
     torch.rand(17)
@@ -508,7 +519,8 @@ def test_same_seed_same_run(demo, tmp_path):
 
 
 def test_base_and_family_have_settings_of_their_own(demo):
-    """Catches a base that is trained with the family's rate, steps or budgets, and a family with those of the base."""
+    """Catches a base that is trained with the family's rate, steps or budgets, and a family
+    with those of the base."""
     root, _ = demo
     for stage, steps, peak, budgets in (("base", 8, 3e-3, [1.0]), ("flex", 6, 2e-3, [0.4, 0.6, 0.8, 1.0])):
         records = [json.loads(line) for line in open(root / "out" / stage / "log.jsonl")]
@@ -540,13 +552,14 @@ def test_resume_is_the_run_that_never_stopped(demo, tmp_path, monkeypatch, capsy
     train.main([*flags, "--resume"])
     assert bytes_of(tmp_path / "out/flex") == bytes_of(root / "out/flex")
     records = [json.loads(line) for line in open(tmp_path / "out/flex/log.jsonl")]
-    assert [record["step"] for record in records if "val" in record] == [3, 6], "step 3 was evaluated before it stopped"
+    assert [record["step"] for record in records if "val" in record] == [3, 6], (
+        "step 3 was evaluated before it stopped")
     assert [record["step"] for record in records if "loss" in record] == [0, 1, 2, 3, 3, 4, 5]
 
 
 def test_second_run_trains_nothing_again(demo, capsys):
-    """Catches a demo that trains its base again, or takes a base made with other settings for its own; a run that
-    writes over another one's checkpoint, or resumes it with other settings."""
+    """Catches a demo that trains its base again, or takes a base made with other settings for its
+    own; a run that writes over another one's checkpoint, or resumes it with other settings."""
     root, flags = demo
     flags = [*flags, "--out", str(root / "out/flex")]
     weights = root / "out/base/consolidated.00.pth"
@@ -555,14 +568,16 @@ def test_second_run_trains_nothing_again(demo, capsys):
     train.main(flags)
     said = capsys.readouterr().err
     assert "not trained again" in said and "at step 6" in said and "after" in said
-    for changed in (["--base-steps", "9"], ["--base-lr", "1e-4"], ["--steps", "7"], ["--lr", "1e-5", "--resume"]):
+    for changed in (["--base-steps", "9"], ["--base-lr", "1e-4"], ["--steps", "7"],
+                    ["--lr", "1e-5", "--resume"]):
         assert "other settings" in refused(flags + changed, capsys)
     assert weights.stat().st_mtime_ns == written
     assert bytes_of(root / "out/flex") == before
 
 
 def test_full_network_is_a_plain_llama(demo):
-    """Invariant 3: out/flex read as a plain Llama is the b = 1 model, and every export of it obeys its budget."""
+    """Invariant 3: out/flex read as a plain Llama is the b = 1 model, and every export
+    of it obeys its budget."""
     root, _ = demo
     family = open_family(root / "out/flex")
     model, router = family.model, family.router
@@ -578,8 +593,8 @@ def test_full_network_is_a_plain_llama(demo):
     "--router uniform --units-by random --seed 4", "--router random --units-by reversed --depth-by influence",
     "--extra-budgets 1 --teach-prob 1 --modulation none", "--freeze-backbone"])
 def test_every_mode_runs_to_its_table(random_start, tmp_path, extra, capsys, monkeypatch):
-    """Catches a mode that crashes at its first save or table; a flag that does not reach the ranking; frozen weights
-    that move."""
+    """Catches a mode that crashes at its first save or table; a flag that does not reach the
+    ranking; frozen weights that move."""
     root, flags = random_start
     asked = []
     rank = train.rank
@@ -606,8 +621,8 @@ def test_every_mode_runs_to_its_table(random_start, tmp_path, extra, capsys, mon
 # flags and mistakes
 
 
-@pytest.mark.parametrize("flag", ["--lr", "--base-lr", "--router-lr", "--modulation-lr", "--clip", "--penalty",
-                                  "--kappa-end", "--weight-decay"])
+@pytest.mark.parametrize("flag", ["--lr", "--base-lr", "--router-lr", "--modulation-lr", "--clip",
+                                  "--penalty", "--kappa-end", "--weight-decay"])
 def test_nothing_is_infinite(capsys, flag):
     """Catches a rate that makes every weight infinite with its first step."""
     for value in ("inf", "nan", "1e999"):
@@ -616,9 +631,9 @@ def test_nothing_is_infinite(capsys, flag):
 
 
 def test_settings_of_the_demo_and_of_the_paper(tmp_path):
-    """Catches the demo's settings for a large Llama, a router's rate that does not know the steps, a modulation that
-    takes it, more than 8192 tokens in a forward, a teacher for the demo or none for a Llama from elsewhere, and a
-    penalty whose soft passes end before it does."""
+    """Catches the demo's settings for a large Llama, a router's rate that does not know the steps,
+    a modulation that takes it, more than 8192 tokens in a forward, a teacher for the demo or none
+    for a Llama from elsewhere, and a penalty whose soft passes end before it does."""
     args = train.parse_args([])
     assert (args.steps, args.batch_tokens, args.seq_len, args.micro_batch) == (900, 512, 128, 64)
     assert args.lr == 2e-3 and args.router_lr == pytest.approx(1e-3 / 2 ** 0.6) and args.modulation_lr == 1e-3
@@ -631,7 +646,8 @@ def test_settings_of_the_demo_and_of_the_paper(tmp_path):
     args = train.parse_args(["--llama", str(tmp_path)])
     assert (args.steps, args.batch_tokens, args.seq_len, args.micro_batch) == (28800, 128 * 4096, 4096, 2)
     assert args.kd == 0.5 and train.parse_args(["--llama", str(tmp_path), "--kd", "0"]).kd == 0
-    assert args.lr == 4e-5 and args.router_lr == pytest.approx(1e-3 / 64 ** 0.6) and args.modulation_lr == 1e-3
+    assert (args.lr == 4e-5 and args.router_lr == pytest.approx(1e-3 / 64 ** 0.6)
+            and args.modulation_lr == 1e-3)
     args = train.parse_args(["--llama", str(tmp_path), "--router-lr", "0.01", "--budgets", "0.5", "1", "0.5"])
     assert args.router_lr == 0.01 and args.modulation_lr == 1e-3 and args.budgets == [1.0, 0.5]
     assert train.parse_args(["--modulation-lr", "0.3"]).modulation_lr == 0.3
@@ -640,13 +656,16 @@ def test_settings_of_the_demo_and_of_the_paper(tmp_path):
 @pytest.mark.parametrize("extra,words", [
     (["--budgets", "1.0", "1.2"], "--budgets"), (["--budgets", "0.5"], "1.0"),
     (["--budgets", "1.0", "0.01"], "smallest"), (["--batch-tokens", "250"], "--batch-tokens"),
-    (["--data", "nowhere"], "nowhere"), (["--llama", "nowhere"], "nowhere"), (["--dim-choices", "4096"], "4096"),
+    (["--data", "nowhere"], "nowhere"), (["--llama", "nowhere"], "nowhere"),
+    (["--dim-choices", "4096"], "4096"),
     (["--router", "magic"], "magic"), (["--log-every", "0"], "--log-every"),
     (["--micro-batch", "-5"], "--micro-batch"),
     (["--calibration-windows", "0"], "--calibration-windows"), (["--tau-end", "0"], "--tau-end"),
-    (["--lr", "-1"], "--lr -1"), (["--steps", "-1"], "--steps -1"), (["--steps", "1" + "0" * 400], "--steps 1000"),
+    (["--lr", "-1"], "--lr -1"), (["--steps", "-1"], "--steps -1"),
+    (["--steps", "1" + "0" * 400], "--steps 1000"),
     (["--budgets", "1.0", "--extra-budgets", "1"], "--extra-budgets 1"), (["--seed", str(2 ** 64)], "--seed"),
-    (["--override"], "--resume"), (["--ranks", "2"], "--dry-run"), (["--data", ""], "empty text found for data"),
+    (["--override"], "--resume"), (["--ranks", "2"], "--dry-run"),
+    (["--data", ""], "empty text found for data"),
     (["--kd", "5"], "--kd"), (["--lr", "nan"], "--lr"), (["--teach-end", "0.05"], "--teach-end"),
     (["--seq-len", "10000000", "--batch-tokens", "10000000"], "tokens")])
 def test_bad_input_is_one_line(random_start, tmp_path, extra, words, capsys):
@@ -657,12 +676,14 @@ def test_bad_input_is_one_line(random_start, tmp_path, extra, words, capsys):
 
 
 def test_the_llama_it_starts_from_is_safe(random_start, tmp_path, capsys):
-    """Catches an elastic run that is told to write over its own starting point, and an --out that is a file."""
+    """Catches an elastic run that is told to write over its own starting point, and
+    an --out that is a file."""
     root, flags = random_start
     before = (root / "llama/consolidated.00.pth").read_bytes()
     file = tmp_path / "file"
     file.write_text("mine")
-    for out, words in ((root / "llama", "starts from"), (file, "file"), (root / "data", "data that training starts from")):
+    for out, words in ((root / "llama", "starts from"), (file, "file"),
+                       (root / "data", "data that training starts from")):
         assert words in refused([*flags, "--out", str(out)], capsys)
     for name in ("mine", "hf"):  # Llamas that no run has written
         shutil.copytree(root / "odd", tmp_path / name)
@@ -684,8 +705,8 @@ def test_demo_shape_is_what_the_readme_says():
 
 
 def test_a_llama_2_trains_on_shards_made_elsewhere(random_start, tmp_path, capsys, monkeypatch):
-    """Catches a SentencePiece tokenizer that stops a run which needs no text, or is lost on the way; where text has to
-    be tokenised, one line."""
+    """Catches a SentencePiece tokenizer that stops a run which needs no text, or is lost on the
+    way; where text has to be tokenised, one line."""
     root, _ = random_start
     shutil.copytree(root / "llama", tmp_path / "llama")
     shutil.copytree(root / "data", tmp_path / "data")
@@ -693,7 +714,8 @@ def test_a_llama_2_trains_on_shards_made_elsewhere(random_start, tmp_path, capsy
     (tmp_path / "llama/tokenizer.model").write_bytes(b"\x0a\x0e\x0a\x05<unk>")
     flags = [*TINY, "--steps", "1", "--llama", str(tmp_path / "llama")]
     train.main([*flags, "--out", str(tmp_path / "flex"), "--data", str(tmp_path / "data")])
-    assert (tmp_path / "flex/tokenizer.model").read_bytes() == (tmp_path / "llama/tokenizer.model").read_bytes()
+    assert ((tmp_path / "flex/tokenizer.model").read_bytes()
+            == (tmp_path / "llama/tokenizer.model").read_bytes())
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("data.prepare.sysconfig.get_path", lambda name: str(root / "text"))
     assert "SentencePiece" in refused([*flags, "--out", str(tmp_path / "other")], capsys)
@@ -701,7 +723,8 @@ def test_a_llama_2_trains_on_shards_made_elsewhere(random_start, tmp_path, capsy
 
 
 def test_a_real_llama_leaves_the_demo_its_corpus(random_start, tmp_path, monkeypatch):
-    """Catches data/pystdlib made with a Llama's own large tokenizer, which the demo then takes for its own."""
+    """Catches data/pystdlib made with a Llama's own large tokenizer, which the demo
+    then takes for its own."""
     root, _ = random_start
     made = []
 
@@ -738,8 +761,9 @@ if train.RANK == 0:
 
 
 def test_ranks_agree(random_start, tmp_path):
-    """Invariant 5. Catches gradients summed instead of averaged, budgets that a skipped layer keeps from synchronising,
-    router gradients that stay on their rank, ranks that draw different slices, the loss of one rank for that of all."""
+    """Invariant 5. Catches gradients summed instead of averaged, budgets that a skipped layer keeps
+    from synchronising, router gradients that stay on their rank, ranks that draw different slices,
+    the loss of one rank for that of all."""
     root, flags = random_start
     script = tmp_path / "gradients.py"
     script.write_text(GRADIENTS)
