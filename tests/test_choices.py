@@ -10,7 +10,8 @@ from tests.helpers import GQA, one_line_error, random_llama
 
 def record(step: int, sizes: dict, max_p: float = 0.5) -> str:
     """A line of log.jsonl: what the budgets of a step drew."""
-    return json.dumps(dict(step=step, budget=list(sizes), sizes=list(sizes.values()), max_p=[max_p] * len(sizes)))
+    return json.dumps(dict(step=step, budget=list(sizes), sizes=list(sizes.values()),
+                           max_p=[max_p] * len(sizes)))
 
 
 @pytest.fixture
@@ -33,7 +34,8 @@ def run(tmp_path):
 
 
 def test_means_of_a_window(run):
-    """Catches a step that ran twice and counts twice, budget 1 among the rows, an axis under another's name."""
+    """Catches a step that ran twice and counts twice, budget 1 among the rows, an axis under
+    another's name."""
     rows = choices.windows(run, 2)
     assert [(row["budget"], row["step"]) for row in rows] == [(0.5, 1), (0.5, 3)]
     first, second = rows
@@ -59,9 +61,11 @@ def test_the_log_of_a_run_is_read(demo, capsys):
 
 def test_a_picture_has_a_line_for_every_column(run, monkeypatch, capsys):
     """Catches an axis left out, and a budget's line in another's panel."""
-    figure = pytest.importorskip("matplotlib.figure", reason="matplotlib is not installed: pip install matplotlib")
+    figure = pytest.importorskip("matplotlib.figure",
+                                 reason="matplotlib is not installed: pip install matplotlib")
     drawn, savefig = [], figure.Figure.savefig
-    monkeypatch.setattr(figure.Figure, "savefig", lambda self, *a, **k: drawn.append(self) or savefig(self, *a, **k))
+    monkeypatch.setattr(figure.Figure, "savefig",
+                        lambda self, *a, **k: drawn.append(self) or savefig(self, *a, **k))
     choices.main(["--run", str(run), "--windows", "1", "--plot", str(run / "out.png")])
     assert (run / "out.png").read_bytes().startswith(b"\x89PNG")
     panel, = drawn[0].axes

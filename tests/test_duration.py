@@ -14,7 +14,8 @@ from tests.helpers import GQA, one_line_error, random_llama
 def test_the_steps_of_a_run_are_counted(teach):
     """Catches a budget, what teaches the router, extra budgets or the teacher left out: against a sum over
     the steps, with the share of passes that teach which train.py has at each."""
-    flags = "--steps 400 --batch-tokens 64 --seq-len 16 --budgets 1 .5 --teach-prob .6".split() + ["--teach", teach]
+    flags = ("--steps 400 --batch-tokens 64 --seq-len 16 --budgets 1 .5 "
+             "--teach-prob .6").split() + ["--teach", teach]
     args = parse_args(flags)
     full = train_flops(GQA, 16)
     want = 0.0
@@ -43,9 +44,11 @@ def test_times_are_said_as_people_do(seconds, said):
     assert readable(seconds) == said
 
 
-@pytest.mark.parametrize("speed, flags, warned", [(1e3, [], True), (1e12, [], False), (1e3, ["--laptop"], False)])
+@pytest.mark.parametrize("speed, flags, warned", [
+    (1e3, [], True), (1e12, [], False), (1e3, ["--laptop"], False)])
 def test_a_run_without_a_chance_is_told_of_the_small_one(tmp_path, capsys, monkeypatch, speed, flags, warned):
-    """Catches years of work that start without a word, and a warning to who asked for the small run already."""
+    """Catches years of work that start without a word, and a warning to who asked for the small
+    run already."""
     save_llama(tmp_path / "llama", GQA, random_llama(GQA).state_dict())
     args = parse_args(["--llama", str(tmp_path / "llama"), "--device", "cpu", *flags])
     monkeypatch.setattr(duration, "machine_flops", lambda device: speed)
@@ -57,13 +60,15 @@ def test_a_run_without_a_chance_is_told_of_the_small_one(tmp_path, capsys, monke
 
 
 def test_laptop_is_one_flag(tmp_path, capsys):
-    """Catches a setting that --laptop does not set, one that a flag beside it cannot change, and the demo with it."""
+    """Catches a setting that --laptop does not set, one that a flag beside it cannot change, and
+    the demo with it."""
     save_llama(tmp_path / "llama", GQA, random_llama(GQA).state_dict())
     flags = ["--llama", str(tmp_path / "llama"), "--laptop"]
     args = vars(parse_args(flags))
     assert {name: args[name] for name in LAPTOP} == LAPTOP
     plain = vars(parse_args(flags[:2]))
-    assert all(plain[name] != value for name, value in LAPTOP.items() if name not in ("lr", "batch_tokens", "save_every"))
+    assert all(plain[name] != value for name, value in LAPTOP.items()
+               if name not in ("lr", "batch_tokens", "save_every"))
     args = vars(parse_args([*flags, "--steps", "7", "--budgets", "1", ".5", "--kd", "0"]))
     assert args["steps"] == 7 and args["budgets"] == [1.0, 0.5] and args["kd"] == 0
     assert args["lr"] == LAPTOP["lr"]

@@ -56,14 +56,16 @@ def test_a_reader_that_leaves_ends_it_without_a_word():
 
 
 def test_a_file_that_cannot_be_used_ends_in_one_line(tmp_path, capsys):
-    """Catches a traceback where a path is a folder, too long, or not ours to write to, wherever that is found."""
+    """Catches a traceback where a path is a folder, too long, or not ours to write to, wherever
+    that is found."""
     for path in (tmp_path, tmp_path / ("x" * 300), tmp_path / "missing/place"):
         with one_line_error(capsys, str(path)[:190], "all is kept"):
             run_main(lambda: open(path, "w"), "all is kept")
 
 
 def test_numbers_have_a_range(capsys):
-    """Catches NaN, which is neither below nor above, a number without end, and one of a list that is not looked at."""
+    """Catches NaN, which is neither below nor above, a number without end, and one of a list that
+    is not looked at."""
     args = argparse.Namespace(lr=float("nan"), n=10 ** 400, budgets=[0.5, 2.0], steps=None)
     for name, words in (("lr", "--lr nan"), ("n", "--n 1000"), ("budgets", "--budgets 2.0")):
         with one_line_error(capsys, words, "0 or more, and at most 1"):
@@ -72,8 +74,8 @@ def test_numbers_have_a_range(capsys):
 
 
 def test_an_empty_text_is_no_place(capsys):
-    """Catches --out "$UNSET" that writes where nobody meant to, or takes the default without a word; a prompt may be
-    empty."""
+    """Catches --out "$UNSET" that writes where nobody meant to, or takes the default without a
+    word; a prompt may be empty."""
     parser = Parser("python x.py", "")
     parser.add_argument("--out", default="out/x")
     parser.add_argument("--input", nargs="+", default=[])

@@ -24,15 +24,17 @@ from model import KVCache, LlamaConfig, SubNet
 from plumbing.checkpoint import load_llama, load_tensors, save_llama
 from plumbing.family import open_family
 from space import cost, n_params, random_generator
-from tests.helpers import (GQA, MHA, SHAPES, close, files_of, hard_gates, make_supernet, one_line_error, random_llama,
-                           tokens_for)
+from tests.helpers import (GQA, MHA, SHAPES, close, files_of, hard_gates, make_supernet, one_line_error,
+                           random_llama, tokens_for)
 
 SMALL = dataclasses.replace(GQA, n_layers=2)
 NOISE = Noise(0.7, 2.0, (0, 5, 0.6))
 
 
-def random_flextron(config: LlamaConfig, dynamic: bool = True, seed: int = 0, spread: float = 3.0) -> Flextron:
-    """Random Llama, random routers with strong opinions (a spread of 1: weaker ones), odd sizes, no prices yet."""
+def random_flextron(config: LlamaConfig, dynamic: bool = True, seed: int = 0,
+                    spread: float = 3.0) -> Flextron:
+    """Random Llama, random routers with strong opinions (a spread of 1: weaker ones), odd sizes, no
+    prices yet."""
     heads = sizes_for(config)["n_heads"]
     sizes = dict(n_heads=heads, ffn_dim=[13, 37, 60, config.ffn_dim])
     costs = costs_of(config, sizes, parameter_cost(config, dynamic))
@@ -79,7 +81,8 @@ def slow_draw(f, axis, layer, target, x, noise):
 
 
 def slow_pass(f, tokens, target, noise):
-    """A training pass, every unit under its own gate: (logits, expected cost, soft choices of all routers in a row)."""
+    """A training pass, every unit under its own gate: (logits, expected cost, soft choices of all
+    routers in a row)."""
     model = f.model
     config = model.config
     layers = range(config.n_layers)
@@ -143,7 +146,8 @@ def assert_same(a, b):
 
 @pytest.mark.parametrize("shape", ["gqa", "mha", "wide heads"])
 def test_segments_are_the_mask(shape):
-    """Catches a segment on the wrong rows, heads or neurons, and a sum that is not put back where it came from."""
+    """Catches a segment on the wrong rows, heads or neurons, and a sum that is not put back where
+    it came from."""
     f = random_flextron(SHAPES[shape])
     x = tokens_for(f.model.config)
     with torch.no_grad():
@@ -158,8 +162,9 @@ def test_segments_are_the_mask(shape):
 
 @pytest.mark.parametrize("config", [GQA, MHA], ids=["gqa", "mha"])
 def test_segments_are_the_slow_way(config):
-    """Catches an attention or MLP that agrees with the masked one because both are wrong: token by token, the layer
-    that each token chose is run as a slice of its own on the whole sequence, and only that token's row is kept."""
+    """Catches an attention or MLP that agrees with the masked one because both are wrong: token by
+    token, the layer that each token chose is run as a slice of its own on the whole sequence, and
+    only that token's row is kept."""
     model = random_llama(config)
     block = model.layers[1]
     x = torch.randn(2, 11, config.dim, generator=torch.Generator().manual_seed(3))
@@ -196,7 +201,8 @@ def test_one_choice_for_all_is_a_subnet():
         x = tokens_for(config)
         with torch.no_grad():
             assert close(f(x, target=0.6)[0], f.model(x, subnet=subnet)[0])
-        assert len(set(subnet.n_heads)) > 1 or len(set(subnet.ffn_dim)) > 1, "every layer alike: proves little"
+        assert len(set(subnet.n_heads)) > 1 or len(set(subnet.ffn_dim)) > 1, (
+            "every layer alike: proves little")
 
 
 def test_a_token_alone():
@@ -216,7 +222,8 @@ def test_a_token_alone():
 
 @pytest.mark.parametrize("config", [GQA, MHA], ids=["gqa", "mha"])
 def test_the_cache_is_complete(config):
-    """Catches keys and values that a narrow token did not leave for later ones, and positions off by the cache's."""
+    """Catches keys and values that a narrow token did not leave for later ones, and positions off
+    by the cache's."""
     f = random_flextron(config)
     x = tokens_for(config, 2, 15)
     cache = KVCache(15)
@@ -227,7 +234,8 @@ def test_the_cache_is_complete(config):
 
 
 def test_work_is_saved(monkeypatch):
-    """Catches segments that run on everybody: the multiply-adds of MLP matmuls are those that the tokens chose."""
+    """Catches segments that run on everybody: the multiply-adds of MLP matmuls are those that the
+    tokens chose."""
     f = random_flextron(GQA)
     work = []
     linear = torch.nn.functional.linear
@@ -249,8 +257,9 @@ def test_work_is_saved(monkeypatch):
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 def test_a_draw_is_the_slow_one(dynamic):
-    """Catches noise that is missing, mirrored or of another scale, a temperature that divides or multiplies the wrong
-    thing, a router that does not hear the target, another layer's router, gates that are not exactly 0 or 1."""
+    """Catches noise that is missing, mirrored or of another scale, a temperature that divides or
+    multiplies the wrong thing, a router that does not hear the target, another layer's router,
+    gates that are not exactly 0 or 1."""
     f = random_flextron(SMALL, dynamic, spread=1.0)
     x = torch.randn(3, 5, SMALL.dim, generator=torch.Generator().manual_seed(6))
     for axis in ELASTIC:
@@ -265,8 +274,9 @@ def test_a_draw_is_the_slow_one(dynamic):
 
 
 def test_draws_follow_their_probabilities():
-    """Catches noise that is missing, mirrored or of another scale than the logits, and noise that tokens share: tokens
-    in one state draw each size as often as softmax(kappa * logits) says, each token (or sequence) for itself."""
+    """Catches noise that is missing, mirrored or of another scale than the logits, and noise that
+    tokens share: tokens in one state draw each size as often as softmax(kappa * logits) says, each
+    token (or sequence) for itself."""
     state = torch.randn(SMALL.dim, generator=torch.Generator().manual_seed(6))
     for dynamic in (False, True):
         f = random_flextron(SMALL, dynamic, spread=0.7)
@@ -284,9 +294,10 @@ def test_draws_follow_their_probabilities():
 
 
 def test_noise_fades_from_the_routers_first_step():
-    """Catches tau and kappa that move while there are no routers, or end elsewhere, and noise that micro-batches,
-    targets or steps share."""
-    args = SimpleNamespace(elastic_steps=4, router_steps=5, joint_steps=6, tau_end=0.01, kappa_end=9.0, seed=3)
+    """Catches tau and kappa that move while there are no routers, or end elsewhere, and noise that
+    micro-batches, targets or steps share."""
+    args = SimpleNamespace(elastic_steps=4, router_steps=5, joint_steps=6, tau_end=0.01, kappa_end=9.0,
+                           seed=3)
     first, middle, last = (noise_of(step, 0.6, 0, args) for step in (4, 9, 14))
     assert (first.tau, first.kappa) == (1, 1)
     assert (middle.tau, middle.kappa) == pytest.approx((0.1, 5))
@@ -298,7 +309,8 @@ def test_noise_fades_from_the_routers_first_step():
 
 
 def test_noise_is_a_function_of_its_parts():
-    """Catches noise from global state (a resumed run would differ), and the same noise in every layer or step."""
+    """Catches noise from global state (a resumed run would differ), and the same noise in every
+    layer or step."""
     torch.manual_seed(1)
     a = NOISE.gumbel("ffn_dim", 1, (2, 3))
     torch.manual_seed(2)
@@ -322,7 +334,8 @@ def test_no_noise_at_evaluation():
 
 @pytest.mark.parametrize("config", [GQA, MHA], ids=["gqa", "mha"])
 def test_static_meets_every_target(config):
-    """Catches a SubNet over its target, costs that do not add up, and a price that stops far below the target."""
+    """Catches a SubNet over its target, costs that do not add up, and a price that stops far below
+    the target."""
     f = random_flextron(config, dynamic=False)
     for target in [f.smallest(), 0.4, 0.5, 0.6, 0.7, 0.8, 0.95, 1.0]:
         if target >= f.smallest():
@@ -334,7 +347,8 @@ def test_static_meets_every_target(config):
 
 
 def test_dynamic_meets_its_target_on_its_text():
-    """Catches a price that was measured on something else than what is run; and a target of 1 with a router."""
+    """Catches a price that was measured on something else than what is run; and a target of 1 with
+    a router."""
     f, text = random_flextron(GQA), tokens_for(GQA, 4, 16, seed=9)
     f.calibrate(text, [0.8, 0.5])
     for target in (0.8, 0.5):
@@ -371,7 +385,8 @@ def test_cost_is_counted_over_tokens():
 
 
 def test_expected_shares_are_linear_between_targets():
-    """Catches weights that are mirrored, or taken from the wrong neighbours, where a target was not calibrated."""
+    """Catches weights that are mirrored, or taken from the wrong neighbours, where a target was
+    not calibrated."""
     f = random_flextron(SMALL)
     low = {axis: torch.rand(SMALL.n_layers, len(f.sizes[axis])) for axis in ELASTIC}
     high = {axis: torch.rand(SMALL.n_layers, len(f.sizes[axis])) for axis in ELASTIC}
@@ -386,7 +401,8 @@ def test_expected_shares_are_linear_between_targets():
 
 
 def test_the_rest_buys_the_most_worth_per_cost():
-    """Catches the largest gain whatever it costs, an axis or a layer that is left out, a cost over the target."""
+    """Catches the largest gain whatever it costs, an axis or a layer that is left out, a cost over
+    the target."""
     costs = dict(n_heads=torch.tensor([-0.4, 0.0]), ffn_dim=torch.tensor([-0.3, -0.2, 0.0]))
     worth = dict(n_heads=torch.tensor([[0.0, 1.0], [0.0, 0.1]]),
                  ffn_dim=torch.tensor([[0.0, 0.5, 0.6], [0.0, 0.2, 0.9]]))
@@ -413,7 +429,8 @@ def test_kv_heads_stay_when_tokens_choose():
 
 
 def test_a_target_in_another_currency():
-    """Catches --budget on routers trained by latency that ignores the difference: what is asked is in parameters."""
+    """Catches --budget on routers trained by latency that ignores the difference: what is asked is
+    in parameters."""
     for dynamic in (False, True):
         f = random_flextron(GQA, dynamic)
         params = f.costs
@@ -427,9 +444,9 @@ def test_a_target_in_another_currency():
 # ---- a step of each stage
 
 
-STEPS = SimpleNamespace(elastic_steps=3, router_steps=4, joint_steps=3, batch_tokens=21, seq_len=7, micro_batch=2,
-                        samples=2, targets=[0.9, 0.3], penalty=0.7, tau_end=0.5, kappa_end=3.0, seed=11, teach="gates",
-                        threshold=100.0)
+STEPS = SimpleNamespace(elastic_steps=3, router_steps=4, joint_steps=3, batch_tokens=21, seq_len=7,
+                        micro_batch=2, samples=2, targets=[0.9, 0.3], penalty=0.7, tau_end=0.5,
+                        kappa_end=3.0, seed=11, teach="gates", threshold=100.0)
 
 
 def shards_of(config: LlamaConfig) -> SimpleNamespace:
@@ -476,9 +493,9 @@ def assert_gradients(f, total) -> None:
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 def test_gates_step_is_its_loss(dynamic):
-    """Catches a latency loss of the wrong sign, of one side only, or not relative to the target; its gradient, or that
-    of the loss, cut off from a router; sums for means over targets and micro-batches; a Llama that is frozen in the
-    wrong stage; passes that share their tokens."""
+    """Catches a latency loss of the wrong sign, of one side only, or not relative to the target;
+    its gradient, or that of the loss, cut off from a router; sums for means over targets and
+    micro-batches; a Llama that is frozen in the wrong stage; passes that share their tokens."""
     f = random_flextron(SMALL, dynamic, spread=1.0)
     shards = shards_of(SMALL)
     for step, targets in ((5, [0.9, 0.3]), (8, [0.9, 0.3, 1.0])):
@@ -522,9 +539,9 @@ class KnownSurrogate:
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 def test_surrogate_step_is_its_loss(dynamic):
-    """Catches an S that is shown the loss in place of its excess over the full model's, or the excess with the wrong
-    sign, summed, or of other rows; a latency loss of the wrong sign or of one side; S's gradient cut off from a router;
-    sums for means; routers that follow a bad S."""
+    """Catches an S that is shown the loss in place of its excess over the full model's, or the
+    excess with the wrong sign, summed, or of other rows; a latency loss of the wrong sign or of one
+    side; S's gradient cut off from a router; sums for means; routers that follow a bad S."""
     f = random_flextron(SMALL, dynamic, spread=1.0)
     shards = shards_of(SMALL)
     surrogate = KnownSurrogate(sum(SMALL.n_layers * len(sizes) for sizes in f.sizes.values()))
@@ -553,8 +570,8 @@ def test_surrogate_step_is_its_loss(dynamic):
 
 
 def test_elastic_step_is_its_loss():
-    """Catches a sum for the mean over passes, SubNets that are alike in every layer, pass or step, a router that
-    moves."""
+    """Catches a sum for the mean over passes, SubNets that are alike in every layer, pass or step,
+    a router that moves."""
     f = random_flextron(SMALL)
     shards = shards_of(SMALL)
     train_step(f, None, shards, 2, STEPS, torch.device("cpu"))
@@ -571,10 +588,11 @@ def test_elastic_step_is_its_loss():
 
 
 def test_rates_and_decay():
-    """Catches decay of norms or routers, none of matrices, and routers whose rate does not begin where they do."""
+    """Catches decay of norms or routers, none of matrices, and routers whose rate does not begin
+    where they do."""
     f = random_flextron(SMALL)
-    args = SimpleNamespace(elastic_steps=10, router_steps=10, joint_steps=20, warmup=0.1, lr=1e-3, router_lr=1e-2,
-                           weight_decay=0.2)
+    args = SimpleNamespace(elastic_steps=10, router_steps=10, joint_steps=20, warmup=0.1, lr=1e-3,
+                           router_lr=1e-2, weight_decay=0.2)
     for_llama, for_routers = training.make_optimizers(f, args)
     decay = {}
     for group in (*for_llama.param_groups, *for_routers.param_groups):
@@ -589,7 +607,8 @@ def test_rates_and_decay():
         rates.append((for_llama.param_groups[1]["lr"], for_routers.param_groups[0]["lr"]))
     llama, routers = zip(*rates)
     assert llama[:2] == pytest.approx((1e-3 / 4, 1e-3)) and llama[5] == pytest.approx(1e-4, rel=0.05)
-    assert routers[:5] == pytest.approx((0, 0, 0, 1e-2 / 4, 1e-2)) and routers[5] == pytest.approx(1e-3, rel=0.05)
+    assert (routers[:5] == pytest.approx((0, 0, 0, 1e-2 / 4, 1e-2))
+            and routers[5] == pytest.approx(1e-3, rel=0.05))
 
 
 # ---- folders, stages, mistakes
@@ -600,7 +619,8 @@ def desk(tmp_path_factory):
     """Shards, a base, and a static and a dynamic folder of a few steps each."""
     root = tmp_path_factory.mktemp("flextron")
     config = dataclasses.replace(SMALL, vocab_size=560)
-    text = "the cat sat on the mat and the dog ate the cake; def main(argv): return [line for line in argv]\n" * 3
+    text = ("the cat sat on the mat and the dog ate the cake; "
+            "def main(argv): return [line for line in argv]\n") * 3
     (root / "data").mkdir()
     save_tokenizer(root / "data/tokenizer.model", train_bpe([text], 560))
     for split, n in (("train", 6000), ("val", 700)):
@@ -608,16 +628,17 @@ def desk(tmp_path_factory):
         write_shard(root / f"data/{split}_000000.bin", tokens.numpy(), 560)
     save_llama(root / "base", config, random_llama(config).state_dict(), root / "data/tokenizer.model")
     flags = ["--llama", str(root / "base"), "--data", str(root / "data"), "--targets", "0.7", "0.5",
-             *("--elastic-steps 2 --router-steps 2 --joint-steps 2 --samples 2 --batch-tokens 64 --micro-batch 3 "
-               "--seq-len 16 --eval-windows 3 --calibration-windows 4 --teach surrogate --threshold 100 "
-               "--device cpu").split()]
+             *("--elastic-steps 2 --router-steps 2 --joint-steps 2 --samples 2 --batch-tokens 64 "
+               "--micro-batch 3 --seq-len 16 --eval-windows 3 --calibration-windows 4 --teach surrogate "
+               "--threshold 100 --device cpu").split()]
     for kind in ("static", "dynamic"):
         training.main(flags + ["--router", kind, "--out", str(root / kind)])
     return root, flags
 
 
 def test_folder_round_trip(desk):
-    """Catches routers, prices or sizes that a folder forgets, and a folder that is no plain Llama any more."""
+    """Catches routers, prices or sizes that a folder forgets, and a folder that is no plain Llama
+    any more."""
     root, _ = desk
     for kind in ("static", "dynamic"):
         f = open_family(root / kind).flextron
@@ -630,7 +651,8 @@ def test_folder_round_trip(desk):
             assert torch.equal(Deployed(f, 1.0)(x)[0], model(x)[0])
         assert f.dynamic == (kind == "dynamic")
         measured = [row["target"] for row in f.calibrated]
-        assert measured == ([0.5, 0.6, 0.7, 0.85] if f.dynamic else []), "the targets and halfway between them"
+        assert measured == ([0.5, 0.6, 0.7, 0.85] if f.dynamic else []), (
+            "the targets and halfway between them")
     assert open_family(root / "base").flextron is None
 
 
@@ -641,7 +663,8 @@ def logged(folder, key: str) -> dict:
 
 
 def test_killed_and_resumed(desk, tmp_path, monkeypatch):
-    """Catches state that resume.pt forgets: moments, the surrogate and its pairs, prices. Stopped every third step."""
+    """Catches state that resume.pt forgets: moments, the surrogate and its pairs, prices. Stopped
+    every third step."""
     root, flags = desk
     whole = root / "dynamic"
     flags = flags + ["--router", "dynamic"]
@@ -676,12 +699,13 @@ def test_killed_and_resumed(desk, tmp_path, monkeypatch):
         assert logged(whole, key) == logged(tmp_path / "b", key)
     costs = logged(whole, "cost").values()
     state = load_tensors(whole / "flextron.pt")
-    assert costs and all(len(of) == len(state["targets"]) for of in costs), "one number a target, of all micro-batches"
+    assert costs and all(len(of) == len(state["targets"]) for of in costs), (
+        "one number a target, of all micro-batches")
 
 
 def test_stages_train_what_they_should(desk, tmp_path):
-    """Catches a Llama that moves while it is frozen, routers that move before their stage, and routers that follow a
-    surrogate whose error is over the threshold."""
+    """Catches a Llama that moves while it is frozen, routers that move before their stage, and
+    routers that follow a surrogate whose error is over the threshold."""
     root, flags = desk
 
     def after(*more):
@@ -706,8 +730,8 @@ def test_stages_train_what_they_should(desk, tmp_path):
 
 
 def test_where_it_starts(desk, tmp_path):
-    """Catches a family of train.py that is sorted again, which would undo what its prefixes have learned, and a plain
-    Llama that is not sorted at all."""
+    """Catches a family of train.py that is sorted again, which would undo what its prefixes have
+    learned, and a plain Llama that is not sorted at all."""
     root, flags = desk
     config = dataclasses.replace(GQA, vocab_size=560)
     make_supernet(tmp_path / "flex", GQA)
@@ -723,7 +747,8 @@ def test_where_it_starts(desk, tmp_path):
 
 
 def test_targets_in_time(desk, tmp_path, monkeypatch):
-    """Catches --cost latency that prices sizes by parameters, or whose folder loses the table it was trained with."""
+    """Catches --cost latency that prices sizes by parameters, or whose folder loses the table it
+    was trained with."""
     root, flags = desk
 
     def flat(model, choices, rounds=1, tokens=None):
@@ -747,8 +772,8 @@ def test_targets_in_time(desk, tmp_path, monkeypatch):
 
 
 def test_surrogate_learns_what_it_is_shown():
-    """Catches pairs that are shuffled against each other, or not the latest, and an error measured on pairs already
-    learned."""
+    """Catches pairs that are shuffled against each other, or not the latest, and an error measured
+    on pairs already learned."""
     s, generator = Surrogate(6, 0), torch.Generator().manual_seed(0)
     s.KEEP = 240
     w = torch.tensor([0.5, -0.3, 0.2, 0.0, 0.4, -0.6])
@@ -763,8 +788,8 @@ def test_surrogate_learns_what_it_is_shown():
 
 
 def test_surrogate_error_is_a_running_mean(monkeypatch):
-    """Catches an error of single pairs in place of a batch's mean, one that forgets earlier batches, or hardly hears of
-    new ones."""
+    """Catches an error of single pairs in place of a batch's mean, one that forgets earlier
+    batches, or hardly hears of new ones."""
     s = Surrogate(6, 0)
     monkeypatch.setattr(s, "ROUNDS", 0)  # S stays as it is
     errors = []
@@ -789,7 +814,8 @@ def test_eval_and_sample(desk, capsys, tmp_path):
         assert [r["budget"] for r in rows] == [1.0, 0.6] and rows[0]["got"] == 1 and rows[1]["got"] < 0.75
         assert len(rows[1]["n_heads"]) == len(rows[1]["ffn_dim"]) == SMALL.n_layers
         assert ("cat" in err) == (kind == "dynamic")
-        sample.main(["--model", str(root / kind), "--budget", "0.6", "--max-new-tokens", "4", "--device", "cpu"])
+        sample.main(["--model", str(root / kind), "--budget", "0.6", "--max-new-tokens", "4",
+                     "--device", "cpu"])
 
 
 def test_mistakes_end_in_one_line(desk, capsys, tmp_path):
@@ -830,14 +856,16 @@ def test_mistakes_end_in_one_line(desk, capsys, tmp_path):
     sizes = state["sizes"]
     for wrong in (dict(sizes=sizes | dict(ffn_dim=[0.5, *sizes["ffn_dim"][1:]])),
                   dict(sizes=sizes | dict(ffn_dim=sizes["ffn_dim"][::-1])),
-                  dict(calibrated=torch.zeros(4, 4)), dict(targets=[]), dict(targets=[0.8, float("nan")]), dict(targets=[[0.8]]),
+                  dict(calibrated=torch.zeros(4, 4)), dict(targets=[]), dict(targets=[0.8, float("nan")]),
+                  dict(targets=[[0.8]]),
                   dict(routers={name: weight.to(torch.int8) for name, weight in state["routers"].items()})):
         torch.save({**state, **wrong}, tmp_path / "bad/flextron.pt")
         with one_line_error(capsys, "flextron.pt", "take both from one folder"):
             open_family(tmp_path / "bad")
     (tmp_path / "bad/flextron.pt").unlink()
     (tmp_path / "bad/flextron.pt").symlink_to("nowhere")
-    with one_line_error(capsys, "flextron.pt is a link that leads nowhere"):  # no plain Llama, though it looks like one
+    # no plain Llama, though it looks like one
+    with one_line_error(capsys, "flextron.pt is a link that leads nowhere"):
         open_family(tmp_path / "bad")
     with one_line_error(capsys, "no static routers", "python -m flextron --router static"):
         token_time.main(["--model", str(root / "dynamic")])
@@ -846,8 +874,9 @@ def test_mistakes_end_in_one_line(desk, capsys, tmp_path):
 
 
 def test_bad_steps_end_the_run(desk, capsys, tmp_path, monkeypatch):
-    """Catches a run that goes on for ever with a loss that is not finite, weights that such a step has moved, a
-    state that is saved after one; and a command line in the message that is refused."""
+    """Catches a run that goes on for ever with a loss that is not finite, weights that such
+    a step has moved, a state that is saved after one; and a command line in the message that
+    is refused."""
     root, flags = desk
     flags = flags + ["--out", str(tmp_path / "o"), "--save-every", "2", "--max-bad-steps", "4"]
     step_of = training.train_step
@@ -881,7 +910,8 @@ def last_line_only(capsys, flags: list[str]) -> None:
 
 
 def test_a_picture_of_what_tokens_took():
-    """Catches a bar under the wrong character: after a line break, a long line, a token of several characters."""
+    """Catches a bar under the wrong character: after a line break, a long line, a token of
+    several characters."""
 
     class Pieces:
         texts = [b"ab", b"\n", b"c", b"def", b"<|end|>", b"\t"]

@@ -1,5 +1,5 @@
-"""gguf.py: what we write says what our model computes, read back with the package's own reader and run from what the
-file alone says; and llama.cpp agrees, where it is installed."""
+"""gguf.py: what we write says what our model computes, read back with the package's own reader and
+run from what the file alone says; and llama.cpp agrees, where it is installed."""
 import dataclasses
 import json
 import os
@@ -59,8 +59,8 @@ UNEVEN = {
     "heads of mha, tied, rope 8": dataclasses.replace(
         MHA, n_heads=(6, 2, 5, 3), n_kv_heads=(6, 2, 5, 3), tied=True, rope_factor=8.0)}
 WRITTEN = {**SHAPES, "rope 32, tied": dataclasses.replace(GQA, rope_factor=32.0, tied=True),
-           "odd width": dataclasses.replace(GQA, dim=50), "blocks of 32": dataclasses.replace(GQA, dim=64, ffn_dim=96),
-           **UNEVEN}
+           "odd width": dataclasses.replace(GQA, dim=50),
+           "blocks of 32": dataclasses.replace(GQA, dim=64, ffn_dim=96), **UNEVEN}
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}
 
 
@@ -98,8 +98,8 @@ def their_name(name: str) -> str:
     """llama.cpp's name of a tensor, from its list of names."""
     for a, b in [("layers.", "blk."), ("attention.wq", "attn_q"), ("attention.wk", "attn_k"),
                  ("attention.wv", "attn_v"), ("attention.wo", "attn_output"), ("feed_forward.w1", "ffn_gate"),
-                 ("feed_forward.w2", "ffn_down"), ("feed_forward.w3", "ffn_up"), ("attention_norm", "attn_norm"),
-                 ("tok_embeddings", "token_embd")]:
+                 ("feed_forward.w2", "ffn_down"), ("feed_forward.w3", "ffn_up"),
+                 ("attention_norm", "attn_norm"), ("tok_embeddings", "token_embd")]:
         name = name.replace(a, b)
     return "output_norm.weight" if name == "norm.weight" else name
 
@@ -109,8 +109,9 @@ def their_name(name: str) -> str:
 
 
 def their_logits(reader, tokens: torch.Tensor) -> torch.Tensor:
-    """llama.cpp's llama and deci, from the description of its graph, head by head in float64: sizes from the keys,
-    neighbours as RoPE's pairs, frequencies divided by rope_freqs, embeddings where there is no output."""
+    """llama.cpp's llama and deci, from the description of its graph, head by head in float64: sizes
+    from the keys, neighbours as RoPE's pairs, frequencies divided by rope_freqs, embeddings where
+    there is no output."""
     arch, m = metadata(reader)["general.architecture"], metadata(reader)
     w = {name: t.double() for name, t in tensors(reader).items()}
     L, d = m[f"{arch}.block_count"], m[f"{arch}.attention.key_length"]
@@ -126,10 +127,12 @@ def their_logits(reader, tokens: torch.Tensor) -> torch.Tensor:
     turn = torch.polar(torch.ones(T, d // 2).double(), torch.outer(torch.arange(T).double(), f))
 
     def norm(x, weight):
-        return x / (x.square().mean(-1, keepdim=True) + m[f"{arch}.attention.layer_norm_rms_epsilon"]).sqrt() * weight
+        return x / (x.square().mean(-1, keepdim=True)
+                    + m[f"{arch}.attention.layer_norm_rms_epsilon"]).sqrt() * weight
 
     def rotate(x):
-        return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous()) * turn).flatten(-2)
+        return torch.view_as_real(
+            torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous()) * turn).flatten(-2)
 
     x = w["token_embd.weight"][tokens]
     for i in range(L):
@@ -154,22 +157,25 @@ def their_logits(reader, tokens: torch.Tensor) -> torch.Tensor:
 @needs_gguf
 @pytest.mark.parametrize("shape", WRITTEN)
 def test_their_arithmetic_gives_the_same(tmp_path, shape):
-    """Catches rows of wq and wk in Hugging Face's order, RoPE's divisors upside down or left out, tensors under each
-    other's names, one number of heads for layers that differ, a wrong base or epsilon."""
+    """Catches rows of wq and wk in Hugging Face's order, RoPE's divisors upside down or left
+    out, tensors under each other's names, one number of heads for layers that differ, a wrong
+    base or epsilon."""
     config = dataclasses.replace(WRITTEN[shape], norm_eps=1e-2, rope_theta=30_000.0)
     model, reader = exported(tmp_path, config)
     tokens = tokens_for(model.config, 2, 200)
     assert close(model(tokens)[0].double(), their_logits(reader, tokens))
     names = {t.name for t in reader.tensors}
-    assert ("output.weight" in names) != config.tied and ("rope_freqs.weight" in names) == (config.rope_factor != 1)
+    assert (("output.weight" in names) != config.tied
+            and ("rope_freqs.weight" in names) == (config.rope_factor != 1))
 
 
 @needs_gguf
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", ["odd width", "tied", "blocks of 32", "heads and neurons"])
 def test_every_tensor_is_ours(tmp_path, shape, dtype, capsys):
-    """Catches values rounded to another dtype or twice, norms that are not in fp32, a matrix that Q8_0 cannot hold
-    stored as if it could, holes or overlaps between tensors: bit for bit, Q8_0 within half a step of its block."""
+    """Catches values rounded to another dtype or twice, norms that are not in fp32, a matrix that
+    Q8_0 cannot hold stored as if it could, holes or overlaps between tensors: bit for bit, Q8_0
+    within half a step of its block."""
     model, reader = exported(tmp_path, WRITTEN[shape], "--dtype", dtype)
     found = {t.name: t for t in reader.tensors}
     ends = sorted((t.data_offset, t.data_offset + t.n_bytes) for t in reader.tensors)
@@ -204,17 +210,19 @@ def test_every_tensor_is_ours(tmp_path, shape, dtype, capsys):
 @pytest.mark.parametrize("shape", ["gqa", "scaled rope", "tied", *UNEVEN])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_metadata(tmp_path, shape, dtype):
-    """Catches keys under the other architecture's name, a window that is not the model's, lists for uniform layers and
-    numbers for uneven ones, a file type that is another's."""
+    """Catches keys under the other architecture's name, a window that is not the model's, lists for
+    uniform layers and numbers for uneven ones, a file type that is another's."""
     model, reader = exported(tmp_path, WRITTEN[shape], "--dtype", dtype)
     m, c = metadata(reader), model.config
     arch = "deci" if shape in UNEVEN else "llama"
     many = (lambda name: list(c.per_layer(name))) if shape in UNEVEN else (lambda name: getattr(c, name))
     wanted = {"general.architecture": arch, "general.name": "raw-1.00", "general.type": "model",
               "general.file_type": {"float32": 0, "float16": 1, "q8_0": 7, "bfloat16": 32}[dtype],
-              f"{arch}.context_length": 32 if c.rope_factor == 1 else 131072, f"{arch}.embedding_length": c.dim,
-              f"{arch}.block_count": 4, f"{arch}.feed_forward_length": many("ffn_dim"),
-              f"{arch}.attention.head_count": many("n_heads"), f"{arch}.attention.head_count_kv": many("n_kv_heads"),
+              f"{arch}.context_length": 32 if c.rope_factor == 1 else 131072,
+              f"{arch}.embedding_length": c.dim, f"{arch}.block_count": 4,
+              f"{arch}.feed_forward_length": many("ffn_dim"),
+              f"{arch}.attention.head_count": many("n_heads"),
+              f"{arch}.attention.head_count_kv": many("n_kv_heads"),
               f"{arch}.attention.key_length": c.head_dim, f"{arch}.attention.value_length": c.head_dim,
               f"{arch}.rope.dimension_count": c.head_dim, f"{arch}.rope.freq_base": 500000.0,
               f"{arch}.attention.layer_norm_rms_epsilon": pytest.approx(1e-5), f"{arch}.vocab_size": 560}
@@ -226,8 +234,8 @@ def test_metadata(tmp_path, shape, dtype):
 @needs_gguf
 @pytest.mark.parametrize("shape", ["gqa", "tied", "mha"])
 def test_an_export_is_the_supernet(tmp_path, shape):
-    """Invariant 2, for files. Catches modulation that is not folded, a slice that is not the budget's, another default
-    name, and the first export's tensors in the second."""
+    """Invariant 2, for files. Catches modulation that is not folded, a slice that is not the
+    budget's, another default name, and the first export's tensors in the second."""
     import gguf
     model, router = make_supernet(tmp_path / "flex", SHAPES[shape])
     tokens = tokens_for(model.config)
@@ -239,20 +247,24 @@ def test_an_export_is_the_supernet(tmp_path, shape):
         assert close(their_logits(reader, tokens), want.double())
     folder, _ = export_at(tmp_path / "flex", 0.6)
     raw, found = load_tensors(folder / "consolidated.00.pth"), tensors(reader)
-    assert all(torch.equal(found[their_name(name)], w) for name, w in raw.items() if their_name(name) in found)
+    assert all(torch.equal(found[their_name(name)], w) for name, w in raw.items()
+               if their_name(name) in found)
     assert {p.name for p in tmp_path.iterdir()} == {"flex", "flex-1.00.gguf", "flex-0.60.gguf", "flex-0.60"}
 
 
 @needs_gguf
 def test_bf16_is_rounded_once(tmp_path):
-    """Catches factors folded in the dtype of a bf16 supernet's file, and norms that lose what the file has."""
+    """Catches factors folded in the dtype of a bf16 supernet's file, and norms that lose what the
+    file has."""
     import gguf
     model, router = make_supernet(tmp_path / "flex", GQA)
-    exporting.main(["--model", str(tmp_path / "flex"), "--format", "gguf", "--budget", "0.5", "--dtype", "bfloat16"])
+    exporting.main(["--model", str(tmp_path / "flex"), "--format", "gguf", "--budget", "0.5",
+                    "--dtype", "bfloat16"])
     found = tensors(gguf.GGUFReader(tmp_path / "flex-0.50.gguf"))
     subnet, factors = deployed(router, 0.5)
     for new, old in enumerate(subnet.layers):
-        w = model.layers[old].slices(subnet.dim, subnet.n_heads[0], subnet.ffn_dim[0])["attention.wo.weight"].detach()
+        w = model.layers[old].slices(
+            subnet.dim, subnet.n_heads[0], subnet.ffn_dim[0])["attention.wo.weight"].detach()
         assert torch.equal(found[f"blk.{new}.attn_output.weight"], (w * factors[old, 0]).bfloat16().float())
         w = model.layers[old].attention_norm.weight[:subnet.dim]
         assert torch.equal(found[f"blk.{new}.attn_norm.weight"], w)
@@ -304,10 +316,12 @@ class LlamaCpp:
         self.server = Server(params)
 
     def log_probs(self, prompt: str | list[int], n: int) -> torch.Tensor:
-        """log p of every token, (n,), behind a prompt: text, or ids as they are. The bias makes it say "a", for half
-        a character would not be said at all; the probabilities are from before the bias."""
+        """log p of every token, (n,), behind a prompt: text, or ids as they are. The bias makes it
+        say "a", for half a character would not be said at all; the probabilities are from before
+        the bias."""
         said = self.server.handle_completions(dict(
-            prompt=prompt, n_predict=1, n_probs=n, temperature=0, cache_prompt=False, logit_bias=[["a", 1000]]))
+            prompt=prompt, n_predict=1, n_probs=n, temperature=0, cache_prompt=False,
+            logit_bias=[["a", 1000]]))
         found = torch.full((n,), float("nan"))
         for token in said["choices"][0]["logprobs"]["content"][0]["top_logprobs"]:
             found[token["id"]] = token["logprob"]
@@ -316,7 +330,8 @@ class LlamaCpp:
 
 @needs_llama_cpp
 def test_llama_cpp_drafts_with_our_pair(tmp_path):
-    """Catches two exports that llama.cpp does not take together, and a text that is not the larger one's: greedy."""
+    """Catches two exports that llama.cpp does not take together, and a text that is not the larger
+    one's: greedy."""
     model, _ = make_supernet(tmp_path / "flex", dataclasses.replace(GQA, context=128))
     exporting.main(["--model", str(tmp_path / "flex"), "--budget", "1.0", "0.5", "--format", "gguf"])
     prompt = tokens_for(model.config, 1, 5)[0].tolist()
@@ -333,8 +348,9 @@ def test_llama_cpp_drafts_with_our_pair(tmp_path):
 @needs_llama_cpp
 @pytest.mark.parametrize("shape", WRITTEN)
 def test_llama_cpp_computes_the_same(tmp_path, shape):
-    """Catches a file that the package's reader takes and llama.cpp does not, keys that it understands in another way,
-    and another tokenizer: log-probabilities behind ids and behind text."""
+    """Catches a file that the package's reader takes and llama.cpp does not, keys that it
+    understands in another way, and another tokenizer: log-probabilities behind ids and
+    behind text."""
     model, _ = exported(tmp_path, dataclasses.replace(WRITTEN[shape], context=128))
     theirs = LlamaCpp(tmp_path / "raw-1.00.gguf")
     V = model.config.vocab_size
@@ -351,7 +367,8 @@ def test_llama_cpp_computes_the_same(tmp_path, shape):
 @pytest.mark.parametrize("dtype, within", [("float16", 3e-3), ("bfloat16", 3e-2), ("q8_0", 3e-2)])
 @pytest.mark.parametrize("shape", ["blocks of 32", "heads and neurons"])
 def test_llama_cpp_computes_about_the_same_in_fewer_bits(tmp_path, shape, dtype, within):
-    """Catches a dtype that llama.cpp does not compute with, and scales of blocks that it reads in another way."""
+    """Catches a dtype that llama.cpp does not compute with, and scales of blocks that it reads in
+    another way."""
     model, _ = exported(tmp_path, WRITTEN[shape], "--dtype", dtype)
     tokens = tokens_for(model.config)[:1]
     with torch.no_grad():
@@ -366,8 +383,9 @@ def test_llama_cpp_computes_about_the_same_in_fewer_bits(tmp_path, shape, dtype,
 
 
 def their_ids(m: dict, text: str) -> list[int]:
-    """llama.cpp's byte-level BPE from the keys of a file, the slow and obvious way: the earliest merge in the list, the
-    leftmost of them first; a pre-token that is a token stays whole with llama-bpe."""
+    """llama.cpp's byte-level BPE from the keys of a file, the slow and obvious way: the
+    earliest merge in the list, the leftmost of them first; a pre-token that is a token stays
+    whole with llama-bpe."""
     ids = {token: i for i, token in enumerate(m["tokenizer.ggml.tokens"])}
     order = {tuple(merge.split(" ")): i for i, merge in enumerate(m["tokenizer.ggml.merges"])}
     found = [m["tokenizer.ggml.bos_token_id"]] * m["tokenizer.ggml.add_bos_token"]
@@ -385,7 +403,8 @@ def their_ids(m: dict, text: str) -> list[int]:
     return found
 
 
-def with_settings(folder, pattern: str, front: int = 0, behind: int = 0, template: str | None = None) -> Settings:
+def with_settings(folder, pattern: str, front: int = 0, behind: int = 0,
+                  template: str | None = None) -> Settings:
     """Gives a raw folder's tokenizer settings of its own: special tokens before the ranks and behind them."""
     ranks = train_bpe(["".join(HARD_TEXT) + "the cat sat on the mat and the dog ate the cake" * 3], 560)
     special = {f"<|a{i}|>": i for i in range(front)}
@@ -400,8 +419,8 @@ def with_settings(folder, pattern: str, front: int = 0, behind: int = 0, templat
 
 @needs_gguf
 def test_a_tokenizer_of_llama_3s_form(tmp_path):
-    """Catches merges in another order, tokens under other ids, special tokens that llama.cpp would print, a stop token
-    that it does not know, no BOS in front, no template."""
+    """Catches merges in another order, tokens under other ids, special tokens that llama.cpp would
+    print, a stop token that it does not know, no BOS in front, no template."""
     (tmp_path / "chat.jinja").write_text("{{ bos_token }}{% for m in messages %}é{{ m.content }}{% endfor %}")
     _, reader = exported(tmp_path, GQA, "--chat-template", str(tmp_path / "chat.jinja"))
     m, enc = metadata(reader), load_tokenizer(tmp_path / "raw/tokenizer.model")
@@ -410,7 +429,8 @@ def test_a_tokenizer_of_llama_3s_form(tmp_path):
     tokens, types = m["tokenizer.ggml.tokens"], m["tokenizer.ggml.token_type"]
     assert (m["tokenizer.ggml.model"], m["tokenizer.ggml.pre"]) == ("gpt2", "llama-bpe")
     assert tokens[304:] == SPECIALS and types == [1] * 304 + [3] * 256 and len(tokens) == 560
-    roles = {key: tokens[m[f"tokenizer.ggml.{key}_token_id"]] for key in ("bos", "eos", "eom", "eot", "padding")}
+    roles = {key: tokens[m[f"tokenizer.ggml.{key}_token_id"]]
+             for key in ("bos", "eos", "eom", "eot", "padding")}
     assert roles == dict(bos="<|begin_of_text|>", eos="<|end_of_text|>", eom="<|eom_id|>", eot="<|eot_id|>",
                          padding="<|finetune_right_pad_id|>")
     assert m["tokenizer.ggml.add_bos_token"] is True
@@ -420,10 +440,12 @@ def test_a_tokenizer_of_llama_3s_form(tmp_path):
 @needs_gguf
 @pytest.mark.parametrize("name", PATTERNS)
 def test_other_tokenizers(tmp_path, name):
-    """Catches Llama 3's pattern, special tokens or ids for a tokenizer that has its own; rows without a token."""
+    """Catches Llama 3's pattern, special tokens or ids for a tokenizer that has its own; rows
+    without a token."""
     import gguf
     raw_llama(tmp_path / "raw", GQA)
-    settings = with_settings(tmp_path / "raw", PATTERNS[name], front=3, behind=50, template="its own {{ bos_token }}")
+    settings = with_settings(tmp_path / "raw", PATTERNS[name], front=3, behind=50,
+                             template="its own {{ bos_token }}")
     exporting.main(["--model", str(tmp_path / "raw"), "--format", "gguf"])
     m = metadata(gguf.GGUFReader(tmp_path / "raw-1.00.gguf"))
     enc = load_tokenizer(tmp_path / "raw/tokenizer.model")
@@ -440,8 +462,8 @@ def test_other_tokenizers(tmp_path, name):
 
 
 def test_names_of_patterns():
-    """Catches a pattern that is known by its spelling alone, two that are taken for one, and a name for one that
-    llama.cpp has not."""
+    """Catches a pattern that is known by its spelling alone, two that are taken for one, and a name
+    for one that llama.cpp has not."""
     assert {pattern: ours.pre_tokenizer(pattern) for pattern in PATTERNS.values()} == {
         pattern: name for name, pattern in PATTERNS.items()}
     spelled = PATTERN.replace("(?i:'s|'t|'re|'ve|'m|'ll|'d)", "'(?:[sStTmMdD]|[rR][eE]|[vV][eE]|[lL]{2})")
@@ -454,7 +476,8 @@ def test_names_of_patterns():
 @needs_gguf
 @pytest.mark.parametrize("why", ["missing", "SentencePiece", "pattern"])
 def test_without_a_tokenizer(tmp_path, capsys, why):
-    """Catches a file that llama.cpp refuses (it wants the key), ids of another tokenizer, and silence about it."""
+    """Catches a file that llama.cpp refuses (it wants the key), ids of another tokenizer, and
+    silence about it."""
     import gguf
     raw_llama(tmp_path / "raw", GQA)
     path = tmp_path / "raw/tokenizer.model"
@@ -482,8 +505,8 @@ def test_what_is_said(tmp_path, capsys):
     sizes = {}
     for dtype in DTYPES:
         out = tmp_path / f"{dtype}.gguf"
-        exporting.main(["--model", str(tmp_path / "flex"), "--budget", "1", "--format", "gguf", "--out", str(out),
-                        "--dtype", dtype])
+        exporting.main(["--model", str(tmp_path / "flex"), "--budget", "1", "--format", "gguf",
+                        "--out", str(out), "--dtype", dtype])
         said = capsys.readouterr().out
         sizes[dtype] = out.stat().st_size
         assert said.startswith(f"{out}: dim 64") and f"{sizes[dtype]:,} bytes" in said
@@ -493,7 +516,8 @@ def test_what_is_said(tmp_path, capsys):
 
 
 def test_sizes_in_q8_0(tmp_path, capsys):
-    """Catches --memory and --dry-run that take Q8_0 for some other dtype: 34 bytes for 32 weights, a float16 cache."""
+    """Catches --memory and --dry-run that take Q8_0 for some other dtype: 34 bytes for 32 weights,
+    a float16 cache."""
     make_supernet(tmp_path / "flex", GQA)
     capsys.readouterr()
     argv = ["--model", str(tmp_path / "flex"), "--format", "gguf", "--dtype", "q8_0", "--context", "100"]
@@ -508,8 +532,8 @@ def test_sizes_in_q8_0(tmp_path, capsys):
 
 @needs_gguf
 def test_mistakes(tmp_path, capsys, monkeypatch):
-    """Catches a file written over something else, q8_0 and templates where they have no place, a traceback without
-    the package; nothing is written."""
+    """Catches a file written over something else, q8_0 and templates where they have no place, a
+    traceback without the package; nothing is written."""
     make_supernet(tmp_path / "flex", GQA)
     (tmp_path / "letter.gguf").write_text("dear reader")
     (tmp_path / "folder.gguf").mkdir()
@@ -517,12 +541,15 @@ def test_mistakes(tmp_path, capsys, monkeypatch):
     before = files_of(tmp_path)
     argv = ["--model", str(tmp_path / "flex"), "--budget", "0.6"]
     for more, words in [
-            (["--format", "gguf", "--out", str(tmp_path / "letter.gguf")], ["letter.gguf", "no GGUF", "--out"]),
-            (["--format", "gguf", "--out", str(tmp_path / "folder.gguf")], ["folder.gguf", "no GGUF", "--out"]),
+            (["--format", "gguf", "--out", str(tmp_path / "letter.gguf")],
+             ["letter.gguf", "no GGUF", "--out"]),
+            (["--format", "gguf", "--out", str(tmp_path / "folder.gguf")],
+             ["folder.gguf", "no GGUF", "--out"]),
             (["--format", "hf", "--dtype", "q8_0"], ["q8_0", "--format gguf"]),
             (["--dtype", "q8_0"], ["q8_0", "--format gguf"]),
             (["--chat-template", str(tmp_path / "letter.gguf")], ["--chat-template", "--format hf or gguf"]),
-            (["--format", "gguf", "--chat-template", "nowhere.jinja"], ["nowhere.jinja", "chat_template.jinja"]),
+            (["--format", "gguf", "--chat-template", "nowhere.jinja"],
+             ["nowhere.jinja", "chat_template.jinja"]),
             (["--format", "hf", "--chat-template", str(tmp_path / "latin.jinja")], ["latin.jinja", "text"])]:
         with one_line_error(capsys, *words):
             exporting.main([*argv, *more])
@@ -540,15 +567,16 @@ def test_a_full_disk(tmp_path, limit):
     make_supernet(tmp_path / "flex", GQA)
     limited = (f"import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit})); "
                "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')")
-    done = run("-c", limited, ROOT / "export.py", "--model", tmp_path / "flex", "--budget", "0.9", "--format", "gguf")
+    done = run("-c", limited, ROOT / "export.py", "--model", tmp_path / "flex", "--budget", "0.9",
+               "--format", "gguf")
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "too large" in done.stderr, done.stderr
     assert {p.name for p in tmp_path.iterdir()} == {"flex"}
 
 
 @needs_gguf
 def test_an_interruption(tmp_path, capsys, monkeypatch):
-    """Catches half a file, or the earlier export lost, when SIGTERM comes among the tensors; and an earlier export
-    that is not replaced when none comes."""
+    """Catches half a file, or the earlier export lost, when SIGTERM comes among the tensors; and an
+    earlier export that is not replaced when none comes."""
     make_supernet(tmp_path / "flex", GQA)
     argv = ["--model", str(tmp_path / "flex"), "--format", "gguf", "--out", str(tmp_path / "slim.gguf")]
     exporting.main([*argv, "--budget", "0.8"])

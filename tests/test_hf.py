@@ -1,4 +1,5 @@
-"""hf.py: what we write, transformers reads, and computes the same; and a Hugging Face Llama becomes one of ours."""
+"""hf.py: what we write, transformers reads, and computes the same; and a Hugging Face Llama becomes
+one of ours."""
 import base64
 import dataclasses
 import json
@@ -50,9 +51,11 @@ READ = {"gqa": GQA, "mha": SHAPES["mha"], "tied": SHAPES["tied"], "rope 8": SHAP
         "rope 32": dataclasses.replace(GQA, rope_factor=32.0), "wide heads": SHAPES["wide heads"],
         "mistral": dataclasses.replace(GQA, dim=50), "mistral tied rope 8": dataclasses.replace(
             GQA, dim=50, tied=True, rope_factor=8.0)}
-HARD_TEXT = ["", "def main(argv):\n    return [x for x in argv if x != '']\n", "naïve café 漢字かな交じり文 한국어 🤷🏽‍♀️👩‍👩‍👧 ∑∫√",
-             "1 12 123 1234 12345 3.14159 0x1F", "a" + " " * 50 + "b\t\t\n\n\n  c   \n", "I'm you'Re they'LL it's 'sup",
-             "<|begin_of_text|>x<|eot_id|>", "\r\n\r\n  mixed\r line ends\n", "\x00\x7f\u200b\ufeff", "aaaa" * 40]
+HARD_TEXT = ["", "def main(argv):\n    return [x for x in argv if x != '']\n",
+             "naïve café 漢字かな交じり文 한국어 🤷🏽‍♀️👩‍👩‍👧 ∑∫√",
+             "1 12 123 1234 12345 3.14159 0x1F", "a" + " " * 50 + "b\t\t\n\n\n  c   \n",
+             "I'm you'Re they'LL it's 'sup", "<|begin_of_text|>x<|eot_id|>",
+             "\r\n\r\n  mixed\r line ends\n", "\x00\x7f\u200b\ufeff", "aaaa" * 40]
 
 
 def written(folder, config: LlamaConfig, dtype=torch.float32):
@@ -76,8 +79,9 @@ def their_llama(folder):
 @needs_transformers
 @pytest.mark.parametrize("shape", READ)
 def test_transformers_computes_the_same(tmp_path, shape):
-    """Catches rows of wq and wk in Meta's order, a RoPE factor that only some readers see, a tied head left random, a
-    width that heads do not divide and is refused: logits to 1e-4, and the greedy text."""
+    """Catches rows of wq and wk in Meta's order, a RoPE factor that only some readers see, a tied
+    head left random, a width that heads do not divide and is refused: logits to 1e-4, and the
+    greedy text."""
     model, _ = written(tmp_path / "hf", READ[shape])
     theirs = their_llama(tmp_path / "hf")
     assert type(theirs).__name__ == ("MistralForCausalLM" if "mistral" in shape else "LlamaForCausalLM")
@@ -92,8 +96,9 @@ def test_transformers_computes_the_same(tmp_path, shape):
 
 @needs_transformers
 def test_assisted_generation_takes_our_pair(tmp_path):
-    """Catches two exports that transformers does not take together, a window or a vocabulary of their own, and a text
-    that is not the larger one's: greedy, with the smaller one as the assistant."""
+    """Catches two exports that transformers does not take together, a window or a vocabulary
+    of their own, and a text that is not the larger one's: greedy, with the smaller one as
+    the assistant."""
     model, router = make_supernet(tmp_path / "flex", dataclasses.replace(GQA, context=64))
     exporting.main(["--model", str(tmp_path / "flex"), "--budget", "1.0", "0.5", "--format", "hf"])
     target, draft = their_llama(tmp_path / "flex-1.00-hf"), their_llama(tmp_path / "flex-0.50-hf")
@@ -108,7 +113,7 @@ def test_assisted_generation_takes_our_pair(tmp_path):
 
 
 # What a user does first. Prints what it got; what goes to stderr is a warning.
-SNIPPET = """
+SNIPPET = ("""
 import json, sys
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
@@ -122,12 +127,13 @@ batch = tok([short, long], return_tensors="pt", padding=True)
 together = model.generate(**batch, max_new_tokens=6, do_sample=False)
 writer = pipeline("text-generation", model=folder)
 texts = [said[0]["generated_text"] for said in writer([short, long], max_new_tokens=6, batch_size=2)]
-chat = tok.apply_chat_template([dict(role="user", content="hi")], tokenize=False) if tok.chat_template else None
+chat = tok.apply_chat_template([dict(role="user", content="hi")], tokenize=False) """
+"""if tok.chat_template else None
 print(json.dumps(dict(
     prompt=one["input_ids"][0].tolist(), new=alone[0, one["input_ids"].size(1):].tolist(),
     new_in_batch=together[0, batch["input_ids"].size(1):].tolist(), texts=texts, chat=chat,
     stops=model.generation_config.eos_token_id, pad=tok.pad_token, length=len(tok))))
-"""
+""")
 TEMPLATE = "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}"
 
 
@@ -156,9 +162,9 @@ def usual(folder) -> dict:
 @needs_transformers
 @pytest.mark.parametrize("kind", ["llama", "mistral", "large vocabulary", "specials of its own"])
 def test_the_usual_snippet_without_a_warning(tmp_path, kind, capsys):
-    """Catches token_type_ids that generate() refuses, a pad token that is guessed, padding behind a text that is to
-    go on, the false alarm of a wrong regular expression (it takes 100,000 tokens), a stop token left out, a template
-    that does not travel."""
+    """Catches token_type_ids that generate() refuses, a pad token that is guessed, padding behind a
+    text that is to go on, the false alarm of a wrong regular expression (it takes 100,000 tokens),
+    a stop token left out, a template that does not travel."""
     config = dataclasses.replace(GQA, dim=50 if kind == "mistral" else 48, rope_factor=8.0)
     folder = tmp_path / "raw"
     ranks = random_ranks(100_100 if kind == "large vocabulary" else 304)
@@ -186,7 +192,8 @@ def test_the_usual_snippet_without_a_warning(tmp_path, kind, capsys):
 
 
 def with_settings(folder, ranks: list[bytes], pattern: str = DIGITS_PATTERN) -> list[str]:
-    """Another pattern, special tokens in front of the ranks and behind them, a template. Returns the stop tokens."""
+    """Another pattern, special tokens in front of the ranks and behind them, a template. Returns
+    the stop tokens."""
     special = {"<|zero|>": 0, "<|one|>": 1, "<|two|>": 2}
     special |= {f"<|behind{i}|>": 3 + len(ranks) + i for i in range(253)}
     lines = [f"{base64.b64encode(token).decode()} {3 + rank}" for rank, token in enumerate(ranks)]
@@ -199,27 +206,31 @@ def with_settings(folder, ranks: list[bytes], pattern: str = DIGITS_PATTERN) -> 
 @needs_transformers
 @pytest.mark.parametrize("name", PATTERNS)
 def test_ids_of_other_tokenizers(tmp_path, name):
-    """Catches Llama 3's pattern or BOS for a tokenizer that has its own, and special tokens that get other ids because
-    they lie in front of the ranks."""
+    """Catches Llama 3's pattern or BOS for a tokenizer that has its own, and special tokens that
+    get other ids because they lie in front of the ranks."""
     from transformers import AutoTokenizer
     config = dataclasses.replace(GQA, vocab_size=560)
     save_llama(tmp_path / "raw", config, random_llama(config).state_dict())
     text = "".join(HARD_TEXT) + "the cat sat on the mat and the dog ate the cake" * 3
     with_settings(tmp_path / "raw", train_bpe([text], 560), PATTERNS[name])
     exporting.main(["--model", str(tmp_path / "raw"), "--format", "hf", "--out", str(tmp_path / "hf")])
-    theirs, enc = AutoTokenizer.from_pretrained(tmp_path / "hf"), load_tokenizer(tmp_path / "raw/tokenizer.model")
+    theirs, enc = (AutoTokenizer.from_pretrained(tmp_path / "hf"),
+                   load_tokenizer(tmp_path / "raw/tokenizer.model"))
     for text in HARD_TEXT:
         assert theirs.encode(text) == encode_document(enc, text).tolist() or "<|" in text, text
         assert theirs.decode(theirs.encode(text, add_special_tokens=False)) == text
     for special, i in enc._special_tokens.items():
-        assert theirs.convert_tokens_to_ids(special) == i and theirs.encode(special, add_special_tokens=False) == [i]
+        assert (theirs.convert_tokens_to_ids(special) == i
+                and theirs.encode(special, add_special_tokens=False) == [i])
 
 
 def test_chat_templates(tmp_path, capsys):
-    """Catches a template of the command line that loses to the tokenizer's own, and one with no tokenizer beside it."""
+    """Catches a template of the command line that loses to the tokenizer's own, and one with no
+    tokenizer beside it."""
     make_supernet(tmp_path / "flex", GQA)
     (tmp_path / "chat.jinja").write_text(TEMPLATE)
-    argv = ["--model", str(tmp_path / "flex"), "--budget", "0.6", "--format", "hf", "--out", str(tmp_path / "hf")]
+    argv = ["--model", str(tmp_path / "flex"), "--budget", "0.6", "--format", "hf",
+            "--out", str(tmp_path / "hf")]
     exporting.main(argv)
     assert "chat_template" not in json.loads((tmp_path / "hf/tokenizer_config.json").read_text())
     exporting.main([*argv, "--chat-template", str(tmp_path / "chat.jinja")])
@@ -247,7 +258,8 @@ def test_long_positions(tmp_path):
 
 @needs_transformers
 def test_token_ids_are_tiktokens(tmp_path):
-    """Catches merges in another order, another pattern, special tokens read out of a text, a BOS that is not added."""
+    """Catches merges in another order, another pattern, special tokens read out of a text, a BOS
+    that is not added."""
     from transformers import AutoTokenizer
     _, enc = written(tmp_path / "hf", GQA)
     theirs = AutoTokenizer.from_pretrained(tmp_path / "hf")
@@ -283,7 +295,8 @@ def test_shards_and_dtypes(tmp_path, monkeypatch):
     model, _ = written(tmp_path / "hf", SHAPES["tied"], torch.bfloat16)
     index = json.loads((tmp_path / "hf/model.safetensors.index.json").read_text())
     files = {p.name for p in (tmp_path / "hf").glob("*.safetensors")}
-    assert set(index["weight_map"].values()) == files and len(files) > 3 and "lm_head.weight" not in index["weight_map"]
+    assert (set(index["weight_map"].values()) == files and len(files) > 3
+            and "lm_head.weight" not in index["weight_map"])
     theirs = their_llama(tmp_path / "hf")
     state = theirs.state_dict()
     assert state["lm_head.weight"].dtype == torch.bfloat16
@@ -297,14 +310,16 @@ def test_shards_and_dtypes(tmp_path, monkeypatch):
 
 
 def their_logits(folder, tokens: torch.Tensor) -> torch.Tensor:
-    """Their Llama from the description in transformers' modeling_llama.py, in float64: rotated halves, Llama 3's
-    scaling by wavelength, everything as config.json says it. Both ways to say RoPE must agree."""
+    """Their Llama from the description in transformers' modeling_llama.py, in float64: rotated
+    halves, Llama 3's scaling by wavelength, everything as config.json says it. Both ways to say
+    RoPE must agree."""
     c = json.loads((folder / "config.json").read_text())
     w = {name: t.double() for name, t in read_safetensors(folder / "model.safetensors").items()}
     assert c["sliding_window"] is None if c["model_type"] == "mistral" else "sliding_window" not in c
     H, K, d, T = c["num_attention_heads"], c["num_key_value_heads"], c["head_dim"], tokens.size(1)
     rope, old = c["rope_parameters"], c["rope_scaling"]
-    assert rope["rope_theta"] == c["rope_theta"] and (old or dict(rope_type="default")).items() <= rope.items()
+    assert (rope["rope_theta"] == c["rope_theta"]
+            and (old or dict(rope_type="default")).items() <= rope.items())
 
     f = rope["rope_theta"] ** (-torch.arange(0, d, 2).double() / d)
     if rope["rope_type"] == "llama3":
@@ -334,7 +349,8 @@ def their_logits(folder, tokens: torch.Tensor) -> torch.Tensor:
         y = (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
         x = x + y @ w[p + "self_attn.o_proj.weight"].T
         h = norm(x, w[p + "post_attention_layernorm.weight"])
-        y = torch.nn.functional.silu(h @ w[p + "mlp.gate_proj.weight"].T) * (h @ w[p + "mlp.up_proj.weight"].T)
+        y = (torch.nn.functional.silu(h @ w[p + "mlp.gate_proj.weight"].T)
+             * (h @ w[p + "mlp.up_proj.weight"].T))
         x = x + y @ w[p + "mlp.down_proj.weight"].T
     assert ("lm_head.weight" in w) != c["tie_word_embeddings"]
     output = w["model.embed_tokens.weight"] if c["tie_word_embeddings"] else w["lm_head.weight"]
@@ -343,14 +359,16 @@ def their_logits(folder, tokens: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("shape", READ)
 def test_their_arithmetic_gives_the_same(tmp_path, shape):
-    """Catches rows of wq or wk in Meta's order, tensors under each other's names, and a number of config.json that is
-    not the model's: RoPE's theta, factor and limits, norm_eps, KV heads, the tie, Mistral's window, the end of a
-    text."""
-    theta = 3000.0 if READ[shape].rope_factor == 1 else 5e5  # odd; scaled RoPE needs waves as long as its limits
+    """Catches rows of wq or wk in Meta's order, tensors under each other's names, and a number of
+    config.json that is not the model's: RoPE's theta, factor and limits, norm_eps, KV heads, the
+    tie, Mistral's window, the end of a text."""
+    # odd; scaled RoPE needs waves as long as its limits
+    theta = 3000.0 if READ[shape].rope_factor == 1 else 5e5
     model, enc = written(tmp_path / "hf", dataclasses.replace(READ[shape], norm_eps=2e-2, rope_theta=theta))
     tokens = tokens_for(model.config, 2, 300)
     assert close(model(tokens)[0].double(), their_logits(tmp_path / "hf", tokens), 1e-4)
-    c, g = (json.loads((tmp_path / "hf" / name).read_text()) for name in ("config.json", "generation_config.json"))
+    c, g = (json.loads((tmp_path / "hf" / name).read_text())
+            for name in ("config.json", "generation_config.json"))
     for said in (c, g):
         assert said["bos_token_id"] == enc._special_tokens[BOS] and said["transformers_version"] == "5.0.0"
     assert c["eos_token_id"] == enc._special_tokens[END]
@@ -368,9 +386,11 @@ def read_safetensors(path) -> dict:
     header, body = json.loads(data[8:8 + n]), data[8 + n:]
     assert n % 8 == 0 and header.pop("__metadata__") == {"format": "pt"}
     ends = sorted(tuple(h["data_offsets"]) for h in header.values())
-    assert ends[0][0] == 0 and ends[-1][1] == len(body) and all(a[1] == b[0] for a, b in zip(ends, ends[1:])), "holes"
+    assert (ends[0][0] == 0 and ends[-1][1] == len(body)
+            and all(a[1] == b[0] for a, b in zip(ends, ends[1:]))), "holes"
     kinds = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-    return {name: torch.frombuffer(bytearray(body[slice(*h["data_offsets"])]), dtype=kinds[h["dtype"]]).view(h["shape"])
+    return {name: torch.frombuffer(bytearray(body[slice(*h["data_offsets"])]),
+                                   dtype=kinds[h["dtype"]]).view(h["shape"])
             for name, h in header.items()}
 
 
@@ -385,13 +405,16 @@ def test_safetensors_as_described(tmp_path, dtype):
 
 
 def test_names_no_folder_of_metas(tmp_path):
-    """Catches params.json or tokenizer.model in a Hugging Face folder: vLLM and llama.cpp would misread it."""
+    """Catches params.json or tokenizer.model in a Hugging Face folder: vLLM and llama.cpp would
+    misread it."""
     make_supernet(tmp_path / "flex", GQA)
     exporting.main(["--model", str(tmp_path / "flex"), "--budget", "0.6", "--format", "hf"])
-    names = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    names = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
+             "tokenizer_config.json"}
     before = files_of(tmp_path / "flex-0.60-hf")
     assert set(before) == names
-    exporting.main(["--model", str(tmp_path / "flex"), "--budget", "0.6", "--format", "hf"])  # over its own kind
+    # over its own kind
+    exporting.main(["--model", str(tmp_path / "flex"), "--budget", "0.6", "--format", "hf"])
     assert files_of(tmp_path / "flex-0.60-hf") == before
 
 
@@ -431,8 +454,8 @@ def meta_state(state: dict, config: LlamaConfig) -> dict:
 
 
 def write_shards(folder, config: LlamaConfig, state: dict, n: int, llama2: bool) -> None:
-    """Cuts a state dict as Meta's model-parallel code does: outputs, or inputs for wo and w2; Llama 3's embeddings by
-    token, Llama 2's by channel."""
+    """Cuts a state dict as Meta's model-parallel code does: outputs, or inputs for wo and w2; Llama
+    3's embeddings by token, Llama 2's by channel."""
     folder.mkdir()
     (folder / "params.json").write_text(json.dumps(params_json(config)))
     for i in range(n):
@@ -454,8 +477,8 @@ def test_a_hugging_face_llama_becomes_ours(tmp_path, n, llama2):
                          rope_theta=10000.0)
     torch.manual_seed(0)
     theirs = LlamaForCausalLM(TheirConfig(
-        hidden_size=64, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=8, intermediate_size=96,
-        vocab_size=104, rms_norm_eps=1e-5, tie_word_embeddings=False)).eval()
+        hidden_size=64, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=8,
+        intermediate_size=96, vocab_size=104, rms_norm_eps=1e-5, tie_word_embeddings=False)).eval()
     with torch.no_grad():
         for p in theirs.parameters():
             p.copy_(torch.randn(p.shape) / p.size(-1) ** 0.5 + (0.7 if p.dim() == 1 else 0))

@@ -22,7 +22,8 @@ from tests.helpers import GQA, make_supernet, odd_choices, one_line_error, rando
 
 
 def invented(subnet: SubNet, n_layers: int = 4) -> float:
-    """A machine's time for a slice, in ms: sums of a fixed part and of every layer's parts, linear in each width."""
+    """A machine's time for a slice, in ms: sums of a fixed part and of every layer's parts, linear
+    in each width."""
     d = subnet.dim
     return 3 + 0.05 * d + sum(0.4 + 0.02 * d + (0.11 + 0.001 * d) * h + (0.013 + 0.0002 * d) * f
                               for h, f in zip(subnet.n_heads, subnet.ffn_dim))
@@ -63,13 +64,15 @@ def flex(supernet, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("n_layers", [4, 5])
 def test_the_table_is_the_machine(machine, n_layers):
-    """Catches a layer counted twice, a fixed part that scales with depth, an axis looked up in another's column, and
-    an interpolation that is off between grid points: on a machine whose times are linear the table is exact."""
+    """Catches a layer counted twice, a fixed part that scales with depth, an axis looked up in
+    another's column, and an interpolation that is off between grid points: on a machine whose times
+    are linear the table is exact."""
     config = dataclasses.replace(GQA, n_layers=n_layers)
     machine.config = config
     table = json.loads(json.dumps(measure_latency(machine, odd_choices(config), rounds=2)))
     found, full = Latency(table, n_layers), invented(SubNet.full(config))
-    assert table["full_ms"] == pytest.approx(full) and table["threads"] >= 1 and table["hardware"] and table["torch"]
+    assert (table["full_ms"] == pytest.approx(full) and table["threads"] >= 1 and table["hardware"]
+            and table["torch"])
     for subnet in (SubNet.full(config), SubNet.uniform(33, [0, 2], 4, 41), SubNet.uniform(25, [1], 6, 79),
                    SubNet(48, (0, 1, 3), (2, 8, 4), (20, 80, 47))):
         assert found(subnet) == pytest.approx(invented(subnet) / full, rel=1e-6), subnet
@@ -89,7 +92,8 @@ def test_noise_never_makes_a_larger_slice_faster(machine, monkeypatch):
 
 
 def test_fractions_are_of_the_same_round(monkeypatch):
-    """Catches times of one moment divided by those of another: a machine that slows down by and by must not matter."""
+    """Catches times of one moment divided by those of another: a machine that slows down by and by
+    must not matter."""
     now, full, half = [1.0], lambda: 1.0, lambda: 0.5
 
     def seconds(run, device):
@@ -119,7 +123,8 @@ def test_a_slow_model_is_not_measured_for_hours(monkeypatch):
 
     monkeypatch.setattr(timing, "seconds", seconds)
     monkeypatch.setattr(timing.time, "monotonic", lambda: now[0])
-    found = fractions({"full": lambda: 300.0, "a": lambda: 270.0, "b": lambda: 240.0}, torch.device("cpu"), 31)
+    found = fractions({"full": lambda: 300.0, "a": lambda: 270.0, "b": lambda: 240.0},
+                      torch.device("cpu"), 31)
     assert (found["rounds"], found["a"], found["b"]) == (2, 0.9, 0.8) and now[0] == 2 * (600 + 270 + 240)
 
 
@@ -130,8 +135,8 @@ def test_some():
 
 
 def slow_route(router, costs, asked):
-    """F(b) by latency, member by member: the best by the sum of its axes' logits at the mean size of what fits, among
-    those between the sizes at trained neighbours, if any."""
+    """F(b) by latency, member by member: the best by the sum of its axes' logits at the mean size
+    of what fits, among those between the sizes at trained neighbours, if any."""
     space = router.space
     fits = [m for m in range(len(costs)) if asked - space.delta < costs[m] <= asked] or [
         max((m for m in range(len(costs)) if costs[m] <= asked), key=lambda m: costs[m])]
@@ -144,8 +149,10 @@ def slow_route(router, costs, asked):
 
 
 def test_routing_by_latency(machine):
-    """Catches --latency that is answered with a budget, that goes over, or that asks the router at another budget."""
-    found, router = Latency(measure_latency(machine, odd_choices(GQA), rounds=1), GQA.n_layers), random_router(GQA)
+    """Catches --latency that is answered with a budget, that goes over, or that asks the router at
+    another budget."""
+    found, router = (Latency(measure_latency(machine, odd_choices(GQA), rounds=1), GQA.n_layers),
+                     random_router(GQA))
     router.budgets, over = [0.4, 0.8, 1.0], 0
     with torch.no_grad():
         for asked in (0.95, 0.8, 0.65, 0.5, 0.4):
@@ -168,7 +175,8 @@ def test_the_fastest_is_the_least_to_ask_for(machine, capsys):
 
 
 def test_export_at_a_latency(flex, tmp_path, monkeypatch, capsys):
-    """Catches an export that measures anew each time, forgets where the table came from, or writes another slice."""
+    """Catches an export that measures anew each time, forgets where the table came from, or writes
+    another slice."""
     flags = ["--model", str(flex)]
     monkeypatch.setattr(timing, "measure_latency", functools.partial(measure_latency, rounds=1))
     export.main(flags + ["--latency", "0.9"])
@@ -190,8 +198,8 @@ def test_export_at_a_latency(flex, tmp_path, monkeypatch, capsys):
 
 
 def test_timing_a_folder(flex, capsys):
-    """Catches a command that prints without writing its table, one of other sizes than the router's, and a table that
-    is another model's."""
+    """Catches a command that prints without writing its table, one of other sizes than the
+    router's, and a table that is another model's."""
     command.main(["--model", str(flex), "--rounds", "1", "--slices", "2", "--device", "cpu"])
     assert capsys.readouterr().out.count("%") == 2 and (flex / LATENCY_FILE).is_file()
     table, sizes = json.loads((flex / LATENCY_FILE).read_text()), odd_choices(GQA)
@@ -202,8 +210,8 @@ def test_timing_a_folder(flex, capsys):
 
 
 def test_a_member_is_what_the_router_says(flex, machine):
-    """Catches a member without its factors, a latency that is answered with a budget, and marks on budgets that were
-    never trained, or on latencies."""
+    """Catches a member without its factors, a latency that is answered with a budget, and marks on
+    budgets that were never trained, or on latencies."""
     family = open_family(flex)
     router = family.router
     budgets = family.default_budgets()
@@ -227,10 +235,12 @@ def test_a_member_is_what_the_router_says(flex, machine):
 
 
 def test_mistakes_end_in_one_line(flex, capsys):
-    """Catches a traceback for a latency nobody can meet, a table that is no table, a router that no latency bounds."""
+    """Catches a traceback for a latency nobody can meet, a table that is no table, a router that no
+    latency bounds."""
     flags = ["--model", str(flex), "--dry-run"]
     command.main(["--model", str(flex), "--rounds", "1", "--device", "cpu"])
-    for wrong, words in ((["--latency", "0.001"], ["0.001", "fastest"]), (["--latency", "1.5"], ["1.5", "(0, 1]"]),
+    for wrong, words in ((["--latency", "0.001"], ["0.001", "fastest"]),
+                         (["--latency", "1.5"], ["1.5", "(0, 1]"]),
                          (["--latency", "0.6", "--budget", "0.5"], ["not allowed"])):
         with one_line_error(capsys, *words):
             export.main(flags + wrong)
@@ -243,9 +253,10 @@ def test_mistakes_end_in_one_line(flex, capsys):
             (flex / LATENCY_FILE).write_text(json.dumps(table))
             with one_line_error(capsys, LATENCY_FILE, "measures it again"):
                 export.main(flags + ["--latency", "0.6"])
-    other_grids = (lambda t: t["dim"].pop(0), lambda t: t["n_heads"].sort(reverse=True), lambda t: t["heads"][0].pop(),
-                   lambda t: t["neurons"].pop(), lambda t: t["ffn_dim"].insert(0, t["ffn_dim"][0]),
-                   lambda t: t["fixed"].append(0.1), lambda t: t["n_heads"].__setitem__(0, 0.5))
+    other_grids = (lambda t: t["dim"].pop(0), lambda t: t["n_heads"].sort(reverse=True),
+                   lambda t: t["heads"][0].pop(), lambda t: t["neurons"].pop(),
+                   lambda t: t["ffn_dim"].insert(0, t["ffn_dim"][0]), lambda t: t["fixed"].append(0.1),
+                   lambda t: t["n_heads"].__setitem__(0, 0.5))
     for change in other_grids:  # each would be interpolated, between the wrong sizes
         table = json.loads(measured)
         change(table)

@@ -1,6 +1,7 @@
 """tasks/: the numbers of lm-evaluation-harness, request by request and metric by metric.
 
-The harness's own tasks run through its own evaluator on its own Hugging Face model (bench/harness.py). Needs lm_eval: pip install -r requirements-interop.txt.
+The harness's own tasks run through its own evaluator on its own Hugging Face model
+(bench/harness.py). Needs lm_eval: pip install -r requirements-interop.txt.
 """
 import dataclasses
 import importlib.util
@@ -56,8 +57,9 @@ def ours(both):
 
 @pytest.mark.parametrize("name", TASKS)
 def test_every_row_has_the_harness_log_likelihood(both, ours, name):
-    """Catches another prompt, another draw of shots, a token border inside the answer, a missing BOS, a window cut at
-    the wrong token, a shared prefix that is not shared: texts equal, log-likelihoods to 1e-4, greedy flags equal."""
+    """Catches another prompt, another draw of shots, a token border inside the answer, a missing
+    BOS, a window cut at the wrong token, a shared prefix that is not shared: texts equal,
+    log-likelihoods to 1e-4, greedy flags equal."""
     samples = both[2]["samples"]
     theirs = [sample for key in ([f"mmlu_{s}" for s in SUBJECTS] if name == "mmlu" else [name])
               for sample in sorted(samples[key], key=lambda sample: sample["doc_id"])]
@@ -67,13 +69,14 @@ def test_every_row_has_the_harness_log_likelihood(both, ours, name):
     for question, answers, sample in zip(questions, scores, theirs):
         assert question.pairs == [tuple(a) for a in sample["arguments"]], question.where
         for (ll, greedy), ((their_ll, their_greedy),) in zip(answers, sample["resps"], strict=True):
-            assert abs(ll - float(their_ll)) < 1e-4 * max(1, abs(ll)) and greedy == (str(their_greedy) == "True")
+            assert (abs(ll - float(their_ll)) < 1e-4 * max(1, abs(ll))
+                    and greedy == (str(their_greedy) == "True"))
 
 
 @pytest.mark.parametrize("name", TASKS)
 def test_every_metric_is_the_harness_one(both, capsys, name):
-    """Catches another metric, tie-break, length or standard error than theirs, and a command line that does not do what
-    its parts do: all of the harness's figures are in --json."""
+    """Catches another metric, tie-break, length or standard error than theirs, and a command line
+    that does not do what its parts do: all of the harness's figures are in --json."""
     path, window, theirs = both
     capsys.readouterr()
     evaluation.main(["--model", str(path / "flex"), "--budgets", str(BUDGET), "--tasks", name, "--task-dir",
@@ -83,7 +86,8 @@ def test_every_metric_is_the_harness_one(both, capsys, name):
     figures = {key.split(",")[0]: value for key, value in found.items() if key.endswith(",none")}
     assert {"acc", "acc_stderr"} <= figures.keys() <= ours.keys()
     for key, value in figures.items():
-        assert math.isclose(ours[key], value, rel_tol=1e-4 if "perplexity" in key else 1e-9), (key, ours[key], value)
+        assert math.isclose(ours[key], value, rel_tol=1e-4 if "perplexity" in key else 1e-9), (
+            key, ours[key], value)
     if name == "mmlu":
         subjects = {s: theirs["results"][f"mmlu_{s}"]["acc,none"] for s in SUBJECTS}
         assert ours["subjects"] == pytest.approx(subjects)
@@ -91,11 +95,13 @@ def test_every_metric_is_the_harness_one(both, capsys, name):
 
 
 def test_all_subjects_are_introduced_as_the_harness_does():
-    """Catches a subject whose name in the harness's header is not that of its file with blanks for underscores."""
+    """Catches a subject whose name in the harness's header is not that of its file with blanks
+    for underscores."""
     import lm_eval.tasks
     import yaml
     folder = Path(lm_eval.tasks.__file__).parent / "mmlu" / "default"
-    headers = {path.stem.removeprefix("mmlu_"): yaml.safe_load(path.read_text().replace("!function", ""))["description"]
+    headers = {path.stem.removeprefix("mmlu_"):
+               yaml.safe_load(path.read_text().replace("!function", ""))["description"]
                for path in folder.glob("mmlu_*.yaml")}
     assert len(headers) == 57
     for subject, header in headers.items():

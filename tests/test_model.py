@@ -1,5 +1,5 @@
-"""model.py: the Llama against an independent one, slices against masks, RoPE against complex numbers, the cache, and
-all of it in bf16."""
+"""model.py: the Llama against an independent one, slices against masks, RoPE against complex
+numbers, the cache, and all of it in bf16."""
 import dataclasses
 import json
 import math
@@ -34,12 +34,14 @@ def open_gates(c: LlamaConfig) -> Gates:
 
 def reference_logits(state: dict, c: LlamaConfig, tokens: torch.Tensor, gates: Gates | None = None,
                      factors: torch.Tensor | None = None) -> torch.Tensor:
-    """A Llama written a second time from Meta's description, one head at a time, complex RoPE, in float64; reads a raw
-    state dict and knows nothing of slices. Every unit is multiplied by its gate, every output by its factor."""
+    """A Llama written a second time from Meta's description, one head at a time, complex RoPE, in
+    float64; reads a raw state dict and knows nothing of slices. Every unit is multiplied by its
+    gate, every output by its factor."""
     w = {k: v.detach().double() for k, v in state.items()}
     gates = Gates(*[gate.double() for gate in gates or open_gates(c)])
     factors = torch.ones(c.n_layers, 2) if factors is None else factors
-    f = torch.tensor([c.rope_theta ** (-2 * j / c.head_dim) for j in range(c.head_dim // 2)], dtype=torch.float64)
+    f = torch.tensor([c.rope_theta ** (-2 * j / c.head_dim) for j in range(c.head_dim // 2)],
+                     dtype=torch.float64)
     for j, x in enumerate(f.tolist()):
         wave = 2 * math.pi / x
         if c.rope_factor != 1 and wave > 8192:
@@ -87,9 +89,11 @@ def reference_logits(state: dict, c: LlamaConfig, tokens: torch.Tensor, gates: G
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_forward_equals_an_independent_llama(shape):
-    """Catches wrong RoPE pairing, a missing norm weight, GQA heads reading the wrong KV head, a missing causal mask,
-    and a loss that shifts the targets, which are shifted already, or is not the mean in nats."""
-    model, tokens, targets = random_llama(SHAPES[shape]), tokens_for(SHAPES[shape]), tokens_for(SHAPES[shape], seed=2)
+    """Catches wrong RoPE pairing, a missing norm weight, GQA heads reading the wrong KV head, a
+    missing causal mask, and a loss that shifts the targets, which are shifted already, or is not
+    the mean in nats."""
+    model, tokens, targets = (random_llama(SHAPES[shape]), tokens_for(SHAPES[shape]),
+                              tokens_for(SHAPES[shape], seed=2))
     want = reference_logits(model.state_dict(), model.config, tokens)
     logits, loss = model(tokens)[0], model(tokens, targets)[1]
     assert close(logits.double(), want)
@@ -101,8 +105,9 @@ def test_forward_equals_an_independent_llama(shape):
 @pytest.mark.parametrize("chunk", [1000, 5])
 @pytest.mark.parametrize("distilled", [False, True])
 def test_the_loss_in_chunks_is_the_plain_formula(monkeypatch, shape, chunk, distilled):
-    """Catches a token that is lost between chunks, a chunk beside another's targets or teacher, a KL that is the other
-    way round, a mean of means, and a gradient that misses one of them: to 1e-6, of a slice, with every weight's."""
+    """Catches a token that is lost between chunks, a chunk beside another's targets or teacher, a
+    KL that is the other way round, a mean of means, and a gradient that misses one of them: to
+    1e-6, of a slice, with every weight's."""
     monkeypatch.setattr(elastic, "LOSS_TOKENS", chunk)
     config = SHAPES[shape]
     model, teacher = random_llama(config), random_llama(config, seed=5).requires_grad_(False)
@@ -129,8 +134,8 @@ def test_the_loss_in_chunks_is_the_plain_formula(monkeypatch, shape, chunk, dist
 
 
 def test_no_more_logits_than_a_chunk(monkeypatch):
-    """Catches logits of a whole batch, in the forward or kept for the backward, with a teacher and without, where only
-    a loss is wanted; and any where none are."""
+    """Catches logits of a whole batch, in the forward or kept for the backward, with a teacher and
+    without, where only a loss is wanted; and any where none are."""
     monkeypatch.setattr(elastic, "LOSS_TOKENS", 8)
     V = 1009
     config = dataclasses.replace(GQA, vocab_size=V)
@@ -177,12 +182,13 @@ def test_logits_at_some_positions():
 
 @pytest.mark.parametrize("shape", ["gqa", "mha"])
 def test_soft_gates_equal_an_independent_llama(shape):
-    """Catches what gates of 0 and 1 cannot show: a gate that is squared, applied twice, to the stream or to one output
-    of a block only, a mean in a norm that weighs channels otherwise, and a gradient that misses one of a gate's
-    places."""
+    """Catches what gates of 0 and 1 cannot show: a gate that is squared, applied twice, to the
+    stream or to one output of a block only, a mean in a norm that weighs channels otherwise, and a
+    gradient that misses one of a gate's places."""
     config, generator = SHAPES[shape], torch.Generator().manual_seed(3)
     model, tokens, targets = random_llama(config), tokens_for(config), tokens_for(config, seed=2)
-    gates = Gates(*[torch.rand(gate.shape, generator=generator).requires_grad_() for gate in open_gates(config)])
+    gates = Gates(*[torch.rand(gate.shape, generator=generator).requires_grad_()
+                    for gate in open_gates(config)])
     factors = (1 + 0.3 * torch.randn(config.n_layers, 2, generator=generator)).requires_grad_()
     want = reference_logits(model.state_dict(), config, tokens, gates, factors)
     want_loss = F.cross_entropy(want.flatten(0, 1), targets.flatten())
@@ -211,7 +217,8 @@ def test_sliced_equals_masked_equals_cut_and_read_by_another(shape, name):
     assert close(masked, sliced) and close(native(tokens)[0], sliced)
     assert close(reference_logits(state, subnet.config(config), tokens), sliced.double())
     if name != "full":
-        assert not close(model(tokens, factors=factors)[0], sliced, 1e-2), "the slice computes what the full model does"
+        assert not close(model(tokens, factors=factors)[0], sliced, 1e-2), (
+            "the slice computes what the full model does")
 
 
 def test_a_slice_of_a_slice():
@@ -236,14 +243,15 @@ def test_sliced_gradients_equal_masked_gradients(name):
         model, tokens, subnet = random_llama(config), tokens_for(config), subnets(config)[name]
         kwargs = dict(subnet=subnet) if sliced else dict(gates=hard_gates(config, subnet))
         model(tokens, tokens, **kwargs)[1].backward()
-        grads.append({n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters()})
+        grads.append({n: torch.zeros_like(p) if p.grad is None else p.grad
+                      for n, p in model.named_parameters()})
     for n in grads[0]:
         assert torch.allclose(*[g[n] for g in grads], rtol=1e-4, atol=1e-6), n
 
 
 def test_straight_through_gates_leave_the_slice_alone():
-    """Catches gates of a sliced pass that are taken in another order than the weights they belong to: their gradient
-    must be that of the masked pass, where every gate has its unit."""
+    """Catches gates of a sliced pass that are taken in another order than the weights they belong
+    to: their gradient must be that of the masked pass, where every gate has its unit."""
     config = GQA
     for name in ("all", "per layer"):
         model, tokens, subnet = random_llama(config), tokens_for(config), subnets(config)[name]
@@ -261,7 +269,8 @@ def test_straight_through_gates_leave_the_slice_alone():
 
 @pytest.mark.parametrize("factor", [1.0, 8.0, 32.0])
 def test_rope_is_the_complex_rotation(factor):
-    """Catches pairs (j, j + half) taken for Meta's (2j, 2j+1), and scaling that is skipped or linear everywhere."""
+    """Catches pairs (j, j + half) taken for Meta's (2j, 2j+1), and scaling that is skipped or
+    linear everywhere."""
     config = LlamaConfig(head_dim=64, rope_factor=factor)
     f, T = rope_frequencies(config), 16384
     plain = rope_frequencies(LlamaConfig(head_dim=64))
@@ -270,7 +279,8 @@ def test_rope_is_the_complex_rotation(factor):
     assert torch.allclose(f[waves > 8192], plain[waves > 8192] / factor)
     angle = torch.outer(torch.arange(T).float(), f)
     x = torch.randn(1, T, 2, 64)
-    turned = torch.view_as_complex(x.view(1, T, 2, 32, 2)) * torch.polar(torch.ones_like(angle), angle)[None, :, None]
+    turned = (torch.view_as_complex(x.view(1, T, 2, 32, 2))
+              * torch.polar(torch.ones_like(angle), angle)[None, :, None])
     got = apply_rope(x, angle.cos()[:, None], angle.sin()[:, None])
     assert torch.allclose(got, torch.view_as_real(turned).flatten(-2), atol=1e-5)
 
@@ -278,11 +288,12 @@ def test_rope_is_the_complex_rotation(factor):
 @pytest.mark.parametrize("shape", ["gqa", "mha"])
 @pytest.mark.parametrize("chunks", [[17], [1] * 17, [5, 1, 1, 7, 3]])
 def test_cache_equals_recomputation(shape, chunks):
-    """Catches positions that restart at zero, a mask aligned to the wrong corner when a chunk follows others, and a
-    table of RoPE that does not grow with the text."""
+    """Catches positions that restart at zero, a mask aligned to the wrong corner when a chunk
+    follows others, and a table of RoPE that does not grow with the text."""
     config = dataclasses.replace(SHAPES[shape], context=4)
     model, tokens, subnet = random_llama(config), tokens_for(config), subnets(config)["all"]
-    whole = random_llama(config)(tokens, subnet=subnet)[0]  # another model: this one's table would be long already
+    # another model: this one's table would be long already
+    whole = random_llama(config)(tokens, subnet=subnet)[0]
     cache, at, parts = KVCache(17), 0, []
     for n in chunks:
         parts.append(model(tokens[:, at:at + n], subnet=subnet, cache=cache)[0])
@@ -291,8 +302,8 @@ def test_cache_equals_recomputation(shape, chunks):
 
 
 def test_weights_at_the_start():
-    """Catches w3 scaled in the place of w2, the root of n_layers for that of 2 n_layers, norms that are random, and
-    weights that seeds do not move."""
+    """Catches w3 scaled in the place of w2, the root of n_layers for that of 2 n_layers, norms that
+    are random, and weights that seeds do not move."""
     config = dataclasses.replace(GQA, n_layers=8)
     model = Llama(config).init_weights(seed=1)
     for name, p in model.named_parameters():
@@ -303,15 +314,16 @@ def test_weights_at_the_start():
         std = 0.02 / 4 if writes else 0.02  # 4 is the root of 2 * 8 layers
         assert p.mean().abs() < 0.2 * std and p.std().item() == pytest.approx(std, rel=0.1), name
     state = model.state_dict()
-    again, other = Llama(config).init_weights(seed=1).state_dict(), Llama(config).init_weights(seed=2).state_dict()
+    again, other = (Llama(config).init_weights(seed=1).state_dict(),
+                    Llama(config).init_weights(seed=2).state_dict())
     assert all(torch.equal(w, again[name]) for name, w in state.items())
     assert not any(torch.equal(w, other[name]) for name, w in state.items() if "norm" not in name)
 
 
 @pytest.mark.parametrize("shape", ["gqa", "tied"])
 def test_from_state_takes_the_tensors_themselves(shape):
-    """Catches weights that are copied, tied embeddings that are two tensors, parameters that do not train or stay on
-    the meta device, and a state dict that lacks a tensor or has one too many."""
+    """Catches weights that are copied, tied embeddings that are two tensors, parameters that do not
+    train or stay on the meta device, and a state dict that lacks a tensor or has one too many."""
     config = SHAPES[shape]
     source = random_llama(config)
     state = {name: w.detach().clone() for name, w in source.state_dict().items()}
@@ -321,7 +333,8 @@ def test_from_state_takes_the_tensors_themselves(shape):
     assert all(p.requires_grad and p.device.type == "cpu" for p in model.parameters())
     name = "layers.2.attention.wo.weight"
     assert model.layers[2].attention.wo.weight.data_ptr() == state[name].data_ptr()
-    assert Llama.from_state(config, {n: w.bfloat16() for n, w in state.items()}).norm.weight.dtype == torch.bfloat16
+    assert Llama.from_state(
+        config, {n: w.bfloat16() for n, w in state.items()}).norm.weight.dtype == torch.bfloat16
     for wrong in ({n: w for n, w in state.items() if n != name}, state | {"more": state[name]},
                   state | {name: state[name][:-1]}):
         with pytest.raises(RuntimeError):
@@ -329,7 +342,8 @@ def test_from_state_takes_the_tensors_themselves(shape):
 
 
 def test_modulation_is_one_at_full_and_knows_every_axis():
-    """Invariant 3. Catches a modulated full network, and an embedding that cannot tell two axes or depth apart."""
+    """Invariant 3. Catches a modulated full network, and an embedding that cannot tell two axes or
+    depth apart."""
     modulation, config = Modulation(GQA), GQA
     nets, ones = subnets(config), torch.ones(4, 2)
     assert torch.equal(modulation(nets["all"]), ones), "starts as the identity"
@@ -346,7 +360,8 @@ def test_modulation_is_one_at_full_and_knows_every_axis():
 
 
 def test_subnet_is_a_value():
-    """Catches SubNets that cannot be dictionary keys or do not survive JSON, which turns tuples into lists."""
+    """Catches SubNets that cannot be dictionary keys or do not survive JSON, which turns tuples
+    into lists."""
     for subnet in subnets(MHA).values():
         again = SubNet(**json.loads(json.dumps(vars(subnet))))
         assert again == subnet and hash(again) == hash(subnet)
@@ -363,9 +378,10 @@ def bf16(x: torch.Tensor) -> torch.Tensor:
 
 def bf16_logits(model: Llama, tokens: torch.Tensor, subnet: SubNet, gates: Gates | None = None,
                 factors: torch.Tensor | None = None) -> torch.Tensor:
-    """The forward with every dtype written out: matrices and attention in bf16, norms and rotations in fp32 and rounded
-    at their end, gates of units in bf16, gates of layers and factors in fp32, the stream in the weights' dtype or
-    fp32, logits in fp32. The kernels are those of the model, so every bit must be the same."""
+    """The forward with every dtype written out: matrices and attention in bf16, norms and rotations
+    in fp32 and rounded at their end, gates of units in bf16, gates of layers and factors in fp32,
+    the stream in the weights' dtype or fp32, logits in fp32. The kernels are those of the model, so
+    every bit must be the same."""
     c, w = subnet.config(model.config), model.slices(subnet)
     gates = gates or NO_GATES
     T = tokens.size(1)
@@ -431,8 +447,8 @@ def soft_gates(config: LlamaConfig, seed: int = 3) -> Gates:
 
 @pytest.mark.parametrize("name", ["full", "all", "per layer"])
 def test_dtypes_under_autocast(name):
-    """Catches a stream that is rounded to bf16, gates or factors multiplied in another dtype, attention outside of its
-    kernel, queries turned in bf16, and logits or a loss left in bf16."""
+    """Catches a stream that is rounded to bf16, gates or factors multiplied in another dtype,
+    attention outside of its kernel, queries turned in bf16, and logits or a loss left in bf16."""
     model, tokens, subnet = random_llama(GQA), tokens_for(GQA), subnets(GQA)[name]
     factors = 1 + 0.03 * torch.randn(GQA.n_layers, 2)
     for more in (dict(), dict(factors=factors), dict(gates=soft_gates(GQA)),
@@ -446,8 +462,9 @@ def test_dtypes_under_autocast(name):
 
 @pytest.mark.parametrize("shape", ["gqa", "mha"])
 def test_dtypes_of_bfloat16_weights(shape):
-    """Catches a norm whose squares are bf16, or whose result is rounded after its weight instead of before, RoPE in
-    bf16, and a cache in another dtype than the keys, in an exported Llama as it is deployed."""
+    """Catches a norm whose squares are bf16, or whose result is rounded after its weight instead
+    of before, RoPE in bf16, and a cache in another dtype than the keys, in an exported Llama as it
+    is deployed."""
     model, tokens = random_llama(SHAPES[shape]).bfloat16(), tokens_for(SHAPES[shape])
     whole, cache = model(tokens)[0], KVCache(17)
     assert torch.equal(whole, bf16_logits(model, tokens, model.full))

@@ -55,8 +55,8 @@ def contents(out: Path) -> dict[str, bytes]:
 
 
 def test_two_runs_are_identical_and_the_splits_disjoint(corpus, tmp_path, capsys):
-    """Catches: an order or split that depends on the disk, the hash seed or an earlier folder; a script with imports
-    that only work from the project's root, or flags that reach nothing."""
+    """Catches: an order or split that depends on the disk, the hash seed or an earlier folder; a
+    script with imports that only work from the project's root, or flags that reach nothing."""
     a = prepare([corpus], tmp_path / "a", vocab_size=600)
     command = [sys.executable, ROOT / "data/prepare.py", "--input", "corpus", "--vocab-size", "600"]
     script = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
@@ -87,8 +87,9 @@ def test_every_kind_of_input(tmp_path, tokenizer):
     lines = "\n".join(json.dumps({"text": f"line {k} é", "id": k}) for k in range(3)) + "\n\n"
     folder = tmp_path / "in"
     (folder / ".hidden").mkdir(parents=True)
-    for name, data in {"a.txt": b"plain", "b.md": b"# mark\r\n", "c.py": b"x = 1\n", "d.jsonl": lines.encode(),
-                       "e.jsonl.gz": gzip.compress(b'{"text": "zipped"}'), "f.txt.gz": gzip.compress(b"packed"),
+    for name, data in {"a.txt": b"plain", "b.md": b"# mark\r\n", "c.py": b"x = 1\n",
+                       "d.jsonl": lines.encode(), "e.jsonl.gz": gzip.compress(b'{"text": "zipped"}'),
+                       "f.txt.gz": gzip.compress(b"packed"),
                        "g.csv": b"not read", ".hidden/h.txt": b"not read", "i.txt": b" \n",
                        "j.txt": b"\xff\xfe not UTF-8"}.items():
         (folder / name).write_bytes(data)
@@ -112,7 +113,8 @@ def test_what_is_not_read_is_named(corpus, tmp_path, tokenizer, monkeypatch, cap
     os.mkfifo(corpus / "pipe.txt")
     for k in range(4):
         (corpus / f"latin{k}.txt").write_bytes(b"\xe9")
-    (corpus / "lfs.txt").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214\nsize 2471\n")
+    (corpus / "lfs.txt").write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214\nsize 2471\n")
     scandir = os.scandir
 
     def refuse(path):
@@ -155,8 +157,8 @@ def test_val_has_its_share_of_the_bytes():
 
 
 def test_equal_documents_are_on_one_side(corpus, tmp_path, tokenizer):
-    """Catches: a text that is trained on and held out, under two names; of a few documents, the last one that is the
-    first one again."""
+    """Catches: a text that is trained on and held out, under two names; of a few documents, the
+    last one that is the first one again."""
     for name in NAMES:
         (corpus / "again" / name).parent.mkdir(parents=True, exist_ok=True)
         (corpus / "again" / name).write_text((corpus / name).read_text())
@@ -172,9 +174,11 @@ def test_equal_documents_are_on_one_side(corpus, tmp_path, tokenizer):
     for folder, text in (("c", "the fox"), ("d", "the dog")):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "x.txt").write_text(text)
-    both = prepare([tmp_path / "c/x.txt", tmp_path / "d/x.txt"], tmp_path / "both", tokenizer, val_fraction=0.3)
-    assert "".join(texts(both, "train") + [load_tokenizer(tokenizer).decode(read_shard(both / "val_000000.bin"))]).count(
-        "the ") == 2
+    both = prepare([tmp_path / "c/x.txt", tmp_path / "d/x.txt"], tmp_path / "both", tokenizer,
+                   val_fraction=0.3)
+    assert "".join(
+        texts(both, "train") + [load_tokenizer(tokenizer).decode(read_shard(both / "val_000000.bin"))]
+    ).count("the ") == 2
 
 
 def test_few_documents(tmp_path, tokenizer, capsys):
@@ -230,8 +234,8 @@ def test_an_interrupted_run_leaves_the_old_folder(corpus, tmp_path, tokenizer, m
 
 
 def test_the_data_of_a_run(corpus, tmp_path, monkeypatch, capsys):
-    """Catches: the demo's data made with a Llama's own tokenizer, or made again when it is there; shards whose ids
-    mean other words to the Llama."""
+    """Catches: the demo's data made with a Llama's own tokenizer, or made again when it is there;
+    shards whose ids mean other words to the Llama."""
     made = []
 
     def little(inputs, out, tokenizer):
@@ -249,7 +253,8 @@ def test_the_data_of_a_run(corpus, tmp_path, monkeypatch, capsys):
     # A Llama with a tokenizer of its own gets its own folder; the demo's stays what it was.
     llama = tmp_path / "own"
     save_tokenizer(llama / "tokenizer.model", train_bpe(["the quick brown fox jumps over"], 520))
-    (llama / "params.json").write_text(json.dumps(dict(dim=32, n_layers=1, n_heads=2, vocab_size=520, norm_eps=1e-5)))
+    (llama / "params.json").write_text(
+        json.dumps(dict(dim=32, n_layers=1, n_heads=2, vocab_size=520, norm_eps=1e-5)))
     args.llama = "own"
     folder, train, _ = open_data(args)
     assert folder == "data/pystdlib-own" and made[1:] == [(folder, Path("own/tokenizer.model"))]
@@ -267,14 +272,15 @@ def bad_inputs(tmp_path: Path) -> dict[str, tuple[dict, str]]:
                        "other.jsonl": b'{"text": "ok"}\n\n{"body": "x"}\n', "list.jsonl": b"[1]\n",
                        "number.jsonl": b'{"text": 3}', "good.txt": b"some words " * 99,
                        "deep.jsonl": b"[" * 100_000, "latin.txt": b"\xe9",
-                       "cut.txt.gz": gzip.compress(b"many words" * 99)[:30], "zip.txt.gz": b"no gzip"}.items():
+                       "cut.txt.gz": gzip.compress(b"many words" * 99)[:30],
+                       "zip.txt.gz": b"no gzip"}.items():
         (tmp_path / name).write_bytes(data)
     (tmp_path / "folder").mkdir()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.doc").write_bytes(b"years of work")
     file = {name: {"inputs": [tmp_path / name]} for name in (
-        "none.txt", "empty.txt", "bad.jsonl", "other.jsonl", "list.jsonl", "number.jsonl", "deep.jsonl", "folder",
-        "a.csv", "latin.txt", "cut.txt.gz", "zip.txt.gz", "good.txt")}
+        "none.txt", "empty.txt", "bad.jsonl", "other.jsonl", "list.jsonl", "number.jsonl", "deep.jsonl",
+        "folder", "a.csv", "latin.txt", "cut.txt.gz", "zip.txt.gz", "good.txt")}
     good = file["good.txt"]
     return {"missing": (file["none.txt"], "none.txt"), "empty": (file["empty.txt"], "empty.txt"),
             "kind": (file["a.csv"], ".jsonl"), "folder": (file["folder"], "folder"),

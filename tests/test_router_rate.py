@@ -1,7 +1,8 @@
-"""The default rate of the router, at the lengths of the demo and of the paper: noise must not decide, a signal must.
+"""The default rate of the router, at the lengths of the demo and of the paper: noise must not
+decide, a signal must.
 
-A run of the router alone, with train.py's schedule, optimizer, rates and clip. In place of two slices' losses every lesson
-gets random numbers."""
+A run of the router alone, with train.py's schedule, optimizer, rates and clip. In place of two
+slices' losses every lesson gets random numbers."""
 import math
 
 import pytest
@@ -18,8 +19,8 @@ TINY = LlamaConfig(dim=8, n_layers=1, n_heads=1, n_kv_heads=1, ffn_dim=8, vocab_
 
 def decisions(steps: int, budgets: list[float], signal: float = 0.0, until: float = 1.0, seed: int = 0,
               rate: float | None = None, teach: str = "pairs") -> list[float]:
-    """max p over F(b) at every step in which the router learns, until a share of them has passed; the largest over
-    budgets.
+    """max p over F(b) at every step in which the router learns, until a share of them has passed;
+    the largest over budgets.
 
     signal: what every axis costs on which a slice is not the best one, beside noise of 1."""
     flags = ["--steps", str(steps)] + (["--router-lr", str(rate)] if rate else [])
@@ -82,5 +83,6 @@ def test_the_papers_rate_is_decided_by_noise(teach):
 
 @pytest.mark.parametrize("steps,budgets", [(450, [0.4, 0.6, 0.8]), (5000, [0.6])])
 def test_a_signal_has_decided_by_the_end(steps, budgets):
-    """Catches a rate that falls too fast with the length of the run: a signal as large as the noise is over .9."""
+    """Catches a rate that falls too fast with the length of the run: a signal as large as the noise
+    is over .9."""
     assert decisions(steps, budgets, signal=1.0)[-1] > 0.9

@@ -37,20 +37,22 @@ def text_of(capsys, *argv) -> str:
 def test_greedy_with_cache_equals_recomputation(shape, name):
     """Catches a cache at the wrong positions, one that is shared between layers, and factors lost after the
     prompt."""
-    config = dataclasses.replace(SHAPES[shape], context=8)  # the text is longer than the context: RoPE's table grows
+    # the text is longer than the context: RoPE's table grows
+    config = dataclasses.replace(SHAPES[shape], context=8)
     model, subnet = random_llama(config), subnets(config)[name]
     factors = 1 + 0.3 * torch.randn(config.n_layers, 2, generator=torch.Generator().manual_seed(1))
     tokens = list(PROMPT)
     with torch.no_grad():
         for _ in range(20):
-            tokens.append(model(torch.tensor([tokens]), subnet=subnet, factors=factors)[0][0, -1].argmax().item())
+            tokens.append(
+                model(torch.tensor([tokens]), subnet=subnet, factors=factors)[0][0, -1].argmax().item())
     assert list(generate(model, PROMPT, 20, subnet, factors, temperature=0)) == tokens[len(PROMPT):]
     assert len(set(tokens)) > 5, "it only repeats itself: a test of little"
 
 
 def test_beyond_the_window_the_oldest_tokens_are_forgotten():
-    """Catches positions that run past the window, a token that is lost or read twice where it moves on, and a seed that
-    starts again: recomputed from the tokens that a window of 12 holds."""
+    """Catches positions that run past the window, a token that is lost or read twice where it moves
+    on, and a seed that starts again: recomputed from the tokens that a window of 12 holds."""
     model = random_llama(GQA)
     tokens, start = list(PROMPT), 0
     with torch.no_grad():
@@ -59,12 +61,13 @@ def test_beyond_the_window_the_oldest_tokens_are_forgotten():
                 start = len(tokens) - 6
             tokens.append(model(torch.tensor([tokens[start:]]))[0][0, -1].argmax().item())
     assert list(generate(model, PROMPT, 40, temperature=0, window=12)) == tokens[len(PROMPT):]
-    assert list(generate(model, PROMPT, 7, temperature=0, window=12)) == list(generate(model, PROMPT, 7, temperature=0))
+    assert (list(generate(model, PROMPT, 7, temperature=0, window=12))
+            == list(generate(model, PROMPT, 7, temperature=0)))
 
 
 def test_the_window_ends_the_text(tmp_path, capsys):
-    """Catches text from positions that no training has seen, a stop without a word, a prompt that is cut without one,
-    and --beyond that stops. The window is 32 tokens, BOS included."""
+    """Catches text from positions that no training has seen, a stop without a word, a prompt that
+    is cut without one, and --beyond that stops. The window is 32 tokens, BOS included."""
     make_supernet(tmp_path, dataclasses.replace(GQA, context=32))
     tokenizer = load_tokenizer(tmp_path / "tokenizer.model")
     prompt = "the cat sat on the mat"
@@ -72,7 +75,8 @@ def test_the_window_ends_the_text(tmp_path, capsys):
 
     def said(*more) -> tuple[int, str]:
         capsys.readouterr()
-        sample.main(["--model", str(tmp_path), "--prompt", prompt, "--temperature", "0", "--device", "cpu", *more])
+        sample.main(["--model", str(tmp_path), "--prompt", prompt, "--temperature", "0",
+                     "--device", "cpu", *more])
         err = capsys.readouterr().err
         return int(err.split()[err.split().index("tokens,") - 1]), err
 
@@ -97,20 +101,23 @@ def test_sampling_follows_the_softmax():
     with torch.no_grad():
         logits = model(torch.tensor([PROMPT]))[0][0, -1]
     for temperature, top_k in [(1.0, 0), (2.0, 0), (0.5, 4), (1.0, 1000)]:
-        draws = [pick(logits, temperature, top_k, torch.Generator().manual_seed(seed)).item() for seed in range(250)]
+        draws = [pick(logits, temperature, top_k, torch.Generator().manual_seed(seed)).item()
+                 for seed in range(250)]
         said = [next(generate(model, PROMPT, 1, None, None, temperature, top_k, seed)) for seed in range(5)]
         assert said == draws[:5] and len(set(said)) > 1
         kept = logits.sort(descending=True).indices[:top_k] if top_k else torch.arange(len(logits))
         p = torch.zeros(len(logits)).index_copy(0, kept, (logits[kept] / temperature).softmax(0))
         counts = torch.tensor(draws).bincount(minlength=len(logits))
         assert counts[p == 0].sum() == 0
-        assert ((counts / 250 - p).abs() < 4.5 * (p * (1 - p) / 250).sqrt() + 4e-3).all(), (temperature, top_k)
+        assert ((counts / 250 - p).abs() < 4.5 * (p * (1 - p) / 250).sqrt() + 4e-3).all(), (
+            temperature, top_k)
     one = {next(generate(model, PROMPT, 1, None, None, 1.0, 1, seed)) for seed in range(5)}
     assert one == {logits.argmax().item()}
 
 
 def test_the_seed_decides(tmp_path, capsys):
-    """Catches draws from the global stream: the same command must give the same text, another seed another."""
+    """Catches draws from the global stream: the same command must give the same text, another
+    seed another."""
     make_supernet(tmp_path, GQA)
     draw = lambda seed: text_of(capsys, "--model", tmp_path, "--max-new-tokens", 20, "--temperature", 1,
                                 "--seed", seed, "--device", "cpu")
@@ -136,12 +143,13 @@ def test_export_and_supernet_say_the_same(tmp_path, capsys):
 
 
 def test_main_prints_the_prompt_and_what_follows(tmp_path, capsys):
-    """Catches a prompt without BOS, printed twice or not at all, and special tokens of a prompt taken as such."""
+    """Catches a prompt without BOS, printed twice or not at all, and special tokens of a prompt
+    taken as such."""
     model, router = make_supernet(tmp_path, dataclasses.replace(GQA, context=64))
     tokenizer, prompt = load_tokenizer(tmp_path / "tokenizer.model"), "the dog <|begin_of_text|> né"
     bos = tokenizer.encode_single_token(BOS)
-    ids = list(generate(model, [bos, *tokenizer.encode(prompt, disallowed_special=())], 12, *deployed(router, 0.6),
-                        temperature=1.0, top_k=7, seed=3))
+    ids = list(generate(model, [bos, *tokenizer.encode(prompt, disallowed_special=())], 12,
+                        *deployed(router, 0.6), temperature=1.0, top_k=7, seed=3))
     ids = ids[:ids.index(bos)] if bos in ids else ids
     got = text_of(capsys, "--model", tmp_path, "--budget", 0.6, "--prompt", prompt, "--max-new-tokens", 12,
                   "--seed", 3, "--temperature", 1, "--top-k", 7, "--device", "cpu")
@@ -150,8 +158,8 @@ def test_main_prints_the_prompt_and_what_follows(tmp_path, capsys):
 
 
 def test_characters_come_out_whole(tmp_path, capsys, monkeypatch):
-    """Catches tokens decoded one at a time: the bytes of é, 日 and 🐈 are tokens of their own here. And text after the
-    begin-of-text token, which opens another document."""
+    """Catches tokens decoded one at a time: the bytes of é, 日 and 🐈 are tokens of their own here.
+    And text after the begin-of-text token, which opens another document."""
     make_supernet(tmp_path, GQA)
     tokenizer, text = load_tokenizer(tmp_path / "tokenizer.model"), "né 日本 🐈‍⬛ ok"
     ids = tokenizer.encode(text)
@@ -161,7 +169,8 @@ def test_characters_come_out_whole(tmp_path, capsys, monkeypatch):
                        text_of(capsys, "--model", tmp_path, "--prompt", ">", "--device", "cpu"))[1]
     assert say(ids) == f">{text}\n"
     assert say(ids + [bos] + ids) == f">{text}\n"
-    assert say(tokenizer.encode("ok 日")[:-1]) == ">ok \ufffd\n", "cut inside a character: shown as such, no traceback"
+    assert say(tokenizer.encode("ok 日")[:-1]) == ">ok \ufffd\n", (
+        "cut inside a character: shown as such, no traceback")
 
 
 @pytest.fixture(scope="module")
@@ -177,10 +186,12 @@ def folders(tmp_path_factory):
 
 
 @pytest.mark.parametrize("model,flags,word", [
-    ("plain", "--budget 0.5", "plain"), ("gone", "", "gone"), ("mute", "", "tokenizer.model"), ("small", "", "small"),
-    ("flex", "--budget 0.01", "0.01"), ("flex", "--budget 2", "2"), ("flex", "--temperature -1", "-1"),
-    ("flex", "--max-new-tokens 0", "0"), ("flex", "--max-new-tokens many", "many"), ("flex", "--top-k -1", "-1")])
+    ("plain", "--budget 0.5", "plain"), ("gone", "", "gone"), ("mute", "", "tokenizer.model"),
+    ("small", "", "small"), ("flex", "--budget 0.01", "0.01"), ("flex", "--budget 2", "2"),
+    ("flex", "--temperature -1", "-1"), ("flex", "--max-new-tokens 0", "0"),
+    ("flex", "--max-new-tokens many", "many"), ("flex", "--top-k -1", "-1")])
 def test_mistakes(folders, capsys, model, flags, word):
-    """Catches a traceback, or the full model's text under the name of a budget that a plain Llama does not have."""
+    """Catches a traceback, or the full model's text under the name of a budget that a plain Llama
+    does not have."""
     with one_line_error(capsys, word):
         sample.main(["--model", str(folders / model), "--device", "cpu", *flags.split()])

@@ -165,7 +165,8 @@ def test_fingerprint(folder):
 
 @pytest.mark.parametrize("n", [1, 10, 11, 99, 100, 101, 999, 1001, 5000])
 def test_a_large_shard_is_looked_at_here_and_there(n):
-    """Catches blocks that overlap, or leave out an end, and a shard of a hundred gigabytes that is read whole."""
+    """Catches blocks that overlap, or leave out an end, and a shard of a hundred gigabytes that is
+    read whole."""
     tokens = np.arange(n)
     blocks = [block.tolist() for block in Shards._blocks(tokens, most=10, size=10)]
     seen = sorted(token for block in blocks for token in block)
