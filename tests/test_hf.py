@@ -113,7 +113,7 @@ def test_assisted_generation_takes_our_pair(tmp_path):
 
 
 # What a user does first. Prints what it got; what goes to stderr is a warning.
-SNIPPET = ("""
+SNIPPET = """
 import json, sys
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
@@ -127,13 +127,14 @@ batch = tok([short, long], return_tensors="pt", padding=True)
 together = model.generate(**batch, max_new_tokens=6, do_sample=False)
 writer = pipeline("text-generation", model=folder)
 texts = [said[0]["generated_text"] for said in writer([short, long], max_new_tokens=6, batch_size=2)]
-chat = tok.apply_chat_template([dict(role="user", content="hi")], tokenize=False) """
-"""if tok.chat_template else None
+chat = None
+if tok.chat_template:
+    chat = tok.apply_chat_template([dict(role="user", content="hi")], tokenize=False)
 print(json.dumps(dict(
     prompt=one["input_ids"][0].tolist(), new=alone[0, one["input_ids"].size(1):].tolist(),
     new_in_batch=together[0, batch["input_ids"].size(1):].tolist(), texts=texts, chat=chat,
     stops=model.generation_config.eos_token_id, pad=tok.pad_token, length=len(tok))))
-""")
+"""
 TEMPLATE = "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}"
 
 

@@ -126,7 +126,7 @@ def test_gradients_agree(alone, tmp_path, ranks, kind, kd):
             names, (one - two).norm(), one.norm())
 
 
-STATES = ("""
+STATES = """
 import copy, sys, train
 from pathlib import Path
 from plumbing.checkpoint import resume_state, save_state
@@ -138,8 +138,8 @@ args = train.parse_args(["--device", "cpu", "--shard", kind, "--batch-tokens", "
 
 
 def save(folder, model, optimizers):
-    state = dict(model=model_state(model), optimizers=[optimizer_state(o) for o in optimizers], """
-"""step=7, settings={})
+    moments = [optimizer_state(optimizer) for optimizer in optimizers]
+    state = dict(model=model_state(model), optimizers=moments, step=7, settings={})
     Path(folder).mkdir(parents=True, exist_ok=True)
     save_state(folder, state)
 
@@ -165,7 +165,7 @@ for source in sources:
         load_optimizer_state(optimizer, moments)
     save(Path(out) / Path(source).name, model, optimizers)
 train.finish()
-""")
+"""
 WAYS = [(0, "ddp"), *((ranks, kind) for ranks in (2, 3, 4) for kind in ("ddp", "zero1", "fsdp"))]
 
 
@@ -307,7 +307,7 @@ def test_a_good_state_in_parts_is_replaced_by_a_whole_one(tmp_path, capsys, last
         state_of(tmp_path / "out")
 
 
-PRECISE = ("""
+PRECISE = """
 import sys, torch
 import plumbing.parallel
 plumbing.parallel.autocast = lambda device: torch.autocast("cpu", torch.bfloat16)  # as on a GPU
@@ -322,9 +322,14 @@ wrapped = shard(model, kind, device)
 with gathered(model):  # outside of autocast, as around the steps
     pass
 seen = set()
+
+
+def see(norm, inputs, x):
+    seen.add((inputs[0].dtype, norm.weight.dtype))
+
+
 for block in model.layers:
-    block.ffn_norm.register_forward_hook(lambda norm, inputs, x: """
-"""seen.add((inputs[0].dtype, norm.weight.dtype)))
+    block.ffn_norm.register_forward_hook(see)
 tokens = tokens_for(WHOLE, batch=4)
 for _ in range(2):  # gradients add up in fp32
     with plumbing.parallel.autocast(device):
@@ -334,7 +339,7 @@ grads = {name: whole(p.grad) for name, p in model.named_parameters()}
 if train.RANK == 0:
     torch.save(dict(grads=grads, seen=[list(map(str, pair)) for pair in seen]), out)
 train.finish()
-""")
+"""
 
 
 def test_weights_are_gathered_in_autocasts_dtype(tmp_path):
