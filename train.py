@@ -191,9 +191,9 @@ class Handover:
 
     The router stays outside DDP. So the model never sees the router's graph: it gets leaves, copies
     of the router's signals that have no history and collect a gradient. The signals are short
-    vectors, modulation factors and, in a soft pass, marginals. After the last pass every leaf holds the gradient of
-    the step's loss. backward() averages these gradients over the ranks and sends them through the
-    router, once."""
+    vectors, modulation factors and, in a soft pass, marginals. After the last pass every leaf holds
+    the gradient of the step's loss. backward() averages these gradients over the ranks and sends them
+    through the router, once."""
 
     def __init__(self, device: torch.device):
         self.device = device

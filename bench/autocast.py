@@ -69,13 +69,14 @@ def main(argv=None) -> None:
     p.set_defaults(rounds=10)
     args = p.parse_args(argv)
     if (args.llama is None) != (args.data is None):
-        fail("--llama or --data found alone; expected both: a Llama, and shards in its tokens from data/prepare.py")
+        fail("--llama or --data found alone; "
+             "expected both: a Llama, and shards in its tokens from data/prepare.py")
     shape_of(args)
     device = device_of(args.device)
     rows = measure(make_steps(args, device), args.rounds, device)
 
-    print(f"{args.device}, {torch.get_num_threads()} threads, torch {torch.__version__}; {args.batch} x {args.seq_len} "
-          "tokens per budget and step", file=sys.stderr)
+    print(f"{args.device}, {torch.get_num_threads()} threads, torch {torch.__version__}; {args.batch} x "
+          f"{args.seq_len} tokens per budget and step", file=sys.stderr)
     print(f"{'step':>4} {'fp32':>8} {'bf16':>8} {'bf16 - fp32':>12}", file=sys.stderr)
     for row in rows:
         fp32, bf16 = (row[name] for name in AUTOCASTS)

@@ -205,8 +205,8 @@ def main(argv=None) -> None:
 
     import transformers
     print(f"{args.device}, {torch.get_num_threads()} threads, torch {torch.__version__}, transformers "
-          f"{transformers.__version__}; {args.batch} x {args.seq_len} tokens, dim {model.config.dim}; our time over "
-          "theirs (our tokens/s)", file=sys.stderr)
+          f"{transformers.__version__}; {args.batch} x {args.seq_len} tokens, dim {model.config.dim}; our "
+          "time over theirs (our tokens/s)", file=sys.stderr)
     print(f"{'budget':>7} {'cost':>6} " + " ".join(f"{kind:>17}" for kind in KINDS), file=sys.stderr)
     for row in rows:
         cells = [f"{row[kind]:8.3f} {row[kind + ' tok/s']:8,.0f}" for kind in KINDS]

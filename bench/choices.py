@@ -32,11 +32,13 @@ def read_log(folder) -> dict[int, dict]:
         try:
             record = json.loads(line)
         except (ValueError, RecursionError):
-            fail(f"{path}:{number}: found {line[:40]!r}, expected a JSON object, as train.py writes them; remove that line")
+            fail(f"{path}:{number}: found {line[:40]!r}, "
+                 "expected a JSON object, as train.py writes them; remove that line")
         if "sizes" in record:
             steps[record["step"]] = record
     if not steps:
-        fail(f"{path} tells no sizes of what was drawn; expected the log of a run by today's train.py; train again")
+        fail(f"{path} tells no sizes of what was drawn; expected the log of a run by today's train.py; "
+             "train again")
     return steps
 
 
@@ -70,7 +72,8 @@ def text_table(rows: list[dict]) -> str:
     """windows() to read."""
     lines = [f"{'budget':>6} {'step':>7}" + "".join(f"{name:>10}" for name in COLUMNS)]
     for row in sorted(rows, key=lambda row: (-row["budget"], row["step"])):
-        lines.append(f"{row['budget']:6.2f} {row['step']:7,}" + "".join(f"{row[name]:10.3f}" for name in COLUMNS))
+        lines.append(f"{row['budget']:6.2f} {row['step']:7,}"
+                     + "".join(f"{row[name]:10.3f}" for name in COLUMNS))
     return "\n".join(lines)
 
 
@@ -98,7 +101,8 @@ def main(argv=None) -> None:
     """The command line."""
     p = Parser("python -m bench.choices", __doc__)
     p.add_argument("--run", default="out/flex", help="folder of a run of train.py")
-    p.add_argument("--windows", type=int, default=10, help="rows per budget; the picture has ten times as many points")
+    p.add_argument("--windows", type=int, default=10,
+                   help="rows per budget; the picture has ten times as many points")
     p.add_argument("--plot", help="picture to write: .png, .svg or .pdf")
     args = p.parse_args(argv)
     check_at_least_one(args, "windows")

@@ -479,7 +479,8 @@ def run_in(folder: Path, damages: list, words: list[str], seed, seconds: float =
         try:
             os._exit(in_child(folder, damages, words, seed, out.fileno(), err.fileno()))
         finally:
-            os._exit(99)  # a signal came before the program began: what the parent is in the midst of is not ours to end
+            # a signal came before the program began: what the parent is in the midst of is not ours to end
+            os._exit(99)
     status = status_of(child, seconds)
     if status is None and number != signal.SIGKILL:
         os.kill(child, number)

@@ -56,10 +56,11 @@ SIZES = {
     "100M": Size(LlamaConfig(dim=768, n_layers=12, n_heads=12, n_kv_heads=4, head_dim=64, ffn_dim=2048,
                              vocab_size=32000), seq_len=2048, batch=16, micro_batch=4),
     "1B": Size(LlamaConfig(dim=2048, n_layers=16, n_heads=32, n_kv_heads=8, head_dim=64, ffn_dim=8192,
-                           vocab_size=128256, rope_factor=32.0, tied=True), seq_len=2048, batch=8, micro_batch=2),
+                           vocab_size=128256, rope_factor=32.0, tied=True),
+               seq_len=2048, batch=8, micro_batch=2),
 }
-TOY = Size(LlamaConfig(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=16, ffn_dim=64, vocab_size=99), seq_len=16,
-           batch=2, micro_batch=1)
+TOY = Size(LlamaConfig(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=16, ffn_dim=64, vocab_size=99),
+           seq_len=16, batch=2, micro_batch=1)
 
 # -----------------------------------------------------------------------------
 # the parts: each yields its rows
@@ -67,7 +68,8 @@ TOY = Size(LlamaConfig(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=16,
 
 def tests(args) -> Iterator[dict]:
     """tests/test_gpu.py on this device: one row."""
-    words = [sys.executable, "-m", "pytest", "-q", "tests/test_gpu.py", "-k", args.device, "-p", "no:cacheprovider"]
+    words = [sys.executable, "-m", "pytest", "-q", "tests/test_gpu.py", "-k", args.device,
+             "-p", "no:cacheprovider"]
     done = subprocess.run(words, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     print(done.stdout, file=sys.stderr)
     said = done.stdout.strip().splitlines()[-1].strip("= ")
@@ -82,7 +84,8 @@ def steps(args, size: str, compiled: bool = False, checkpointing: bool = False) 
     config, seq_len, batch, micro_batch = size_of(args, size)
     device = device_of(args.device)
     words = argparse.Namespace(batch=batch, seq_len=seq_len, micro_batch=micro_batch, device=args.device)
-    more = [flag for flag, on in (("--compile", compiled), ("--activation-checkpointing", checkpointing)) if on]
+    more = [flag for flag, on in (("--compile", compiled), ("--activation-checkpointing", checkpointing))
+            if on]
     flags = flags_of(words, *more)
     for name in ("dense", "elastic"):
         step = make_step(name, config, flags, device)
@@ -91,7 +94,8 @@ def steps(args, size: str, compiled: bool = False, checkpointing: bool = False) 
         speed, costs = time_steps({name: step}, flags, device, ROUNDS)
         per_second = statistics.median(speed[name])
         yield dict(size=size, compile=compiled, checkpointing=checkpointing, step=name, cost=costs[name],
-                   tokens_per_second=per_second, mfu=mfu(config, seq_len, per_second, device_name(device), costs[name]),
+                   tokens_per_second=per_second,
+                   mfu=mfu(config, seq_len, per_second, device_name(device), costs[name]),
                    peak=peak, planned=planned)
         del step
         gc.collect()  # compiled blocks hold themselves
@@ -146,8 +150,10 @@ PARTS: dict[str, tuple[int, Callable]] = {
     "deployed": (70, functools.partial(deployed, size="1B")),
     "steps-100M-compile": (55, functools.partial(steps, size="100M", compiled=True)),
     "steps-1B-compile": (60, functools.partial(steps, size="1B", compiled=True)),
-    "steps-100M-compile-checkpointing": (45, functools.partial(steps, size="100M", compiled=True, checkpointing=True)),
-    "steps-1B-compile-checkpointing": (50, functools.partial(steps, size="1B", compiled=True, checkpointing=True)),
+    "steps-100M-compile-checkpointing": (
+        45, functools.partial(steps, size="100M", compiled=True, checkpointing=True)),
+    "steps-1B-compile-checkpointing": (
+        50, functools.partial(steps, size="1B", compiled=True, checkpointing=True)),
 }
 
 
@@ -192,7 +198,8 @@ def run_part(name: str, args, limit: float, folder: Path) -> dict:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-    rows = [json.loads(line) for line in out.read_text().splitlines() if line.startswith("{") and line.endswith("}")]
+    rows = [json.loads(line) for line in out.read_text().splitlines()
+            if line.startswith("{") and line.endswith("}")]
     return dict(part=name, seconds=time.monotonic() - start, error=error, rows=rows)
 
 
@@ -231,13 +238,15 @@ def table(rows: list[dict], columns: dict[str, Callable]) -> list[str]:
 
 def flags_said(row: dict) -> str:
     """The flags of a step, as a cell."""
-    said = [flag for flag, key in (("--compile", "compile"), ("--activation-checkpointing", "checkpointing")) if row[key]]
+    said = [flag for flag, key in (("--compile", "compile"), ("--activation-checkpointing", "checkpointing"))
+            if row[key]]
     return " ".join(f"`{flag}`" for flag in said)
 
 
 def over_dense(rows: list[dict]) -> Callable:
     """row -> its tokens/s over those of the dense step with the same flags, as a cell."""
-    dense = {(row["size"], flags_said(row)): row["tokens_per_second"] for row in rows if row["step"] == "dense"}
+    dense = {(row["size"], flags_said(row)): row["tokens_per_second"]
+             for row in rows if row["step"] == "dense"}
     return lambda row: f"{row['tokens_per_second'] / dense[row['size'], flags_said(row)]:.2f}"
 
 
@@ -279,7 +288,8 @@ def report(result: dict) -> str:
             lines += [caption + ":", ""]
             lines += table(found, {column: functools.partial(cell_of, column) for column in columns})
     for part in result["parts"]:
-        lines.append(f"- {part['part']}: {part['seconds']:.0f} s" + (f", {part['error']}" if part["error"] else ""))
+        lines.append(f"- {part['part']}: {part['seconds']:.0f} s"
+                     + (f", {part['error']}" if part["error"] else ""))
     return "\n".join(lines) + "\n"
 
 
@@ -323,7 +333,8 @@ def main(argv=None) -> None:
     folder = Path(args.out)
     folder.mkdir(parents=True, exist_ok=True)
     said = "" if args.parts == list(PARTS) else f" --parts {' '.join(args.parts)}"
-    result = dict(device=device_name(device), torch=torch.__version__, flags=said + (" --toy" if args.toy else ""),
+    result = dict(device=device_name(device), torch=torch.__version__,
+                  flags=said + (" --toy" if args.toy else ""),
                   parts=run_parts(args.parts, args, folder))
     for name, text in (("gpu.json", json.dumps(result, indent=1) + "\n"), ("gpu.md", report(result))):
         with atomic_write(folder / name) as file:

@@ -63,13 +63,15 @@ SAVES = "--save-every 2 --log-every 1"
 PROGRAMS = {
     "train": Program(f"train --data data --base-steps 4 --steps 4 --eval-every 3 --budgets 1.0 0.6 {SAVES} "
                      f"{fuzz.TINY} --out new/flex", "--resume", "new", False),
-    "train --llama": Program(f"train --llama llama --data data --steps 6 --eval-every 4 --budgets 1.0 0.6 {SAVES} "
-                             f"{fuzz.TINY} --out new", "--resume", "new", False),
-    "prepare": Program("data.prepare --input text --vocab-size 600 --shard-tokens 1000 --out new", "", "new", True),
+    "train --llama": Program("train --llama llama --data data --steps 6 --eval-every 4 --budgets 1.0 0.6 "
+                             f"{SAVES} {fuzz.TINY} --out new", "--resume", "new", False),
+    "prepare": Program("data.prepare --input text --vocab-size 600 --shard-tokens 1000 --out new",
+                       "", "new", True),
     "llama": Program("data.llama hf --out new", "", "new", True),
     "export": Program("export --model flex --budget 0.6 --out new", "", "new", True),
     "export hf": Program("export --model flex --budget 0.6 --format hf --out new", "", "new", True),
-    "export gguf": Program("export --model flex --budget 0.6 --format gguf --out new.gguf", "", "new.gguf", True),
+    "export gguf": Program("export --model flex --budget 0.6 --format gguf --out new.gguf",
+                           "", "new.gguf", True),
     "search": Program(f"{fuzz.SEARCH} --generations 3 --population 4 --out new", "--resume", "new", False),
     "flextron": Program(f"flextron.__main__ --llama llama --data data --elastic-steps 2 --router-steps 2 "
                         f"--joint-steps 2 --samples 1 --router dynamic {SAVES} {fuzz.TINY} --out new",
@@ -122,7 +124,8 @@ def content_of(path: Path):
 def plain(value):
     """Nested values with every tensor as (dtype, shape, bytes)."""
     if torch.is_tensor(value):
-        return value.dtype, tuple(value.shape), value.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        return (value.dtype, tuple(value.shape),
+                value.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     if isinstance(value, dict):
         return {key: plain(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
@@ -218,7 +221,8 @@ def main(argv=None) -> None:
     """Kills them all, prints a row per program. Status 1 if something was wrong."""
     p = Parser("python -m bench.kills", __doc__)
     p.add_argument("--kills", type=int, default=30, help="of each program")
-    p.add_argument("--programs", nargs="+", default=list(PROGRAMS), metavar="NAME", help=f"of {', '.join(PROGRAMS)}")
+    p.add_argument("--programs", nargs="+", default=list(PROGRAMS), metavar="NAME",
+                   help=f"of {', '.join(PROGRAMS)}")
     p.add_argument("--signal", choices=list(SIGNALS), default="kill")
     p.add_argument("--seed", type=int, default=0, help="of the moments")
     args = p.parse_args(argv)

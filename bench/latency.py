@@ -63,7 +63,8 @@ def main(argv=None) -> None:
     """Measures, writes the table, prints a line per slice."""
     p = Parser("python -m bench.latency", __doc__)
     p.add_argument("--model", default="out/flex", help="a supernet or any plain Llama folder")
-    p.add_argument("--rounds", type=int, default=ROUNDS, help="timings of a slice, at most; the median counts")
+    p.add_argument("--rounds", type=int, default=ROUNDS,
+                   help="timings of a slice, at most; the median counts")
     p.add_argument("--seq-len", type=int, help="tokens per window (default: the model's context)")
     p.add_argument("--slices", type=int, default=6, help="random slices to check the table on")
     p.add_argument("--device", choices=["cpu", "cuda"],

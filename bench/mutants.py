@@ -59,8 +59,8 @@ def planted(text: str, bug: Bug, file: str) -> str:
     """The text of a file with the bug in it. fail(): the list no longer fits the code."""
     found = text.count(bug.old)
     if found != 1:
-        fail(f"{file}: the text of the bug {bug.breaks!r} was found {found} times, expected once; mend its entry in "
-             "bench/bugs.py")
+        fail(f"{file}: the text of the bug {bug.breaks!r} was found {found} times, expected once; mend its "
+             "entry in bench/bugs.py")
     return text.replace(bug.old, bug.new)
 
 
@@ -68,8 +68,8 @@ def first_failure(tree: Path, tests: list[str], limit: float) -> str | None:
     """Runs test files in a tree until one fails: the name of that test; None if all pass."""
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    process = subprocess.Popen(command, cwd=tree, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                               text=True, start_new_session=True)
+    process = subprocess.Popen(command, cwd=tree, env=environment, stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT, text=True, start_new_session=True)
     try:
         said, _ = process.communicate(timeout=limit)
     except subprocess.TimeoutExpired:
@@ -115,7 +115,8 @@ def chosen(paths: list[str]) -> list[tuple[str, Bug]]:
     if not paths:
         return pairs
     asked = [path.rstrip("/") for path in paths]
-    found = [(file, bug) for file, bug in pairs if any(file == path or file.startswith(path + "/") for path in asked)]
+    found = [(file, bug) for file, bug in pairs
+             if any(file == path or file.startswith(path + "/") for path in asked)]
     if not found:
         fail(f"no bug is in {' '.join(paths)}; expected files or folders of {' '.join(BUGS)}")
     return found
@@ -168,7 +169,8 @@ def table(results: list[Result]) -> str:
 
 def summary(results: list[Result]) -> str:
     """A row per file, and the sums."""
-    lines = ["| file | bugs | killed | nobody can tell | survived | tests that killed |", "|---|---|---|---|---|---|"]
+    lines = ["| file | bugs | killed | nobody can tell | survived | tests that killed |",
+             "|---|---|---|---|---|---|"]
     for file in [*dict.fromkeys(r.file for r in results), "all"]:
         of_file = [r for r in results if file in (r.file, "all")]
         killers = [r.killer for r in of_file if r.killer != SURVIVED]

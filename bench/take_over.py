@@ -76,7 +76,8 @@ def main(argv=None) -> None:
                 continue
             difference = taken - own
             error = difference.std() / len(x) ** 0.5
-            print(f"{budget:6.2f} {own.mean():7.4f} {taken.mean():7.4f} {difference.mean():+10.4f} {error:6.4f}")
+            print(f"{budget:6.2f} {own.mean():7.4f} {taken.mean():7.4f} "
+                  f"{difference.mean():+10.4f} {error:6.4f}")
 
 
 if __name__ == "__main__":

@@ -23,10 +23,11 @@ def text_windows(path, tokenizer, context: int) -> list[tuple[torch.Tensor, torc
     try:
         text = path.read_bytes().decode("utf-8")  # not read_text: it would change line ends
     except UnicodeDecodeError as error:
-        fail(f"--text {path} is not UTF-8 ({error.reason} at byte {error.start}); expected a UTF-8 text file; "
-             f"iconv -t UTF-8 converts it")
+        fail(f"--text {path} is not UTF-8 ({error.reason} at byte {error.start}); "
+             f"expected a UTF-8 text file; iconv -t UTF-8 converts it")
     if text.startswith(POINTER.decode()):
-        fail(f"--text {path} is a pointer of Git LFS, not the file itself; expected text: fetch it with git lfs pull")
+        fail(f"--text {path} is a pointer of Git LFS, not the file itself; "
+             "expected text: fetch it with git lfs pull")
     tokens = torch.from_numpy(encode_document(tokenizer, text).astype("int64"))
     if len(tokens) < 2:
         fail(f"--text {path} is empty; expected at least one token of text")
@@ -42,7 +43,8 @@ def text_windows(path, tokenizer, context: int) -> list[tuple[torch.Tensor, torc
     return pairs
 
 
-def shard_windows(model_folder, data, n: int, context: int, vocab_size: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def shard_windows(model_folder, data, n: int, context: int,
+                  vocab_size: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """n windows of the val split as one pair (x, y). fail() if the model in model_folder has
     another tokenizer."""
     check_same_tokenizer(model_folder, data)

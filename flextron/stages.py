@@ -225,7 +225,8 @@ def surrogate_step(flextron: Flextron, surrogate: Surrogate, shards, step: int, 
                 states, picks = flextron.states(x, target, noise)
                 output = flextron.model.output.weight
                 full = flextron.model.states(x)
-                excess = losses_in_chunks(states.detach(), output, y) - losses_in_chunks(full, output, y)  # B, T
+                # B, T
+                excess = losses_in_chunks(states.detach(), output, y) - losses_in_chunks(full, output, y)
             # rows for S: of tokens, or of whole sequences
             soft = torch.cat([pick.soft for pick in picks], dim=-1)                # B, T or 1, 2L * K
             rows = excess

@@ -62,8 +62,8 @@ def save_tensors(path, state: dict) -> None:
         torch.save(state, file)
 
 
-STORAGES = {torch.float32: torch.FloatStorage, torch.bfloat16: torch.BFloat16Storage, torch.float16: torch.HalfStorage,
-            torch.float64: torch.DoubleStorage}
+STORAGES = {torch.float32: torch.FloatStorage, torch.bfloat16: torch.BFloat16Storage,
+            torch.float16: torch.HalfStorage, torch.float64: torch.DoubleStorage}
 
 
 class Stored(NamedTuple):
@@ -88,7 +88,8 @@ class StoredPickler(pickle.Pickler):
     def reducer_override(self, value):
         if not isinstance(value, Stored):
             return NotImplemented
-        return torch._utils._rebuild_tensor_v2, (Record(value), 0, value.shape, value.strides(), False, OrderedDict())
+        return torch._utils._rebuild_tensor_v2, (
+            Record(value), 0, value.shape, value.strides(), False, OrderedDict())
 
     def persistent_id(self, value):
         if isinstance(value, Record):
@@ -152,21 +153,22 @@ def same_but_for_rounding(a: torch.Tensor | None, b: torch.Tensor) -> bool:
     if same(a, b):
         return True
     middling = a.float().abs().mean().item()
-    return a.shape == b.shape and torch.allclose(a.float(), b.float(), rtol=ROUNDING, atol=ROUNDING * middling)
+    return (a.shape == b.shape
+            and torch.allclose(a.float(), b.float(), rtol=ROUNDING, atol=ROUNDING * middling))
 
 
 def check_tensors(path: Path, shard) -> None:
     """A shard is a dictionary of float tensors by name, or fail()."""
     for name, t in shard.items():
         if not isinstance(name, str) or not torch.is_tensor(t):
-            fail(f"{path} holds something else than tensors by name ({str(name)[:40]}: {type(t).__name__}); expected a "
-                 "Llama's state dict in Meta's names")
+            fail(f"{path} holds something else than tensors by name ({str(name)[:40]}: {type(t).__name__}); "
+                 "expected a Llama's state dict in Meta's names")
         if t.layout != torch.strided or t.device.type != "cpu":
-            fail(f"{path}: {name} has no numbers to read ({t.layout}, {t.device}); expected a dense tensor; copy the "
-                 "file again from its source")
+            fail(f"{path}: {name} has no numbers to read ({t.layout}, {t.device}); expected a dense tensor; "
+                 "copy the file again from its source")
         if t.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            fail(f"{path}: {name} is {t.dtype}, a quantised model?; expected float32, bfloat16 or float16; take "
-                 "the original weights")
+            fail(f"{path}: {name} is {t.dtype}, a quantised model?; expected float32, bfloat16 or float16; "
+                 "take the original weights")
 
 
 def open_shards(folder, config: LlamaConfig) -> tuple[list[dict], dict[str, int | None], LlamaConfig]:
@@ -209,8 +211,8 @@ def note_rounding(paths: list[Path], shards: list[dict], axes: dict[str, int | N
         if axis is None and not all(same(part, whole[0]) for part in whole[1:]):
             rounded.append(name)
     if rounded:
-        note(f"{len(rounded)} tensors that all shards of {paths[0].parent} have, such as {rounded[0]}, differ by "
-             f"rounding; those of {paths[0].name} are taken")
+        note(f"{len(rounded)} tensors that all shards of {paths[0].parent} have, such as {rounded[0]}, "
+             f"differ by rounding; those of {paths[0].name} are taken")
 
 
 def is_tied(shard: dict) -> bool:
@@ -232,9 +234,10 @@ def check_tensor(name: str, paths: list[Path], shards: list[dict], want: tuple |
     # The parts agree in all but the axis; what every shard has whole is equal.
     for path, part in zip(paths[1:], parts[1:]):
         whole_twice = axis is None and part is not None
-        if kind_of(part, axis) != kind_of(first, axis) or (whole_twice and not same_but_for_rounding(part, first)):
-            fail(f"{path} and {paths[0].name} are of two models: their {name} differ; expected shards of one; copy "
-                 "them again from one source")
+        if (kind_of(part, axis) != kind_of(first, axis)
+                or (whole_twice and not same_but_for_rounding(part, first))):
+            fail(f"{path} and {paths[0].name} are of two models: their {name} differ; expected shards of "
+                 "one; copy them again from one source")
 
     found = None if first is None else list(first.shape)
     if axis is not None:
@@ -284,12 +287,14 @@ def fill_llama_(model: Llama, folder) -> None:
     is split over ranks (sharding.py) takes its own rows of every tensor, and reads no others."""
     _, axes, config = open_shards(folder, read_config(folder))
     weights = model.state_dict()
-    for name, weight in read_tensors(folder, axes, config, {name: own_rows(t) for name, t in weights.items()}):
+    for name, weight in read_tensors(folder, axes, config,
+                                     {name: own_rows(t) for name, t in weights.items()}):
         check_finite(weight, name, folder, on_all_ranks=is_split(weights[name]))
         local(weights[name]).copy_(weight)
 
 
-def read_tensors(folder, axes: dict[str, int | None], config: LlamaConfig, rows: dict[str, slice] | None = None):
+def read_tensors(folder, axes: dict[str, int | None], config: LlamaConfig,
+                 rows: dict[str, slice] | None = None):
     """Yields (name, tensor) of a raw folder, one by one, merged by their axes from its shards.
 
     rows: which of them, None: all. Where embeddings and output are tied, the embeddings alone."""
@@ -318,8 +323,9 @@ def check_finite(weight: torch.Tensor, name: str, folder, on_all_ranks: bool = F
         counts = sum_over_ranks(counts)
     bad, all_of_it = counts.tolist()
     if bad:
-        fail(f"{folder}: {bad:,} of {all_of_it:,} numbers in {name} are NaN or infinite; its training diverged, or "
-             "the file is damaged: copy it again from its source, or train again with a lower --lr")
+        fail(f"{folder}: {bad:,} of {all_of_it:,} numbers in {name} are NaN or infinite; its training "
+             "diverged, or the file is damaged: copy it again from its source, "
+             "or train again with a lower --lr")
 
 
 def save_llama(folder, config: LlamaConfig, weights, tokenizer=None) -> None:
@@ -362,8 +368,8 @@ def check_target(out, source) -> None:
     params = out / PARAMS
     ours = not params.is_file() or '"ffn_dim"' in params.read_text()  # Meta's own has no such key
     if (out / RESUME).exists() or not ours or out.resolve() == Path(source).resolve():
-        fail(f"{out} is a training run or a Llama from elsewhere; expected a new folder or an earlier export; choose "
-             "another --out")
+        fail(f"{out} is a training run or a Llama from elsewhere; expected a new folder or an earlier "
+             "export; choose another --out")
 
 
 # -----------------------------------------------------------------------------
@@ -437,12 +443,13 @@ def with_all_parts(folder, state: dict) -> dict:
         path = part_path(folder, name, rank)
         part = load_tensors(path)
         if part["step"] != state["step"]:
-            fail(f"{path} is of step {part['step']}, {RESUME} of {state['step']}; expected the parts of one save; copy "
-                 f"{folder} again, or delete it and start again")
+            fail(f"{path} is of step {part['step']}, {RESUME} of {state['step']}; "
+                 f"expected the parts of one save; copy {folder} again, or delete it and start again")
         parts.append(part)
     optimizers = []
     for i, moments in enumerate(state["optimizers"]):
-        optimizers.append(moments | dict(state=joined_all([part["optimizers"][i]["state"] for part in parts])))
+        optimizers.append(
+            moments | dict(state=joined_all([part["optimizers"][i]["state"] for part in parts])))
     return state | dict(model=joined_all([part["model"] for part in parts]), optimizers=optimizers)
 
 
@@ -501,6 +508,7 @@ def resume_state(folder, settings: dict, steps: int, resume: bool, override=(), 
     if state["step"] > steps:
         fail(f"{folder} is at step {state['step']} already, {steps} were asked for; ask for more, or {mend}")
     if state["step"] < steps and not resume:
-        fail(f"{folder} holds a run that stopped at step {state['step']} of {steps}; go on with --resume, or delete it")
+        fail(f"{folder} holds a run that stopped at step {state['step']} of {steps}; "
+             "go on with --resume, or delete it")
     with of_a_run(path):
         return with_all_parts(folder, state)

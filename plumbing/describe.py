@@ -38,9 +38,10 @@ def describe(folder) -> dict[str, str]:
     scaled = "not scaled" if c.rope_factor == 1 else f"scaled by {c.rope_factor:g}"
     return {
         "family": family_of(c, bool(paths)),
-        "shape": f"dim {c.dim}, {c.n_layers} layers, {sizes(c.n_heads)} heads of {c.head_dim}, {sizes(c.n_kv_heads)} KV "
-                 f"heads, ffn {sizes(c.ffn_dim)}, vocabulary {c.vocab_size:,}",
-        "parameters": f"{n_params(c, full):,} without embeddings, {n_params(c, full, embeddings=True):,} in all",
+        "shape": f"dim {c.dim}, {c.n_layers} layers, {sizes(c.n_heads)} heads of {c.head_dim}, "
+                 f"{sizes(c.n_kv_heads)} KV heads, ffn {sizes(c.ffn_dim)}, vocabulary {c.vocab_size:,}",
+        "parameters": f"{n_params(c, full):,} without embeddings, "
+                      f"{n_params(c, full, embeddings=True):,} in all",
         "dtype": dtype,
         "shards": str(len(paths)),
         "tied": "yes" if c.tied else "no",

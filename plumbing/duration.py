@@ -69,7 +69,8 @@ def readable(seconds: float) -> str:
     """1 day, 2.3 hours: one unit, as people say it."""
     for unit, length in (("years", 365 * 86400), ("days", 86400), ("hours", 3600), ("minutes", 60)):
         if seconds >= 1.5 * length:
-            return f"{seconds / length:.2g} {unit}" if seconds < 10 * length else f"{seconds / length:,.0f} {unit}"
+            return (f"{seconds / length:.2g} {unit}" if seconds < 10 * length
+                    else f"{seconds / length:,.0f} {unit}")
     return f"{seconds:.0f} seconds"
 
 
@@ -88,8 +89,9 @@ def say_duration(config: LlamaConfig, args: argparse.Namespace, device: torch.de
         with autocast_is("float32"):
             in_fp32 = machine_flops(device)
         if speed < in_fp32:
-            note(f"--autocast bfloat16 multiplies at {speed / 1e9:.1f} GFLOP/s here, float32 at {in_fp32 / 1e9:.1f}; "
-                 "it wants a processor with avx512_bf16 or amx; on this one leave it out")
+            note(f"--autocast bfloat16 multiplies at {speed / 1e9:.1f} GFLOP/s here, float32 at "
+                 f"{in_fp32 / 1e9:.1f}; it wants a processor with avx512_bf16 or amx; "
+                 "on this one leave it out")
 
 
 def expected_seconds(config: LlamaConfig, args: argparse.Namespace, speed: float) -> float:

@@ -32,7 +32,8 @@ class Parser(argparse.ArgumentParser):
     train.py"."""
 
     def __init__(self, command: str, description: str):
-        super().__init__(prog=command, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+        super().__init__(prog=command, description=description,
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def parse_args(self, args=None, namespace=None):
         """The flags. An empty text (--out "$UNSET") names no place: fail(). Only a prompt may be one."""
@@ -40,7 +41,8 @@ class Parser(argparse.ArgumentParser):
         for name, value in vars(found).items():
             texts = value if isinstance(value, list) else [value]
             if "" in texts and name != "prompt":
-                self.error(f"an empty text found for {name.replace('_', '-')}; expected one that says something")
+                self.error(f"an empty text found for {name.replace('_', '-')}; "
+                           "expected one that says something")
         return found
 
     def error(self, message: str) -> NoReturn:
@@ -55,8 +57,8 @@ def check_range(args: argparse.Namespace, lowest: float, *names: str, highest: f
         values = value if isinstance(value, list) else [value]
         for number in values:
             if number is not None and not lowest <= number <= highest:
-                fail(f"--{name.replace('_', '-')} {str(number)[:20]} found; expected {lowest:g} or more, and at most "
-                     f"{highest:g}")
+                fail(f"--{name.replace('_', '-')} {str(number)[:20]} found; expected {lowest:g} or more, and "
+                     f"at most {highest:g}")
 
 
 def check_at_least_one(args: argparse.Namespace, *names: str) -> None:

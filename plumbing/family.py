@@ -31,8 +31,8 @@ from space import Space, cost
 FLEX = "flex.pt"
 FLEXTRON = "flextron.pt"
 # Of what kind the plain values of flex.pt and flextron.pt are, where they have them.
-KINDS = dict(seq_len=int, eval_windows=int, data=str, budgets=list, targets=list, delta=float, near=float, mode=str,
-             seed=int)
+KINDS = dict(seq_len=int, eval_windows=int, data=str, budgets=list, targets=list, delta=float,
+             near=float, mode=str, seed=int)
 TABLE_BUDGETS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)  # what tables show where nobody asked for a budget
 
 # -----------------------------------------------------------------------------
@@ -72,7 +72,8 @@ class Family:
         """restore(beside, saved), or fail() if the file is not of the Llama beside it."""
         if "weights" in self.saved and self.saved["weights"] != fingerprint(self.folder):
             fail(f"{self.folder / name} was saved with other weights than those beside it, as when a save is "
-                 "interrupted; expected both of one save; the run's own command with --resume writes both again")
+                 "interrupted; expected both of one save; "
+                 "the run's own command with --resume writes both again")
         writer = "train.py" if name == FLEX else "flextron"
         expected = f"the {name} that {writer} wrote with the Llama beside it; take both from one folder"
         with taken_apart(self.folder / name, expected):
@@ -96,8 +97,8 @@ class Family:
             return Member(network, network.subnet)
         if self.router is None:
             if asked != 1:
-                fail(f"{self.folder} is a plain Llama, it has no {FLEX}: its only budget is 1.0; expected a folder of "
-                     f"train.py's; python train.py --llama {self.folder} makes one")
+                fail(f"{self.folder} is a plain Llama, it has no {FLEX}: its only budget is 1.0; expected a "
+                     f"folder of train.py's; python train.py --llama {self.folder} makes one")
             return Member(self.model, self.model.full)
         subnet = self.router.route(asked, self.latencies(asked) if unit == "latency" else None)
         if unit == "params":
@@ -114,8 +115,9 @@ class Family:
         self.noted.add(asked)
         program = "train.py --budgets" if self.router else "-m flextron --targets"
         budgets = " ".join(f"{b:g}" for b in sorted({*trained, round(asked, 2)}, reverse=True))
-        note(f"{asked:.3g} is under {min(trained):g}, the smallest budget that {self.folder} was trained at: expect "
-             f"a worse model than its size could be; to train further down: python {program} {budgets}")
+        note(f"{asked:.3g} is under {min(trained):g}, the smallest budget that {self.folder} was trained at: "
+             "expect a worse model than its size could be; "
+             f"to train further down: python {program} {budgets}")
 
     def note_small(self, subnet: SubNet) -> None:
         """note_untrained() for a slice that was found by another unit: is even the largest budget
@@ -129,16 +131,16 @@ class Family:
         """member(), as one slice; fail() where every token takes its own width."""
         member = self.member(asked, unit)
         if member.subnet is None:
-            fail(f"{self.folder} has dynamic routers: every token takes its own width, and no slice is what they "
-                 "choose; expected static ones (python -m flextron --router static), or --budget 1.0")
+            fail(f"{self.folder} has dynamic routers: every token takes its own width, and no slice is what "
+                 "they choose; expected static ones (python -m flextron --router static), or --budget 1.0")
         return member
 
     def latencies(self, asked: float) -> torch.Tensor:
         """The time of every member of the router's space, (M,), in fractions of the full model's;
         fail() if none takes at most `asked`."""
         if self.router.mode == "penalty":
-            fail(f"{self.folder} was trained with --router penalty, whose choice no latency bounds; expected a "
-                 "constrained router; ask for a budget")
+            fail(f"{self.folder} was trained with --router penalty, whose choice no latency bounds; expected "
+                 "a constrained router; ask for a budget")
         latency = load_latency(self.folder, self.model, self.router.space.choices)
         return latency.costs(self.router.space, asked)
 
@@ -195,7 +197,8 @@ def restore_router(config: LlamaConfig, saved: dict) -> Router:
     near = saved.get("near", saved["delta"])  # a family that was trained before there was one
     space = Space(config, saved["choices"], saved["layer_order"], saved["delta"], near)
     if space.choices != saved["choices"]:  # an axis that is missing would get the default's
-        raise ValueError(f"choices are {str(saved['choices'])[:60]}, expected all axes, ascending, the full size last")
+        raise ValueError(f"choices are {str(saved['choices'])[:60]}, "
+                         "expected all axes, ascending, the full size last")
     router = Router(space, saved["mode"], saved["seed"], saved["budgets"])
     load_weights(router, saved["router"])
     return router

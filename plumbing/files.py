@@ -56,8 +56,8 @@ def new_folder(path, may_replace: set[str]):
     left beside it is removed."""
     path = Path(path).resolve()
     if path.exists() and not only_holds(path, may_replace):
-        fail(f"{path} exists and holds other things; expected a new folder or an earlier one of the same kind; "
-             "choose another --out")
+        fail(f"{path} exists and holds other things; expected a new folder or an earlier one of the same "
+             "kind; choose another --out")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.new-{os.getpid()}")
     old = path.with_name(f".{path.name}.old-{os.getpid()}")
@@ -81,7 +81,8 @@ def new_folder(path, may_replace: set[str]):
 
 def only_holds(folder: Path, names: set[str]) -> bool:
     """Is this a folder in which every file matches one of the names or globs?"""
-    return folder.is_dir() and all(any(fnmatch(file.name, name) for name in names) for file in folder.iterdir())
+    return folder.is_dir() and all(
+        any(fnmatch(file.name, name) for name in names) for file in folder.iterdir())
 
 
 @contextlib.contextmanager
@@ -92,8 +93,8 @@ def nothing_half_written(what: str):
     try:
         yield
     except OSError as error:
-        fail(f"{what} could not be written ({error.strerror or error}); nothing of it was kept; make room, or choose "
-             "another --out")
+        fail(f"{what} could not be written ({error.strerror or error}); nothing of it was kept; make room, "
+             "or choose another --out")
     except KeyboardInterrupt:
         fail(f"{what} was interrupted; nothing of it was kept; run the same command again")
     finally:

@@ -47,7 +47,8 @@ def check(config: LlamaConfig, tokenizer: Path, out: Path) -> tiktoken.Encoding 
     except ImportError:
         fail("--format gguf needs the package gguf, which is not installed; pip install gguf")
     if out.exists() and not is_gguf(out):
-        fail(f"{out} exists and is no GGUF file; expected a new name or an earlier export; choose another --out")
+        fail(f"{out} exists and is no GGUF file; expected a new name or an earlier export; "
+             "choose another --out")
     without = f"{out} gets no tokenizer: llama.cpp runs it on token ids alone, and Ollama not at all"
     enc = readable_tokenizer(config, tokenizer, without)
     if enc is not None and pre_tokenizer(enc._pat_str) is None:
@@ -136,9 +137,11 @@ def encoded(weight: torch.Tensor, kind: str):
 
 
 # A pattern can be written in many ways. Two that cut this text in the same way are taken to be one.
-CUT_TEST = ("I'm you'Re THEY'LL it's 'sup we'd've 1 12 123 1234567 3.14159e-10 0x1F x86_64 a1b22c333\r\n\r\n \n\t\n"
-            "def f(x):\n    return {'a': [1, 2]}  # done!!\n\n\n   indented\t\ttabs   \n  2024 was   99 % ... "
-            "naïve café e\u0301 漢字かな交じり文 한국어 ²³ ½ ٣٤٥ Ⅻ 🤷🏽‍♀️👩‍👩‍👧 ∑∫√\u00a0nbsp\u3000wide.Word-by_word /a/b\\c "
+CUT_TEST = ("I'm you'Re THEY'LL it's 'sup we'd've 1 12 123 1234567 3.14159e-10 0x1F x86_64 "
+            "a1b22c333\r\n\r\n \n\t\n"
+            "def f(x):\n    return {'a': [1, 2]}  # done!!\n\n\n   indented\t\ttabs   \n  "
+            "2024 was   99 % ... naïve café e\u0301 漢字かな交じり文 한국어 ²³ ½ ٣٤٥ Ⅻ "
+            "🤷🏽‍♀️👩‍👩‍👧 ∑∫√\u00a0nbsp\u3000wide.Word-by_word /a/b\\c "
             "$100 #tag @me (a) \"q\"\n.x\r\n,y;  5  55 z    ")
 
 

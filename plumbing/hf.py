@@ -28,7 +28,8 @@ from plumbing.params import max_positions
 
 FILES = {"config.json", "generation_config.json", "model*.safetensors*", "tokenizer*.json"}
 SHARD_BYTES = 5_000_000_000
-DTYPES = {torch.float32: ("float32", "F32"), torch.bfloat16: ("bfloat16", "BF16"), torch.float16: ("float16", "F16")}
+DTYPES = {torch.float32: ("float32", "F32"), torch.bfloat16: ("bfloat16", "BF16"),
+          torch.float16: ("float16", "F16")}
 PAD = "<|finetune_right_pad_id|>"  # Llama 3's token for padding; other tokenizers pad with their first end
 
 # transformers 4.57 and some of 5 warn of a wrong regular expression in every local folder with more
@@ -43,12 +44,15 @@ def check(config: LlamaConfig, tokenizer: Path, out: Path) -> tiktoken.Encoding 
     """Refuses, with fail(), what this format cannot hold. Returns the tokenizer to write with it;
     None, and a note on stderr, where there is none that could be written."""
     if any(isinstance(getattr(config, name), tuple) for name in ("n_heads", "n_kv_heads", "ffn_dim")):
-        fail("this Llama has another number of heads or neurons in every layer; --format hf has one number for all "
-             "layers, no runtime that reads it could load the rest; use --format gguf or --format llama")
+        fail("this Llama has another number of heads or neurons in every layer; --format hf has one number "
+             "for all layers, no runtime that reads it could load the rest; "
+             "use --format gguf or --format llama")
     if model_class(config) == "mistral" and config.rope_factor != 1:
-        note(f"{config.n_heads} heads do not divide {config.dim} channels, so this is a Mistral to transformers, "
-             "which ignores a Mistral's scaled RoPE before its version 4.48; use that or a newer one")
-    return readable_tokenizer(config, tokenizer, f"{out} gets no tokenizer: copy that of the original Hugging Face "
+        note(f"{config.n_heads} heads do not divide {config.dim} channels, so this is a Mistral to "
+             "transformers, which ignores a Mistral's scaled RoPE before its version 4.48; "
+             "use that or a newer one")
+    return readable_tokenizer(config, tokenizer,
+                              f"{out} gets no tokenizer: copy that of the original Hugging Face "
                               "model into it")
 
 
@@ -100,13 +104,13 @@ def model_config(c: LlamaConfig, dtype: torch.dtype, bos: int, eos: int) -> dict
     rope = scaling or dict(rope_type="default")
     config = dict(
         architectures=["LlamaForCausalLM" if kind == "llama" else "MistralForCausalLM"], model_type=kind,
-        hidden_size=c.dim, intermediate_size=c.ffn_dim, num_hidden_layers=c.n_layers, num_attention_heads=c.n_heads,
-        num_key_value_heads=c.n_kv_heads, head_dim=c.head_dim, vocab_size=c.vocab_size,
-        max_position_embeddings=max_positions(c), rms_norm_eps=c.norm_eps, hidden_act="silu",
-        tie_word_embeddings=c.tied, attention_bias=False, mlp_bias=False, attention_dropout=0.0, bos_token_id=bos,
-        eos_token_id=eos, torch_dtype=DTYPES[dtype][0], initializer_range=0.02, use_cache=True, rope_theta=c.rope_theta,
-        rope_scaling=scaling, rope_parameters=rope | dict(rope_theta=c.rope_theta),
-        transformers_version=TRANSFORMERS_VERSION)
+        hidden_size=c.dim, intermediate_size=c.ffn_dim, num_hidden_layers=c.n_layers,
+        num_attention_heads=c.n_heads, num_key_value_heads=c.n_kv_heads, head_dim=c.head_dim,
+        vocab_size=c.vocab_size, max_position_embeddings=max_positions(c), rms_norm_eps=c.norm_eps,
+        hidden_act="silu", tie_word_embeddings=c.tied, attention_bias=False, mlp_bias=False,
+        attention_dropout=0.0, bos_token_id=bos, eos_token_id=eos, torch_dtype=DTYPES[dtype][0],
+        initializer_range=0.02, use_cache=True, rope_theta=c.rope_theta, rope_scaling=scaling,
+        rope_parameters=rope | dict(rope_theta=c.rope_theta), transformers_version=TRANSFORMERS_VERSION)
     if kind == "mistral":
         config["sliding_window"] = None
     return config
@@ -116,8 +120,9 @@ def model_config(c: LlamaConfig, dtype: torch.dtype, bos: int, eos: int) -> dict
 # weights
 
 
-NAMES = {"attention.wq": "self_attn.q_proj", "attention.wk": "self_attn.k_proj", "attention.wv": "self_attn.v_proj",
-         "attention.wo": "self_attn.o_proj", "feed_forward.w1": "mlp.gate_proj", "feed_forward.w3": "mlp.up_proj",
+NAMES = {"attention.wq": "self_attn.q_proj", "attention.wk": "self_attn.k_proj",
+         "attention.wv": "self_attn.v_proj", "attention.wo": "self_attn.o_proj",
+         "feed_forward.w1": "mlp.gate_proj", "feed_forward.w3": "mlp.up_proj",
          "feed_forward.w2": "mlp.down_proj", "attention_norm": "input_layernorm",
          "ffn_norm": "post_attention_layernorm"}
 OUTSIDE = {"tok_embeddings.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight",
@@ -187,7 +192,8 @@ def write_weights(folder: Path, config: LlamaConfig, weights: Iterable[tuple[str
         os.replace(folder / f"part-{i}", folder / file)
         for name in names:
             where[name] = file
-    write_json(folder / "model.safetensors.index.json", dict(metadata=dict(total_size=total), weight_map=where))
+    write_json(folder / "model.safetensors.index.json",
+               dict(metadata=dict(total_size=total), weight_map=where))
 
 
 # -----------------------------------------------------------------------------
@@ -257,8 +263,8 @@ def tokenizer_json(enc: tiktoken.Encoding) -> dict:
         post_processor=dict(type="Sequence", processors=[
             byte_level | dict(trim_offsets=False, use_regex=True), template]),
         decoder=byte_level | dict(use_regex=True),
-        model=dict(type="BPE", dropout=None, unk_token=None, continuing_subword_prefix=None, end_of_word_suffix=None,
-                   fuse_unk=False, byte_fallback=False, ignore_merges=True,
+        model=dict(type="BPE", dropout=None, unk_token=None, continuing_subword_prefix=None,
+                   end_of_word_suffix=None, fuse_unk=False, byte_fallback=False, ignore_merges=True,
                    vocab=vocabulary(enc), merges=merges_of(enc._mergeable_ranks)))
 
 

@@ -2,8 +2,10 @@
 What a slice costs in time: measured on this machine for a grid of widths, interpolated between them
 (Flextron's look-up table of latencies).
 
-    python -m bench.latency --model out/flex      measures, writes out/flex/latency.json, checks it on fresh slices
-    python export.py --latency 0.6                the slice whose forward takes at most 0.6 of the full model's time
+    python -m bench.latency --model out/flex    measures, writes out/flex/latency.json, checks it on
+                                                fresh slices
+    python export.py --latency 0.6              the slice whose forward takes at most 0.6 of the full
+                                                model's time
 
 A layer's time is that of its attention plus that of its MLP, and layers run one after the other. So
 the table holds sums and not products: for a few widths d of the residual stream
@@ -182,7 +184,8 @@ def measure_latency(model: Llama, choices: dict | None = None, rounds: int = ROU
         table["fixed"].append(whole - c.n_layers * layer)
         table["heads"].append(savings([t[d, "n_heads", h] for h in heads], c.n_layers))
         table["neurons"].append(savings([t[d, "ffn_dim", f] for f in ffns], c.n_layers))
-    return hardware(device) | dict(batch=len(x), tokens=x.size(1), rounds=t["rounds"], full_ms=t["full"]) | table
+    return hardware(device) | dict(batch=len(x), tokens=x.size(1), rounds=t["rounds"],
+                                   full_ms=t["full"]) | table
 
 
 def savings(times: list[float], n_layers: int) -> list[float]:
@@ -256,10 +259,11 @@ class Latency:
 def check_latency(asked: float, smallest: float) -> None:
     """A fraction that something can meet, or fail()."""
     if not 0 < asked <= 1:
-        fail(f"latency {asked:g} found, expected a fraction of the full model's time in (0, 1]; try --latency 0.6")
+        fail(f"latency {asked:g} found, expected a fraction of the full model's time in (0, 1]; "
+             "try --latency 0.6")
     if asked < smallest:
-        fail(f"latency {asked:g} is below the fastest sub-network, {smallest:.4f} of the full model's time; ask for "
-             f"--latency {smallest + 5e-5:.4f} or more")
+        fail(f"latency {asked:g} is below the fastest sub-network, {smallest:.4f} of the full model's time; "
+             f"ask for --latency {smallest + 5e-5:.4f} or more")
 
 
 def check_grids(table: dict) -> None:
@@ -280,8 +284,8 @@ def check_grids(table: dict) -> None:
 def check_place(folder) -> None:
     """fail() where a table cannot be written: said before it is measured, which takes its time."""
     if not os.access(folder, os.W_OK):
-        fail(f"{folder} cannot be written to, and its table of latencies belongs there; copy the Llama into a folder of "
-             "yours")
+        fail(f"{folder} cannot be written to, and its table of latencies belongs there; copy the Llama into "
+             "a folder of yours")
 
 
 def save_table(path: Path, table: dict) -> None:
@@ -302,8 +306,8 @@ def load_latency(folder, model: Llama, choices: dict | None = None) -> Latency:
     def measure_if_missing() -> None:
         if not os.path.lexists(path):
             check_place(folder)
-            print(f"measuring latencies on {here['hardware']}, {here['threads']} threads, into {path}: until the medians "
-                  f"stand still, {ROUNDS} rounds or {LIMIT // 60} minutes", file=sys.stderr)
+            print(f"measuring latencies on {here['hardware']}, {here['threads']} threads, into {path}: until "
+                  f"the medians stand still, {ROUNDS} rounds or {LIMIT // 60} minutes", file=sys.stderr)
             save_table(path, measure_latency(model, choices))
 
     rank0_first(measure_if_missing)  # one table for all ranks, or they would take different slices

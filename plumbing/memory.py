@@ -40,12 +40,14 @@ def kept_by_forward(model: Llama, batch: int, seq_len: int, bf16: bool, soft: bo
     space = Space(model.config) if soft else None
     gates = space.gates(torch.ones(space.onehot.size(1)).requires_grad_()) if soft else None
     weights = {p.untyped_storage()._cdata for p in model.parameters()}
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), torch.autocast("cpu", torch.bfloat16, bf16):
+    with (torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t),
+          torch.autocast("cpu", torch.bfloat16, bf16)):
         model(tokens, tokens, gates=gates)
     return sum(storage.nbytes() for key, storage in kept.items() if key not in weights)
 
 
-def activation_bytes(config: LlamaConfig, batch: int, seq_len: int, bf16: bool, checkpointing: bool, soft: bool) -> int:
+def activation_bytes(config: LlamaConfig, batch: int, seq_len: int, bf16: bool,
+                     checkpointing: bool, soft: bool) -> int:
     """Bytes kept for the backward of the full network, (batch, seq_len) tokens. With checkpointing:
     the blocks' inputs, and all of the one block that is being recomputed."""
     with FakeTensorMode():
@@ -56,7 +58,8 @@ def activation_bytes(config: LlamaConfig, batch: int, seq_len: int, bf16: bool, 
         # One block, kept whole and kept as its input alone: the difference is what recomputing it
         # takes.
         full = model.full
-        model.full = SubNet(config.dim, (0,), config.per_layer("n_heads")[:1], config.per_layer("ffn_dim")[:1])
+        model.full = SubNet(config.dim, (0,), config.per_layer("n_heads")[:1],
+                            config.per_layer("ffn_dim")[:1])
         one_block = kept_by_forward(model, batch, seq_len, bf16, soft)
         model.activation_checkpointing = True
         one_block -= kept_by_forward(model, batch, seq_len, bf16, soft)
@@ -121,8 +124,9 @@ def plan_table(args: argparse.Namespace) -> str:
             config = open_shards(args.llama, config)[2]
         config = published_tying(config)
     if args.batch_tokens % (args.seq_len * args.ranks):
-        fail(f"--batch-tokens {args.batch_tokens} found; expected whole sequences of --seq-len {args.seq_len}, equally "
-             f"many for each of {args.ranks} ranks; try --batch-tokens {args.seq_len * 8 * args.ranks}")
+        fail(f"--batch-tokens {args.batch_tokens} found; expected whole sequences of --seq-len "
+             f"{args.seq_len}, equally many for each of {args.ranks} ranks; "
+             f"try --batch-tokens {args.seq_len * 8 * args.ranks}")
     bf16 = args.autocast == "bfloat16"
     sequences = args.batch_tokens // args.seq_len // args.ranks
     micro = min(args.micro_batch, sequences)

@@ -34,9 +34,11 @@ def device_of(kind: str) -> torch.device:
     if kind == "cpu":
         return torch.device("cpu")
     gpus, local = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", 0))
-    wanted = max(local + 1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # every rank finds out, the first one says so
+    # every rank finds out, the first one says so
+    wanted = max(local + 1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     if wanted > gpus:
-        fail(f"--device cuda needs {wanted} GPUs, but this torch sees {gpus}; use --device cpu, or fewer processes")
+        fail(f"--device cuda needs {wanted} GPUs, but this torch sees {gpus}; "
+             "use --device cpu, or fewer processes")
     torch.cuda.set_device(local)
     torch.set_float32_matmul_precision("high")
     return torch.device("cuda", local)
@@ -115,8 +117,9 @@ def same_on_all_ranks(drawn: str, step: int) -> None:
     dist.all_gather(found, mine)
     others = [rank for rank, number in enumerate(found) if number.item() != found[0].item()]
     if others:
-        fail(f"at step {step} the ranks {' '.join(map(str, others))} drew other slices than rank 0: their routers, seeds "
-             "or flags differ; start all ranks with one command, on machines of one kind, and go on with --resume")
+        fail(f"at step {step} the ranks {' '.join(map(str, others))} drew other slices than rank 0: their "
+             "routers, seeds or flags differ; "
+             "start all ranks with one command, on machines of one kind, and go on with --resume")
 
 
 def rank0_first(work):

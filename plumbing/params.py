@@ -56,7 +56,8 @@ def read_config(folder) -> LlamaConfig:
     path = Path(folder) / PARAMS
     if not path.is_file():
         refuse_another_kind(folder)
-        fail(f"{folder} is no Llama folder: it has no {PARAMS}; expected {RAW}; python train.py makes one in out/base")
+        fail(f"{folder} is no Llama folder: it has no {PARAMS}; expected {RAW}; "
+             "python train.py makes one in out/base")
     try:
         p = read_json(path)
         p = p.get("model", p)
@@ -67,8 +68,8 @@ def read_config(folder) -> LlamaConfig:
         check_shape(config)
         return config
     except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
-        fail(f"{path} is not the params.json of a Llama ({type(error).__name__}: {error}); expected JSON with dim, "
-             "n_layers, n_heads, vocab_size; copy it again from its source")
+        fail(f"{path} is not the params.json of a Llama ({type(error).__name__}: {error}); expected JSON "
+             "with dim, n_layers, n_heads, vocab_size; copy it again from its source")
 
 
 def check_architecture(path: Path, p: dict) -> None:
@@ -84,8 +85,8 @@ def check_architecture(path: Path, p: dict) -> None:
         mend = "take the original weights of a text Llama"
         if another_kind(path.parent):  # Mistral publishes both in one folder
             mend = how_to_mend(path.parent)
-        fail(f"{path} has {', '.join(found)}: another architecture; expected a plain text Llama in bf16, fp16 or "
-             f"fp32; {mend}")
+        fail(f"{path} has {', '.join(found)}: another architecture; expected a plain text Llama in bf16, "
+             f"fp16 or fp32; {mend}")
 
 
 def says_vocabulary(p: dict) -> bool:
@@ -148,8 +149,8 @@ def config_of(p: dict) -> LlamaConfig:
         rope_factor = number("rope_factor", said)
     context = given(p, "context", published_context(p))
     return LlamaConfig(
-        dim=dim, n_layers=n_layers, n_heads=n_heads, n_kv_heads=n_kv_heads, head_dim=head_dim, ffn_dim=ffn_dim,
-        vocab_size=p["vocab_size"] if says_vocabulary(p) else 32000,
+        dim=dim, n_layers=n_layers, n_heads=n_heads, n_kv_heads=n_kv_heads, head_dim=head_dim,
+        ffn_dim=ffn_dim, vocab_size=p["vocab_size"] if says_vocabulary(p) else 32000,
         norm_eps=number("norm_eps", given(p, "norm_eps", 1e-5)),
         rope_theta=number("rope_theta", given(p, "rope_theta", 10000.0)),
         rope_factor=rope_factor, context=context)
@@ -248,8 +249,9 @@ def params_json(config: LlamaConfig) -> dict:
 
 
 FAMILIES = {  # (dim, n_layers, vocab_size, rope_factor) -> name
-    (4096, 32, 128256, 1): "Llama 3 8B", (8192, 80, 128256, 1): "Llama 3 70B", (4096, 32, 128256, 8): "Llama 3.1 8B",
-    (8192, 80, 128256, 8): "Llama 3.1 or 3.3 70B", (16384, 126, 128256, 8): "Llama 3.1 405B",
+    (4096, 32, 128256, 1): "Llama 3 8B", (8192, 80, 128256, 1): "Llama 3 70B",
+    (4096, 32, 128256, 8): "Llama 3.1 8B", (8192, 80, 128256, 8): "Llama 3.1 or 3.3 70B",
+    (16384, 126, 128256, 8): "Llama 3.1 405B",
     (2048, 16, 128256, 32): "Llama 3.2 1B", (3072, 28, 128256, 32): "Llama 3.2 3B",
     (6656, 60, 32000, 1): "Llama 1 30B"}
 LLAMAS_1_AND_2 = {(4096, 32): "7B", (5120, 40): "13B"}  # of one shape in both

@@ -2,7 +2,8 @@
 What train.py shows of a family while it trains, and when it is done: losses per step, validation,
 the table of budgets.
 
-    step   300/450 | loss | 1.00->1.000 3.217  0.80->0.750~3.290 ... | tau 0.15 kappa 7.0 max p 0.99 | lr 4.1e-04 ...
+    step   300/450 | loss | 1.00->1.000 3.217  0.80->0.750~3.290 ... | tau 0.15 kappa 7.0 max p 0.99
+                   | lr 4.1e-04 ...
     step   300/450 | val  | 1.00->1.000 3.150  0.80->0.750 3.163 ...
 
 A cell is the budget asked for, the share of the parameters that its slice has, and the loss; ~
@@ -45,7 +46,8 @@ def log_step(run: Run, step: int, config: LlamaConfig, result: dict, norms: dict
     for p in passes:
         subnet = p.pop("subnet")
         p["got"] = round(cost(config, subnet), 4)
-        p["sizes"] = [subnet.dim, subnet.n_heads[0], subnet.ffn_dim[0], len(subnet.layers)]  # as in every layer
+        # as in every layer
+        p["sizes"] = [subnet.dim, subnet.n_heads[0], subnet.ffn_dim[0], len(subnet.layers)]
         if p["other"] is not None:
             p["other"] = round(cost(config, p["other"]), 4)
     cells = []
@@ -85,5 +87,6 @@ def show_family(args, base: str, orders: dict, val, device) -> None:
                     n_heads=subnet.n_heads, ffn_dim=subnet.ffn_dim, layers=subnet.layers)
     say("\n" + before_after_table(rows, args.budgets, val[1].numel()))
     budget = max(0.5, min(args.budgets))
-    say(f"\nNext:  python export.py --model {args.out} --budget {budget:g}\n       python eval.py --model {args.out}\n"
+    say(f"\nNext:  python export.py --model {args.out} --budget {budget:g}\n"
+        f"       python eval.py --model {args.out}\n"
         f"       python sample.py --model {args.out} --budget {budget:g}")

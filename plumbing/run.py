@@ -5,13 +5,13 @@ train.py and the flextron folder have loops of their own around it:
 
     with Run(args.out, steps, device, ...) as run:
         for step in range(run.start, steps + 1):
-            run.checkpoint(step, save)                 saves where it is due; leaves here if a signal asked for it
+            run.checkpoint(step, save)             saves where it is due; leaves here if a signal asked for it
             if step == steps:
                 break
             run.start_clock()
-            ...                                        gradients
+            ...                                    gradients
             if run.finite(step, losses, norms):
-                ...                                    optimizers step
+                ...                                optimizers step
             run.log_step(step, text, mean, loss=losses)    a record in log.jsonl, now and then a line
 """
 import contextlib
@@ -46,7 +46,8 @@ def git_commit() -> str:
     """The commit this code is at; "unknown" outside a git checkout."""
     root = Path(__file__).resolve().parent.parent
     with contextlib.suppress(OSError):  # no git on this machine
-        found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True)
+        found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root,
+                               capture_output=True, text=True)
         return found.stdout.strip() or "unknown"
     return "unknown"
 
@@ -155,7 +156,8 @@ class Run:
         try:
             self.log.write(json.dumps(entry) + "\n")
         except OSError as error:
-            note(f"{self.out / LOG} cannot be written ({error.strerror or error}): the run goes on without it")
+            note(f"{self.out / LOG} cannot be written ({error.strerror or error}): "
+                 "the run goes on without it")
             self.close_log()
             self.log = open(os.devnull, "a")
 
@@ -208,8 +210,8 @@ class Run:
         except NotFinite as error:
             return str(error)
         except OSError as error:
-            fail(f"{self.out} at step {step} cannot be written ({error.strerror or error}); {self.kept()}; make room, "
-                 f"then:  {resume_command()}")
+            fail(f"{self.out} at step {step} cannot be written ({error.strerror or error}); {self.kept()}; "
+                 f"make room, then:  {resume_command()}")
         self.saved = step
         return ""
 

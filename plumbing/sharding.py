@@ -5,8 +5,8 @@ checkpoint holds.
     --shard    weights   gradients   optimizer       bytes per parameter on each of N GPUs
     ddp           4          4           8           every rank has everything; one reduction per step
     zero1         4          4          8/N          Adam's moments are split (ZeroRedundancyOptimizer)
-    fsdp         4/N        4/N         8/N          so are weights and gradients (FSDP2), gathered block by block,
-                                                     in bf16 where autocast is
+    fsdp         4/N        4/N         8/N          so are weights and gradients (FSDP2), gathered
+                                                     block by block, in bf16 where autocast is
 
 Under fsdp no rank has memory for a whole copy: the Llama is split before it has any memory, and a rank
 reads its own rows from the files. In a checkpoint every rank writes what it has (checkpoint.py:
@@ -66,7 +66,8 @@ def split_(model: Llama, device: torch.device) -> Llama:
     policy = MixedPrecisionPolicy()
     if dtype != torch.float32:
         # Inputs stay as they are: positions, gates and factors are in fp32 for a reason.
-        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32,
+                                      cast_forward_inputs=False)
         model.tok_embeddings.register_forward_hook(lambda module, inputs, x: x.float())
     for block in model.layers:
         fully_shard(block, mesh=mesh, mp_policy=policy)

@@ -1,9 +1,9 @@
 """
 What slices weigh, and the budget that buys one of a given weight.
 
-    python export.py --model out/flex --dry-run                    a table of sizes
-    python export.py --params 4.0B                                 the largest slice under four billion parameters
-    python export.py --memory 6GB --context 8192                   the largest whose weights and KV cache fit
+    python export.py --model out/flex --dry-run        a table of sizes
+    python export.py --params 4.0B                     the largest slice under four billion parameters
+    python export.py --memory 6GB --context 8192       the largest whose weights and KV cache fit
 
 A budget counts parameters without embeddings (the paper's #Params). People have a number of
 parameters in all, or a number of bytes. Both are found by asking the router at every thousandth.
@@ -126,13 +126,14 @@ def budgets_asked(family: Family, args: argparse.Namespace, dtype, context: int)
     plain = family.router is None and family.flextron is None
     if args.params or args.memory:
         if family.router is None:
-            fail(f"{family.folder} has no {FLEX}, so no sizes to find one among; expected a supernet's folder, made by "
-                 "train.py, or --budget or --latency where the flextron folder made it")
+            fail(f"{family.folder} has no {FLEX}, so no sizes to find one among; expected a supernet's "
+                 "folder, made by train.py, or --budget or --latency where the flextron folder made it")
         return [budget_of_weight(family, args, dtype, context)], "params"
     if plain:
         return [1.0], "params"
     if not args.dry_run:
-        fail("no size asked for; expected --budget 0.5, --latency 0.6, --params 4B or --memory 6GB; see --dry-run")
+        fail("no size asked for; expected --budget 0.5, --latency 0.6, "
+             "--params 4B or --memory 6GB; see --dry-run")
     smallest = family.router.space.costs.min() if family.router else 1.0
     return [b for b in DRY_RUN_BUDGETS if b >= smallest], "params"
 
@@ -174,7 +175,8 @@ def asked_of(family: Family, budget: float, subnet: SubNet, unit: str) -> str:
     if unit == "params":
         return f"asked {budget:.3f}, "
     took = load_latency(family.folder, family.model)(subnet)
-    return (f"asked for {budget:.3f} of the full model's time, {took:.3f} by {family.folder / LATENCY_FILE}\n")
+    return (f"asked for {budget:.3f} of the full model's time, "
+            f"{took:.3f} by {family.folder / LATENCY_FILE}\n")
 
 
 def sizes_table(full: LlamaConfig, budgets: list[float], subnets: list[SubNet], dtype,
@@ -182,22 +184,23 @@ def sizes_table(full: LlamaConfig, budgets: list[float], subnets: list[SubNet], 
     """What slices would be: a line per budget, its mark (tables.py), and what the last three columns
     mean."""
     lines = [f"{'budget':>8} {'got':>6} {'dim':>6} {'heads':>5} {'ffn':>6} {'layers':>6} {'parameters':>15} "
-             f"{'with embeddings':>16} {'weights, GB':>12} {f'KV of {context:,} tokens, GB':>27} {'quants':>7} "
-             f"{'TP':>6} {'HF':>8}"]
+             f"{'with embeddings':>16} {'weights, GB':>12} {f'KV of {context:,} tokens, GB':>27} "
+             f"{'quants':>7} {'TP':>6} {'HF':>8}"]
     for budget, s in zip(budgets, subnets):
         shape = s.config(full)
         weights = weight_bytes(full, s, dtype) / 1e9
         cache = cache_bytes(full, s, dtype, context) / 1e9
-        lines.append(f"{budget:7.3f}{mark(budget, trained)} {cost(full, s):6.3f} {s.dim:6d} {spread(s.n_heads):>5} {spread(s.ffn_dim):>6} "
-                     f"{len(s.layers):6d} {n_params(full, s):15,} {n_params(full, s, embeddings=True):16,} "
+        lines.append(f"{budget:7.3f}{mark(budget, trained)} {cost(full, s):6.3f} {s.dim:6d} "
+                     f"{spread(s.n_heads):>5} {spread(s.ffn_dim):>6} {len(s.layers):6d} "
+                     f"{n_params(full, s):15,} {n_params(full, s, embeddings=True):16,} "
                      f"{weights:12.3f} {cache:27.3f} {quantisations(shape):>7} {parallel_degrees(shape):>6} "
                      f"{class_of_transformers(shape):>8}")
     marks = legend(budgets, trained)
     if marks:
         lines.append(f"({marks.removeprefix('; ')})")
-    lines.append("(quants: llama.cpp's that every matrix fits: Q8_0 and Q4_0, rows in multiples of 32; K, of 256. "
-                 "TP: how many GPUs\ncan share heads, KV heads and neurons. HF: the class of transformers; - where "
-                 "layers differ, for --format gguf)")
+    lines.append("(quants: llama.cpp's that every matrix fits: Q8_0 and Q4_0, rows in multiples of 32; "
+                 "K, of 256. TP: how many GPUs\ncan share heads, KV heads and neurons. HF: the class of "
+                 "transformers; - where layers differ, for --format gguf)")
     return "\n".join(lines)
 
 
@@ -205,9 +208,11 @@ def report(out: Path, full: LlamaConfig, subnet: SubNet, asked: str, dtype) -> s
     """What an export wrote. asked: how the sentence about the budget begins. dtype: torch's, or
     q8_0."""
     written = sum(file.stat().st_size for file in out.iterdir()) if out.is_dir() else out.stat().st_size
-    return (f"{out}: dim {subnet.dim}, {spread(subnet.n_heads)} heads of {full.head_dim}, ffn {spread(subnet.ffn_dim)}, "
-            f"layers {len(subnet.layers)} of {full.n_layers} ({' '.join(map(str, subnet.layers))})\n"
-            f"{asked}got {cost(full, subnet):.3f} of the non-embedding parameters: {n_params(full, subnet):,}\n"
+    return (f"{out}: dim {subnet.dim}, {spread(subnet.n_heads)} heads of {full.head_dim}, "
+            f"ffn {spread(subnet.ffn_dim)}, layers {len(subnet.layers)} of {full.n_layers} "
+            f"({' '.join(map(str, subnet.layers))})\n"
+            f"{asked}got {cost(full, subnet):.3f} of the non-embedding parameters: "
+            f"{n_params(full, subnet):,}\n"
             f"{n_params(full, subnet, embeddings=True):,} parameters with embeddings, {written:,} bytes "
             f"({str(dtype).removeprefix('torch.')})")
 
@@ -215,9 +220,11 @@ def report(out: Path, full: LlamaConfig, subnet: SubNet, asked: str, dtype) -> s
 def note_readers(full: LlamaConfig, subnet: SubNet) -> None:
     """Says on stderr who will not read a folder in Meta's layout, where somebody will not."""
     if len(set(subnet.n_heads)) > 1 or len(set(subnet.ffn_dim)) > 1:
-        print("note: layers of several shapes; nanoFlex loads this folder; for other programs use --format gguf",
+        print("note: layers of several shapes; nanoFlex loads this folder; "
+              "for other programs use --format gguf",
               file=sys.stderr)
     elif subnet.dim != subnet.n_heads[0] * full.head_dim:
-        print(f"note: {subnet.n_heads[0]} heads of {full.head_dim} do not make {subnet.dim} channels; nanoFlex "
-              "loads this folder, Meta's own code takes heads of another size; --format hf is read everywhere",
+        print(f"note: {subnet.n_heads[0]} heads of {full.head_dim} do not make {subnet.dim} channels; "
+              "nanoFlex loads this folder, Meta's own code takes heads of another size; --format hf is read "
+              "everywhere",
               file=sys.stderr)

@@ -48,8 +48,8 @@ def loss_table(rows: list[dict], context: int, trained: list[float]) -> str:
              f"{legend([row.get('budget', 1.0) for row in rows], trained)})"]
     for r in rows:
         lines.append(f"{row_label(r, trained)} {r['got']:6.3f} {r['dim']:5d} {spread(r['n_heads']):>5} "
-                     f"{spread(r['ffn_dim']):>6} {len(r['layers']):6d} {r['params']:14,} {r['params_total']:14,} "
-                     f"{r['loss']:7.3f} {perplexity(r['loss']):8.2f}")
+                     f"{spread(r['ffn_dim']):>6} {len(r['layers']):6d} {r['params']:14,} "
+                     f"{r['params_total']:14,} {r['loss']:7.3f} {perplexity(r['loss']):8.2f}")
     return "\n".join(lines)
 
 
@@ -62,7 +62,8 @@ def before_after_table(rows: list[dict], trained: list[float], tokens: int) -> s
     """The family at the end of its training. A row also has `before`, the loss of the same slice of
     the sorted base, and `speed` in forward tokens/s; tokens: how many were scored."""
     lines = [f"{'budget':>7} {'got':>6} {'dim':>5} {'heads':>5} {'ffn':>6} {'layers':>6} {'parameters':>14} "
-             f"{'before':>7} {'after':>7} {'tok/s':>9}   (* trained; loss in nats on {tokens:,} held-out tokens)"]
+             f"{'before':>7} {'after':>7} {'tok/s':>9}   "
+             f"(* trained; loss in nats on {tokens:,} held-out tokens)"]
     for r in rows:
         lines.append(f"{row_label(r, trained)} {r['got']:6.3f} {r['dim']:5d} {spread(r['n_heads']):>5} "
                      f"{spread(r['ffn_dim']):>6} {len(r['layers']):6d} {r['params']:14,} "

@@ -30,10 +30,12 @@ def load_tensors(path) -> dict:
     Damaged: fail()."""
     path = Path(path)
     if not path.is_file():
-        fail(f"{path} is missing; expected a file written by torch.save; copy it again or make it with python train.py")
+        fail(f"{path} is missing; expected a file written by torch.save; "
+             "copy it again or make it with python train.py")
     with open(path, "rb") as file:  # OSError where it may not be read
         if file.read(len(POINTER)) == POINTER:
-            fail(f"{path} is a pointer of Git LFS, not the file itself; expected tensors: fetch it with git lfs pull")
+            fail(f"{path} is a pointer of Git LFS, not the file itself; "
+                 "expected tensors: fetch it with git lfs pull")
     stat = path.stat()
     if stat.st_size < SMALL:
         check_intact(path, stat.st_mtime_ns)
@@ -43,12 +45,12 @@ def load_tensors(path) -> dict:
             raise ValueError(f"a {type(content).__name__} in place of a dictionary")
         return content
     except pickle.UnpicklingError:
-        fail(f"{path} wants to run code when it is loaded, or is damaged; expected tensors and plain types only; do not "
-             "trust it, copy it again from its source")
+        fail(f"{path} wants to run code when it is loaded, or is damaged; expected tensors and plain types "
+             "only; do not trust it, copy it again from its source")
     except Exception as error:  # torch's reader has no error of its own: it stumbles
         reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
-        fail(f"{path} cannot be read, it looks cut short or damaged ({reason}); {path.stat().st_size:,} bytes found; copy "
-             "it again from its source")
+        fail(f"{path} cannot be read, it looks cut short or damaged ({reason}); {path.stat().st_size:,} "
+             "bytes found; copy it again from its source")
 
 
 @functools.lru_cache(maxsize=None)  # a Llama's file is opened for every layer
@@ -63,8 +65,8 @@ def check_intact(path: Path, modified: int) -> None:
     except Exception as error:  # of a damaged directory of the archive
         part = str(error)[:60]
     if part is not None:
-        fail(f"{path} is damaged: {part} does not have the checksum that was saved with it; copy it again from its "
-             "source")
+        fail(f"{path} is damaged: {part} does not have the checksum that was saved with it; copy it again "
+             "from its source")
 
 
 @contextlib.contextmanager
@@ -73,9 +75,11 @@ def taken_apart(path, expected: str):
     or of another program, ends in one line. expected: what it is, and where it comes from."""
     try:
         yield
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError, ArithmeticError, RuntimeError) as error:
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError,
+            ArithmeticError, RuntimeError) as error:
         reason = (str(error).splitlines() or [""])[0][:100]
-        fail(f"{path} is damaged, or of something else ({type(error).__name__}: {reason}); expected {expected}")
+        fail(f"{path} is damaged, or of something else ({type(error).__name__}: {reason}); "
+             f"expected {expected}")
 
 
 def load_weights(module: torch.nn.Module, state: dict) -> None:
@@ -100,8 +104,8 @@ def shard_paths(folder) -> list[Path]:
         refuse_another_kind(folder)
     for i, path in enumerate(paths or [Path(folder) / WEIGHTS]):
         if path.name != f"consolidated.{i:02d}.pth" or not path.is_file():
-            fail(f"{folder} has no consolidated.{i:02d}.pth; expected all shards of one Llama from {WEIGHTS} on; copy "
-                 "it from its source")
+            fail(f"{folder} has no consolidated.{i:02d}.pth; expected all shards of one Llama from {WEIGHTS} "
+                 "on; copy it from its source")
     return paths
 
 

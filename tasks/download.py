@@ -243,7 +243,8 @@ def main(argv=None) -> None:
                 for source in SOURCES[task]:
                     get(source, folder)
         except OSError as error:
-            fail(f"{folder}: {error.strerror or error}; make room, or choose another --out; what came is kept")
+            fail(f"{folder}: {error.strerror or error}; "
+                 "make room, or choose another --out; what came is kept")
         print(f"{folder}: complete")
 
 
