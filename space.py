@@ -226,7 +226,8 @@ class Space:
         c = self.config
         # Plain ints: True and 0.0 are equal to one, and name no layer.
         if sorted(map(repr, layer_order)) != sorted(map(repr, range(c.n_layers))):
-            raise ValueError(f"layer_order is {str(layer_order)[:60]}, expected 0 to {c.n_layers - 1}, each once")
+            raise ValueError(f"layer_order is {str(layer_order)[:60]}, "
+                             f"expected 0 to {c.n_layers - 1}, each once")
         self.layer_order = list(layer_order)
         groups = kv_groups(c)
         heads_per_group = c.n_heads // groups

@@ -11,7 +11,7 @@ import re
 import pytest
 import torch
 
-from model import Llama, SubNet
+from model import LlamaConfig, Llama, SubNet
 from plumbing.checkpoint import load_tensors, save_tensors
 from plumbing.family import Family, restore_router, router_state
 from router import Choice, Router, lesson
@@ -231,6 +231,9 @@ def test_of_many_members_a_budget_buys_the_dearest():
     assert space.feasible(0.75, costs).tolist() == [*range(3, 24)], "all that are near"
     costs[10:] = 1
     assert space.feasible(0.75, costs).tolist() == [*range(10)], "all where there are few"
+    demo = Space(LlamaConfig())
+    for b in (0.9, 0.8, 0.6, 0.4):
+        assert demo.costs[demo.feasible(b)].min() > b - 0.05
 
 
 # -----------------------------------------------------------------------------
