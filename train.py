@@ -41,7 +41,7 @@ import torch.nn as nn
 from data.prepare import open_data
 from importance import rank, sort_
 from model import Llama, LlamaConfig, SubNet
-from plumbing.checkpoint import RESUME, of_a_run, resume_state
+from plumbing.checkpoint import RESUME
 from plumbing.duration import say_duration
 from plumbing.errors import run_main
 from plumbing.family import FLEX, restore_router, router_state
@@ -86,6 +86,7 @@ from plumbing.sharding import (
     shard,
     whole_weights,
 )
+from plumbing.state import of_a_run, resume_state
 from plumbing.tensors import fingerprint
 from router import Choice, Router, lesson
 from space import n_params, random_generator

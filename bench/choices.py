@@ -12,10 +12,10 @@ decided.
 import json
 from pathlib import Path
 
-from plumbing.checkpoint import LOG
 from plumbing.errors import Parser, check_at_least_one, fail, run_main
 from plumbing.params import read_config
 from plumbing.pictures import check_picture, write_picture
+from plumbing.state import LOG
 from space import AXES
 
 COLUMNS = [*AXES, "max_p"]

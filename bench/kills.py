@@ -38,8 +38,8 @@ import torch
 import train
 from bench import fuzz
 from model import LlamaConfig
-from plumbing.checkpoint import LOG
 from plumbing.errors import Parser, check_at_least_one, check_range, fail, run_main
+from plumbing.state import LOG
 
 DIFFERS, LEFT, HALF, FAILED, BADLY = "differs", "left behind", "half", "failed", "badly"
 FAULTS = (DIFFERS, LEFT, HALF, FAILED, BADLY)

@@ -14,9 +14,10 @@ from pathlib import Path
 
 from bench import quantised
 from bench.results import ASSETS, last_object, points, save_runs, spent
-from plumbing.checkpoint import LOG, RESUME
+from plumbing.checkpoint import RESUME
 from plumbing.errors import Parser, fail, run_main
 from plumbing.files import atomic_write
+from plumbing.state import LOG
 from tasks.questions import TASKS
 
 WHAT = {

@@ -43,7 +43,7 @@ from flextron.routers import ELASTIC
 from flextron.stages import Surrogate, stage_of, train_step
 from importance import rank, sort_
 from model import Llama, SubNet
-from plumbing.checkpoint import RESUME, load_llama, of_a_run, resume_state
+from plumbing.checkpoint import RESUME, load_llama
 from plumbing.errors import SEEDS, Parser, check_at_least_one, check_range, fail, run_main
 from plumbing.family import FLEX, FLEXTRON
 from plumbing.files import check_out
@@ -54,6 +54,7 @@ from plumbing.params import read_config
 from plumbing.run import Run, first_tokenizer, write_checkpoint
 from plumbing.settings import SMALL
 from plumbing.sharding import load_optimizer_state
+from plumbing.state import of_a_run, resume_state
 from plumbing.tensors import fingerprint as of_weights
 from plumbing.tensors import load_weights
 from space import n_params

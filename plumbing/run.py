@@ -29,11 +29,12 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from plumbing.checkpoint import LOG, TOKENIZER, save_llama, save_state, save_tensors
+from plumbing.checkpoint import TOKENIZER, save_llama, save_tensors
 from plumbing.errors import fail, note
 from plumbing.files import is_there
 from plumbing.locks import without_waiting
 from plumbing.parallel import RANK, WORLD, Stop, finish, mean_over_ranks, rank0_first, say, sum_over_ranks
+from plumbing.state import LOG, save_state
 from plumbing.tensors import fingerprint
 
 WARM_UP = 3  # first steps that the average time leaves out: caches are cold

@@ -9,7 +9,7 @@ checkpoint holds.
                                                      block by block, in bf16 where autocast is
 
 Under fsdp no rank has memory for a whole copy: the Llama is split before it has any memory, and a rank
-reads its own rows from the files. In a checkpoint every rank writes what it has (checkpoint.py:
+reads its own rows from the files. In a checkpoint every rank writes what it has (state.py:
 save_state), and reads what it needs: so a run can go on with another number of ranks or another
 --shard. The raw folder beside it is the same in all three: rank 0 writes it tensor by tensor.
 

@@ -29,8 +29,6 @@ from plumbing.checkpoint import (
     WEIGHTS,
     load_llama,
     matrix_dtype,
-    of_a_run,
-    resume_state,
     save_llama,
     save_tensors,
 )
@@ -39,6 +37,7 @@ from plumbing.files import check_out as check_apart
 from plumbing.locks import one_writer
 from plumbing.parallel import WORLD, default_device, device_of, say
 from plumbing.params import PARAMS, read_config
+from plumbing.state import of_a_run, resume_state
 from plumbing.tensors import fingerprint
 from search.candidates import Bounds, Candidate, check_budget, cut_out
 from search.evolution import disjoint_windows, evolve

@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 import torch
 
-from plumbing.checkpoint import load_tensors, save_tensors, with_all_parts
+from plumbing.checkpoint import load_tensors, save_tensors
+from plumbing.state import with_all_parts
 from tests.helpers import MHA, WHOLE, cut_into, one_line_error
 from tests.miniature import gradients, log, parts
 from tests.processes import ROOT, run, run_afresh
@@ -129,8 +130,8 @@ def test_gradients_agree(alone, tmp_path, ranks, kind, kd):
 STATES = """
 import copy, sys, train
 from pathlib import Path
-from plumbing.checkpoint import resume_state, save_state
 from plumbing.sharding import load_model_state, load_optimizer_state, model_state, optimizer_state, shard
+from plumbing.state import resume_state, save_state
 from tests.helpers import WHOLE, random_llama
 out, kind, *sources = sys.argv[1:]
 device = train.setup("cpu")
@@ -222,11 +223,12 @@ def test_every_rank_writes_its_part_alone(states, ranks, kind):
 
 BAD_DAYS = """
 import os, sys, torch, train
-import plumbing.checkpoint as checkpoint
+import plumbing.state as states
 from pathlib import Path
-from plumbing.checkpoint import load_tensors, save_state, with_all_parts
+from plumbing.checkpoint import load_tensors
 from plumbing.parallel import RANK
 from plumbing.run import NotFinite, write_checkpoint
+from plumbing.state import save_state, with_all_parts
 folder, last = Path(sys.argv[1]), sys.argv[2]
 train.setup("cpu")
 
@@ -244,7 +246,7 @@ def there():
 
 save_state(folder, state(1, 10))
 first = there()
-save_tensors = checkpoint.save_tensors
+save_tensors = states.save_tensors
 
 
 def full(path, content):
@@ -253,13 +255,13 @@ def full(path, content):
     save_tensors(path, content)
 
 
-checkpoint.save_tensors = full
+states.save_tensors = full
 try:
     save_state(folder, state(2, 20))
     raise AssertionError("no error")
 except OSError:
     assert there() == first
-checkpoint.save_tensors = save_tensors
+states.save_tensors = save_tensors
 bad = state(3, 30)
 bad["model"]["w"][1, 1] = float("nan") if RANK == 1 else 0
 try:
@@ -279,7 +281,7 @@ def dies(path, content):
 
 
 if last == "dies":  # the others have written their parts already
-    checkpoint.save_tensors = dies
+    states.save_tensors = dies
 save_state(folder, state(5, 50))
 train.finish()
 """
