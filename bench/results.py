@@ -213,7 +213,7 @@ def family_table(r: Runs) -> str:
 ALONE = {
     "same": "alone, own tokens",
     "whole": "alone, all tokens",
-    "scratch": "from scratch"}
+    "scratch": "from scratch, all tokens and the base's"}
 
 
 def alone_table(r: Runs) -> str:
@@ -231,7 +231,7 @@ def alone_table(r: Runs) -> str:
 COSTS = {
     "four alone, each its own tokens": "same",
     "four alone, each all tokens": "whole",
-    "four from scratch": "scratch"}
+    "four from scratch, each all tokens and the base's": "scratch"}
 
 
 def cost_table(r: Runs) -> str:

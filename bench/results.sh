@@ -8,10 +8,9 @@
 #     bash bench/results.sh --list     print the runs, run nothing
 #
 # What can be set, with the demo's values. Another Llama, for example (its results go to $ASSETS/results.json):
-#     LLAMA=out/stories260K DIM=64 HEADS=8 FFN=172 LAYERS=5 DEPTH="1.0 0.81 0.65 0.41" KDS="0 1" STEPS=600 \
-#         SCRATCH="--steps 2400 --lr 3e-3" OUT=out/stories ASSETS=assets/stories \
+#     LLAMA=out/stories260K DIM=64 HEADS=8 FFN=172 LAYERS=5 DEPTH="1.0 0.81 0.65 0.41" KDS="0 1" STEPS=600 OUT=out/stories \
 #         FLAGS="--kd 0.5 --data data/stories260K --seq-len 128 --eval-windows 80 --calibration-windows 64" \
-#         bash bench/results.sh
+#         ASSETS=assets/stories bash bench/results.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."                # the root, where every program starts
 export OUT=${OUT:-out/results}         # where runs go
@@ -47,7 +46,8 @@ runs() {  # NAME FLAGS of train.py
             echo "same-$b-$s --llama $OUT/cut-$b --budgets 1.0 --seed $s"
         done
     done
-    # Alone again: on the tokens of the whole family, in four times as many steps; and from fresh weights
+    # Alone again: on the tokens of the whole family, in four times as many steps; and from fresh weights, on the
+    # base's tokens too
     for b in 1.00 0.80 0.60 0.40; do
         echo "whole-$b-0 --llama $OUT/cut-$b --budgets 1.0 --steps $((4 * STEPS))"
         echo "scratch-$b-0 --llama $OUT/scratch-$b --budgets 1.0 $SCRATCH"
