@@ -20,7 +20,7 @@ from tests.helpers import one_line_error
 from tests.processes import ROOT, run
 
 TINY = "--base-steps 2 --eval-windows 2 --calibration-windows 2 --seq-len 16"
-ALONE = {"same", "whole", "scratch"}
+ALONE = {"same", "small", "whole", "large", "high", "scratch"}
 
 
 def script(*words: str, **environment) -> subprocess.CompletedProcess:
@@ -34,13 +34,13 @@ def test_every_run_has_flags_that_exist_and_a_place_in_a_table(monkeypatch):
     monkeypatch.setattr(plumbing.settings, "read_config", lambda folder: LlamaConfig())
     lines = script("--list").stdout.splitlines()
     runs = {words[0]: words[1:] for words in map(shlex.split, lines)}
-    assert len(runs) == len(lines) > 55
+    assert len(runs) == len(lines) > 70
     shown = {*results.CHOOSERS, *results.CHANGES, "penalty"}
     for name, flags in runs.items():
         plumbing.settings.parse_args(flags)
         kind = name if name in shown else name.rpartition("-")[0]
         assert kind in shown or kind.split("-")[0] in ALONE, name
-    for name in shown - {"kd-0"}:  # the demo's default
+    for name in shown:
         assert name in runs or all(f"{name}-{s}" in runs for s in results.SEEDS), name
     assert {*results.ALONE} == ALONE and {*results.COSTS.values()} <= ALONE
 
@@ -218,19 +218,19 @@ def test_a_page_of_tiny_runs(tmp_path, python):
 
     environment = dict(PATH=path, OUT=str(tmp_path / "out"), ASSETS=str(tmp_path), STEPS="2", BATCH="32",
                        FLAGS=f"{TINY} --data {tmp_path / 'data'}")
-    done = script("whole-0.40-0", **environment)
+    done = script("whole-0.40-1", **environment)
     log = (tmp_path / "out/router-0.log").read_text()
     assert done.returncode == 0, done.stdout + done.stderr + log[-500:]
     runs = json.loads((tmp_path / "results.json").read_text())
-    assert set(runs) == {"before", "router-0", "whole-0.40-0"} and "whole-0.40-0: done" in done.stdout
-    assert runs["router-0"]["tokens"] == 2 * 4 * 32 and runs["whole-0.40-0"]["tokens"] == 8 * 32
+    assert set(runs) == {"before", "router-0", "whole-0.40-1"} and "whole-0.40-1: done" in done.stdout
+    assert runs["router-0"]["tokens"] == 2 * 4 * 32 and runs["whole-0.40-1"]["tokens"] == 8 * 32
     family = runs["router-0"]["rows"]
-    small = runs["whole-0.40-0"]["rows"][0]
+    small = runs["whole-0.40-1"]["rows"][0]
     assert small["params"] == next(row["params"] for row in family if row["budget"] == 0.4)
     assert [row["params"] for row in runs["before"]["rows"]] == [row["params"] for row in family]
     assert runs["before"]["rows"][0]["loss"] != family[0]["loss"]
     assert family[0]["speed"]["memory"] == 1 and family[-1]["speed"]["memory"] < 1
     first = len(asked)
-    again = script("whole-0.40-0", **environment)
+    again = script("whole-0.40-1", **environment)
     assert again.returncode == 0 and "done" not in again.stdout, "trained twice"
     assert [words[1] for words in asked[first:]] == ["bench.results"], "only the page is made again"
