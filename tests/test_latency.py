@@ -140,6 +140,8 @@ def slow_route(router, costs, asked):
     space = router.space
     fits = [m for m in range(len(costs)) if asked - space.delta < costs[m] <= asked] or [
         max((m for m in range(len(costs)) if costs[m] <= asked), key=lambda m: costs[m])]
+    dearest_first = sorted(fits, key=lambda m: -costs[m])
+    fits = sorted(m for i, m in enumerate(dearest_first) if i < 16 or costs[m] > asked - space.near)
     b = sum(space.costs[m].item() for m in fits) / len(fits)
     fits = router.near_trained(b, torch.tensor(fits), costs <= asked).tolist()
     logits = dict(zip(("dim", "n_heads", "ffn_dim", "n_layers"), space.split(router.logits(b))))
