@@ -8,11 +8,14 @@ costs: 500 members for the demo, 6732 for a Llama of 8B.
 The cost of a member is its share of the full model's non-embedding parameters (the paper's
 #Params). A budget b bounds the cost. The members that b can buy are
 
-    F(b) = {member : b - delta < cost(member) <= b}, or the dearest of these where they are many
+    F(b) = {member : b - delta < cost(member) <= b}
 
     smallest                b - delta          b                          full
     --o--o---oo-o-o--oo-o-oo----(--x-xx--x--x--]--o-oo--o---o-o----o-------o-->  cost
       cheaper: wastes budget       F(b)           dearer: never chosen
+
+A large Llama has hundreds of them. A short run does not learn that the dearer ones are better, so
+F(b) is then only the dearest: all over b - near, and at least ENOUGH.
 
 Try it:
     python -c "from space import *; s = Space(LlamaConfig()); print(s.members[s.feasible(0.5)])"
@@ -30,9 +33,7 @@ from plumbing.errors import fail  # a user's mistake: one line on stderr, exit s
 # is SubNet.layers, the first of layer_order.
 AXES = ("dim", "n_heads", "ffn_dim", "n_layers")
 
-
-# Where so many members leave less of a budget unused than `near`, it buys no others.
-ENOUGH = 16
+ENOUGH = 16  # members of F(b): with fewer near the budget, cheaper ones are added
 
 
 def random_generator(*parts) -> torch.Generator:
@@ -288,7 +289,7 @@ class Space:
             costs_that_fit = costs.masked_fill(~fits, -1)
             return costs_that_fit.argmax()[None]
 
-        # The rule: all that leave less than near unused, or else the ENOUGH dearest.
+        # The dearest of those within delta: all within near, and cheaper ones up to ENOUGH.
         rows = in_budget.nonzero()[:, 0]
         n_near = int((costs[rows] > budget - self.near).sum())
         dearest_first = costs[rows].argsort(descending=True, stable=True)

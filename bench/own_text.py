@@ -4,8 +4,8 @@ Text that a Llama wrote: what it can be trained on when there is no other (LLM-Q
     python -m bench.own_text --model out/smollm2 --tokens 240000 --out data/own
 
 Every document begins at BOS and is drawn token by token at temperature 1 from the whole vocabulary,
-up to --length tokens or to the end that the model puts. They become token shards, as data/prepare.py
-makes them of text: no tokenizer is needed but to say which tokens begin and end a document.
+up to --length tokens or to the end that the model puts. The documents become token shards, like those
+that data/prepare.py makes of text. The tokenizer only says which tokens begin and end a document.
 """
 import argparse
 from pathlib import Path
@@ -13,18 +13,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data.prepare import DATA_FILES, write_split
+from data.prepare import DATA_FILES, SHARD_TOKENS, VAL_FRACTION, write_split
 from data.tokenizer import TOKENIZER, copy_tokenizer, load_tokenizer
 from model import LAST, KVCache, Llama
 from plumbing.checkpoint import load_llama
 from plumbing.errors import Parser, check_at_least_one, fail, run_main
-from plumbing.files import new_folder, only_holds
+from plumbing.files import new_folder
 from plumbing.parallel import bar, default_device, device_of
 from plumbing.params import max_positions
 from sample import probabilities
-
-VAL_FRACTION = 0.05  # of the documents
-SHARD_TOKENS = 100_000_000
 
 
 @torch.no_grad()
@@ -82,23 +79,9 @@ def parse_args(argv=None) -> argparse.Namespace:
     return args
 
 
-def main(argv=None) -> None:
-    """Writes the folder and says what is in it."""
-    args = parse_args(argv)
-    if args.out.exists() and not only_holds(args.out, DATA_FILES):  # said before the work, not after it
-        fail(f"{args.out}: found other files, expected a data folder or nothing: give another --out")
-    device = device_of(args.device)
-    model = load_llama(args.model, device)
-    vocab_size = model.config.vocab_size
-    longest = max_positions(model.config)
-    if args.length is None:
-        args.length = min(256, longest)
-    if args.length > longest:
-        fail(f"--length {args.length} is longer than the window of {args.model}, {longest}; "
-             "expected at most that")
-    bos, ends = begin_and_end(args, vocab_size)
-    generator = torch.Generator(device=device).manual_seed(args.seed)
-
+def write_documents(model: Llama, args: argparse.Namespace, bos: int, ends: set[int]) -> list[np.ndarray]:
+    """The token ids of documents, BOS first, of at least args.tokens tokens in all."""
+    generator = torch.Generator(device=args.device).manual_seed(args.seed)
     documents = []
     written = 0
     with bar(name="tokens", total=args.tokens) as progress:
@@ -113,14 +96,30 @@ def main(argv=None) -> None:
             if written == before:
                 fail(f"{args.model} ends each of {args.batch} texts before its first token; "
                      "expected a Llama that writes; choose another --model")
+    return documents
 
-    n_val = max(1, round(VAL_FRACTION * len(documents)))
-    with new_folder(args.out, DATA_FILES) as new:
+
+def main(argv=None) -> None:
+    """Writes the folder and says what is in it."""
+    args = parse_args(argv)
+    model = load_llama(args.model, device_of(args.device))
+    vocab_size = model.config.vocab_size
+    longest = max_positions(model.config)
+    if args.length is None:
+        args.length = min(256, longest)
+    if args.length > longest:
+        fail(f"--length {args.length} is longer than the window of {args.model}, {longest}; "
+             "expected at most that")
+    bos, ends = begin_and_end(args, vocab_size)
+
+    with new_folder(args.out, DATA_FILES) as new:  # a folder of something else is refused before the work
+        documents = write_documents(model, args, bos, ends)
         if (Path(args.model) / TOKENIZER).is_file():
             copy_tokenizer(Path(args.model) / TOKENIZER, new)
-        n_train = write_split(new / "train", documents[n_val:], vocab_size, SHARD_TOKENS)
-        n_val = write_split(new / "val", documents[:n_val], vocab_size, SHARD_TOKENS)
-    print(f"{args.out}: {len(documents):,} documents, {n_train:,} train, {n_val:,} val tokens")
+        n_val = max(1, round(VAL_FRACTION * len(documents)))
+        n_val_tokens = write_split(new / "val", documents[:n_val], vocab_size, SHARD_TOKENS)
+        n_train_tokens = write_split(new / "train", documents[n_val:], vocab_size, SHARD_TOKENS)
+    print(f"{args.out}: {len(documents):,} documents, {n_train_tokens:,} train, {n_val_tokens:,} val tokens")
 
 
 if __name__ == "__main__":

@@ -50,6 +50,8 @@ NO_PROSE = re.compile(r"\..*|tests?|idle_test|test_.*|(site|dist)-packages|__pyc
 SIX_DIGITS = "[0-9]" * 6
 DATA_FILES = {TOKENIZER, SETTINGS, f"train_{SIX_DIGITS}.bin", f"val_{SIX_DIGITS}.bin"}
 EQUAL_BY_CHANCE = 64  # bytes: shorter documents are not compared
+VAL_FRACTION = 0.05  # of the text
+SHARD_TOKENS = 100_000_000  # in a shard, at most
 SAMPLE = 1_500_000  # characters that train a tokenizer
 BLOCK = 4096  # they are taken in blocks of this size
 TRAIN, VAL, AGAIN = 0, 1, 2  # the two sides; and what is on one of them already
@@ -290,7 +292,7 @@ def write_split(stem: Path, arrays: Iterable[np.ndarray], vocab_size: int, size:
 
 
 def prepare(inputs=(), out=None, tokenizer=None, vocab_size: int = 1280,
-            val_fraction: float = 0.05, shard_tokens: int = 100_000_000) -> Path:
+            val_fraction: float = VAL_FRACTION, shard_tokens: int = SHARD_TOKENS) -> Path:
     """Makes a data folder: tokenizer.model, train_*.bin, val_*.bin; returns its path.
 
     The arguments are the flags below, None or () their defaults. A user's mistake: fail()."""
@@ -400,8 +402,8 @@ def main(argv=None) -> None:
     add("--tokenizer", metavar="tokenizer.model", help="one to copy (default: train one)")
     add("--vocab-size", type=int, default=1280, help="ids of the one trained, 256 are special")
     add("--out", metavar="DIR", help="made or replaced (default: data/NAME of the first input)")
-    add("--val-fraction", type=float, default=0.05, help="share of the text held out")
-    add("--shard-tokens", type=int, default=100_000_000, help="tokens in a shard, at most")
+    add("--val-fraction", type=float, default=VAL_FRACTION, help="share of the text held out")
+    add("--shard-tokens", type=int, default=SHARD_TOKENS, help="tokens in a shard, at most")
     args = parser.parse_args(argv)
     try:
         prepare(**vars(args))

@@ -250,7 +250,7 @@ def test_a_llama_that_writes_nothing_is_a_line(tmp_path, capsys, monkeypatch):
     with one_line_error(capsys, "before its first token"):
         own_text.main([*argv, str(tmp_path / "own")])
     assert not (tmp_path / "own").exists()
-    with one_line_error(capsys, "found other files"):
+    with one_line_error(capsys, "holds other things"):
         own_text.main([*argv, str(tmp_path)])
 
 
