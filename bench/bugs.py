@@ -1175,8 +1175,10 @@ BUGS = {
         Bug("    return 6 * (share * (blocks + attention) + output)\n",
             "    return 6 * share * (blocks + attention + output)\n",
             "the output layer is taken to shrink with the slice"),
-        Bug("        with autocast_is(\"float32\"):\n", "        if True:\n",
+        Bug("        with autocast_is(name):\n", "        if True:\n",
             "bf16 is compared with itself"),
+        Bug("    if chosen == \"float32\" and bf16 > MUCH * fp32:\n", "    if bf16 > MUCH * fp32:\n",
+            "who asked for bf16 is told to"),
     ],
     "bench/choices.py": [
         Bug("                if budget < 1:\n", "                if budget <= 1:\n",

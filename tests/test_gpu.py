@@ -108,7 +108,7 @@ def test_resume_in_bf16_is_bit_for_bit(random_start, device, tmp_path, monkeypat
     that no checkpoint has."""
     root, flags = random_start
     flags = [*flags, "--device", device.type, "--autocast", "bfloat16", "--kd", "0.5", "--save-every", "2"]
-    monkeypatch.setattr(duration, "machine_flops", lambda device: 1e12)
+    monkeypatch.setattr(duration, "machine_flops", lambda device, size=None: 1e12)
     train.main([*flags, "--out", str(tmp_path / "whole")])
     step = train.train_step
 
