@@ -218,7 +218,7 @@ def parse_args(argv) -> argparse.Namespace:
     p.add_argument("--model", default="out/flex", help="a supernet or any plain Llama folder")
     ask = p.add_mutually_exclusive_group()
     ask.add_argument("--budgets", type=float, nargs="+",
-                     help="default: 1.0 to 0.4 on a supernet, 1.0 on a plain Llama")
+                     help="default: tenths and what was trained on a supernet, 1.0 on a plain Llama")
     ask.add_argument("--latency", type=float, nargs="+",
                      help="instead: fractions of the full model's time")
     p.add_argument("--base", help="a plain Llama to compare with; same tokenizer")
@@ -227,7 +227,7 @@ def parse_args(argv) -> argparse.Namespace:
     text.add_argument("--data", help="folder of shards, its val split (default: the one trained on, "
                       "or data/pystdlib)")
     p.add_argument("--windows", type=int, help="validation windows (default: training's, or 128)")
-    p.add_argument("--seq-len", type=int, help="tokens per window (default: the model's context)")
+    p.add_argument("--seq-len", type=int, help="tokens per window (default: training's, or the model's context)")
     p.add_argument("--tasks", nargs="+", default=[], metavar="TASK", help="benchmarks: arc_easy "
                    "lambada_openai piqa winogrande hellaswag mmlu, or all; the loss then needs --text "
                    "or --data")

@@ -47,7 +47,7 @@ def listen(hook, modules, model: Llama, windows: Tensor, batch: int) -> None:
     """Runs the model on this rank's share of windows (S, T). Calls hook(module, x, y) every time one
     of the modules has run, with its input and output, (B, T, ...)."""
     mine, count = share(windows)
-    counted = 0  # windows of a batch that are this rank's own
+    counted = 0  # windows of a batch that are scored: share() may add one, for all ranks to run as many
 
     def call(module, inputs, output):
         hook(module, inputs[0][:counted], output[:counted])
@@ -124,11 +124,21 @@ def with_layers(model: Llama, layers: list[int]) -> SubNet:
     return SubNet(full.dim, layers, n_heads, ffn_dim)
 
 
-def squared_logits(states: Tensor, gram: Tensor) -> Tensor:
-    """The sum of the squares of all logits, (), without making one: |W x|^2 = x' (W' W) x.
+# The sum of the squares of all logits needs none of them: |W x|^2 = x' (W' W) x. Both products are in
+# fp32, also where forwards run in bf16.
 
-    states: x, (B, T, dim), in fp32; gram: W' W of the output matrix, (dim, dim)."""
-    return ((states @ gram) * states).sum()
+
+def gram_of(output: Tensor) -> Tensor:
+    """W' W of the output matrix W, (vocab_size, dim) -> (dim, dim)."""
+    output = output.float()
+    with torch.autocast(output.device.type, enabled=False):
+        return output.T @ output
+
+
+def squared_logits(states: Tensor, gram: Tensor) -> Tensor:
+    """The sum of the squares of all logits, (), of states x, (B, T, dim). gram: W' W, (dim, dim)."""
+    with torch.autocast(states.device.type, enabled=False):
+        return ((states @ gram) * states).sum()
 
 
 @torch.no_grad()
@@ -140,8 +150,7 @@ def layers_by_logits(model: Llama, windows: Tensor, batch: int = 8) -> list[int]
     That is about n_layers^2 / 6 forward passes: what runs before the removed layer is the same with
     and without it, and runs once.
     """
-    output = model.output.weight.float()  # vocab_size, dim
-    gram = output.T @ output              # dim, dim
+    gram = gram_of(model.output.weight)
     batches = [share(tokens) for tokens in windows.split(batch)]
     full = [model.states(mine)[:count].float() for mine, count in batches]
     kept = list(range(model.config.n_layers))

@@ -135,8 +135,8 @@ class Modulation(nn.Module):
 class Choice(NamedTuple):
     """The router's answer in training. K is the number of choices on all axes together."""
     subnet: SubNet
-    marginals: torch.Tensor | None = None  # (K,) y of the axes, end to end; None: no router
-    other: SubNet | None = None            # a second draw; None: no router
+    marginals: torch.Tensor | None = None  # (K,) y of the axes, end to end; None: nothing to choose
+    other: SubNet | None = None            # a second draw; None: nothing to choose
     log_ratio: torch.Tensor | None = None  # () log p(other) - log p(subnet), without noise
     penalty: torch.Tensor | None = None    # () to add to the loss; None: nothing to add
     max_p: float = 1.0                     # the largest probability, without noise; 1: decided

@@ -47,6 +47,8 @@ from plumbing.speculation import (
     sizes_in_turn,
 )
 
+COLDEST = 1e-6  # a temperature under it is 0: fp32 has no room for logits over it
+
 # -----------------------------------------------------------------------------
 # token by token
 
@@ -92,7 +94,7 @@ def generate(model, prompt: list[int], n: int, subnet=None, factors=None, temper
 def probabilities(logits: torch.Tensor, temperature: float, top_k: int) -> torch.Tensor:
     """What tokens are drawn from, logits (..., vocab) -> (..., vocab). Temperature 0 is the limit:
     the likeliest token has it all."""
-    if temperature == 0:
+    if temperature < COLDEST:
         best = logits.argmax(-1)
         return F.one_hot(best, logits.size(-1)).float()
     if top_k:

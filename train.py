@@ -112,7 +112,10 @@ def schedule(step: int, args: argparse.Namespace) -> tuple[float, float, float]:
 
     tau     1 -> tau_end, geometrically: the choice gets harder
     kappa   1 -> kappa_end, linearly: the logits outgrow the noise
-    teach   0 until router_start, then from teach_prob down to 0 at teach_end
+    teach   0 until router_start, then teach_prob until teach_end. Soft passes get fewer on the way,
+            down to 0: they are no passes of the slice. Pairs end by themselves, where both draws
+            are one slice; a short run has few lessons, and a share that falls leaves some budget
+            without
 
     Before router_start the router does not learn: what is best before training is not what is best
     after. After teach_end the loss does not reach it any more: it has decided, and the Llama trains
@@ -121,9 +124,10 @@ def schedule(step: int, args: argparse.Namespace) -> tuple[float, float, float]:
     tau = args.tau_end ** t
     kappa = 1 + (args.kappa_end - 1) * t
     teach_share = 0.0
-    if t >= args.router_start:
-        left = (args.teach_end - t) / max(1e-9, args.teach_end - args.router_start)
-        teach_share = args.teach_prob * max(0.0, left)
+    if args.router_start <= t < args.teach_end:
+        teach_share = args.teach_prob
+        if args.teach == "soft":
+            teach_share *= (args.teach_end - t) / (args.teach_end - args.router_start)
     return tau, kappa, teach_share
 
 
@@ -456,21 +460,20 @@ def train(model, router, data, orders, settings: dict, args, device, tokenizer, 
 
 def train_base(args, config: LlamaConfig, data, settings: dict, state, device, tokenizer) -> None:
     """The demo's starting point: a small dense Llama, trained once into args.out."""
-    if state is not None and state["step"] == args.steps:
-        say(f"base: {args.out} is there, {args.steps} steps; not trained again")
-        return
     model = Llama(config).init_weights(args.seed)
     if state is not None:
         with of_a_run(Path(args.out) / RESUME):
             load_model_state(model, state["model"])
-    n = n_params(config, model.full)
-    say(f"base: a dense Llama of {n:,} non-embedding parameters into {args.out}")
+    if state is not None and state["step"] == args.steps:  # only its files are written again
+        say(f"base: {args.out} is there, {args.steps} steps; not trained again")
+    else:
+        n = n_params(config, model.full)
+        say(f"base: a dense Llama of {n:,} non-embedding parameters into {args.out}")
     train(model.to(device), None, data, None, settings, args, device, tokenizer, state)
 
 
-def train_family(args, base: str, router: Router, data, settings: dict, state, device, tokenizer):
-    """Ranks, sorts and trains the Llama in `base` into args.out, then prints the table of
-    budgets."""
+def train_family(args, base: str, router: Router, data, settings: dict, state, device, tokenizer) -> dict:
+    """Ranks, sorts and trains the Llama in `base` into args.out. Returns the orders that sorted it."""
     model = load_on_ranks(base, args.shard, device)
     model.requires_grad_(not args.freeze_backbone)
     model.config = replace(model.config, context=max(model.config.context, args.seq_len))
@@ -502,7 +505,7 @@ def train_family(args, base: str, router: Router, data, settings: dict, state, d
     say(f"elastic: budgets {asked}, {len(space.members)} slices of cost "
         f"{space.costs.min():.3f} to 1, router lr {args.router_lr:.1e}")
     train(model, router, data, orders, settings, args, device, tokenizer, state, teacher)
-    show_family(args, base, orders, data[1], device)
+    return orders
 
 
 def dry_run(args) -> None:
@@ -525,22 +528,25 @@ def run_stages(args, base: str, device) -> None:
 
     # A run that cannot go on is refused here, before the demo's base is trained.
     settings = settings_of(args, identity)
-    state = resume_state(args.out, settings, args.steps, args.resume, override)
+    state = resume_state(args.out, settings, args.steps, args.resume, override, may_override=OVERRIDES)
     if args.llama is None:
         config = LlamaConfig(vocab_size=shards.vocab_size, context=args.seq_len)
     else:
         config = read_config(args.llama)
     space = space_of(args, config)
-    say_duration(config, args, device)
+    say_duration(config, args, device, 0 if state is None else state["step"])
 
     if args.llama is None:
         mend = f"give --out in another parent folder, start from it as it is with --llama {base}"
         base_settings = settings_of_base(args, identity)
-        base_state = resume_state(base, base_settings, args.base_steps, args.resume, override, mend)
+        base_state = resume_state(base, base_settings, args.base_steps, args.resume, override, mend,
+                                  OVERRIDES)
         train_base(args_of_base(args, base), config, data, base_settings, base_state, device,
                    first_tokenizer(folder))
     router = Router(space, args.router, args.seed, args.budgets)
-    train_family(args, base, router, data, settings, state, device, first_tokenizer(base, folder))
+    orders = train_family(args, base, router, data, settings, state, device, first_tokenizer(base, folder))
+    del state, router  # the table has room for what training held
+    show_family(args, base, orders, data[1], device)
 
 
 def main(argv=None) -> None:

@@ -28,7 +28,7 @@ from bench.slices import add_shape, median_ratio, opened
 from bench.speed import native_llama, one_turn
 from model import Llama, SubNet
 from plumbing.errors import Parser, fail, run_main
-from plumbing.hf import hf_tensor, model_class, model_config
+from plumbing.hf import hf_tensor, model_config
 from plumbing.latency import seconds
 from plumbing.parallel import autocast, device_of
 from sample import generate

@@ -161,6 +161,9 @@ BUGS = {
             "distillation: every chunk is compared with the teacher's first"),
     ],
     "importance.py": [
+        Bug("    output = output.float()\n    with torch.autocast(output.device.type, enabled=False):\n",
+            "    output = output.float()\n    if True:\n",
+            "on a GPU W' W is a product in bf16"),
         Bug("size = x.detach().float().abs() ", "size = x.detach().float() ", "|x| is missing"),
         Bug("size = x.detach().float().abs() ", "size = x.detach().abs() ",
             "sizes are averaged in bf16"),
@@ -355,6 +358,13 @@ BUGS = {
             "the full network in use has factors"),
     ],
     "train.py": [
+        Bug("    if state is not None and state[\"step\"] == args.steps:  "
+            "# only its files are written again\n"
+            "        say(f\"base: {args.out} is there, {args.steps} steps; not trained again\")\n    else:\n",
+            "    if state is not None and state[\"step\"] == args.steps:\n"
+            "        say(f\"base: {args.out} is there, {args.steps} steps; not trained again\")\n"
+            "        return\n    else:\n",
+            "a base whose weights are older than its state is taken as it is"),
         Bug("        return max(0, step + 1 - begin) / up\n",
             "        return max(0, step - begin) / up\n",
             "the warm-up begins at a rate of 0, and its first step does nothing"),
@@ -943,7 +953,9 @@ BUGS = {
             "scaled RoPE multiplies where llama.cpp divides"),
         Bug("\"deci\" if uneven(config) else \"llama\"", "\"llama\"",
             "layers that differ are called a plain Llama"),
-        Bug("        if len(shape) == 1:\n", "        if False:\n",
+        Bug("    if dtype == Q8_0 and shape[1] % BLOCK:\n", "    if False:\n",
+            "a matrix that Q8_0 does not fit is called Q8_0"),
+        Bug("    if len(shape) == 1:\n", "    if False:\n",
             "norms are rounded to the matrices' dtype"),
         Bug("writer.add_eot_token_id(ends[-1])", "writer.add_eot_token_id(ends[0])",
             "a chat does not stop at the end of a turn"),
@@ -1133,8 +1145,8 @@ BUGS = {
             "return optimizer", "the moments of zero1 are looked for where they are not"),
     ],
     "plumbing/sizes.py": [
-        Bug("n_params(config, subnet, embeddings=True) * itemsize",
-            "n_params(config, subnet) * itemsize", "bytes without the embeddings"),
+        Bug("n_params(config, subnet, embeddings=True) * dtype.itemsize",
+            "n_params(config, subnet) * dtype.itemsize", "bytes without the embeddings"),
         Bug("kv_heads = sum(subnet.config(config).per_layer(\"n_kv_heads\"))",
             "kv_heads = sum(config.per_layer(\"n_kv_heads\"))",
             "a cache of the full model's KV heads"),
@@ -1147,6 +1159,9 @@ BUGS = {
     ],
     "plumbing/state.py": [
         Bug("        check_free(folder, mend)\n", "", "a run replaces a Llama from elsewhere"),
+        Bug("    if not from_elsewhere and (folder / PARAMS).exists():\n",
+            "    if not from_elsewhere and (folder / PARAMS).exists() and not (folder / LOG).exists():\n",
+            "a family whose resume.pt was deleted is trained over"),
         Bug("        if type(state[\"step\"]) is not int or state[\"step\"] < 0:\n", "        if False:\n",
             "a state of step -1 is gone on from"),
         Bug("    free = PARTS[1] if in_use == PARTS[0] else PARTS[0]\n", "    free = PARTS[0]\n",

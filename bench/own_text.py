@@ -68,7 +68,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     p.add_argument("--model", default="out/base", help="a plain Llama folder")
     p.add_argument("--tokens", type=int, default=240_000, help="of all documents, at least")
     p.add_argument("--length", type=int,
-                   help="tokens of a document behind its BOS, at most (default: the window, or 256)")
+                   help="tokens of a document behind its BOS, at most (default: 256, or a smaller window)")
     p.add_argument("--batch", type=int, default=64, help="documents at once")
     p.add_argument("--bos", type=int, help="id that begins and ends documents (default: the tokenizer's)")
     p.add_argument("--seed", type=int, default=0)
@@ -116,6 +116,9 @@ def main(argv=None) -> None:
         documents = write_documents(model, args, bos, ends)
         if (Path(args.model) / TOKENIZER).is_file():
             copy_tokenizer(Path(args.model) / TOKENIZER, new)
+        if len(documents) < 2:
+            fail(f"one document came to {args.tokens:,} tokens; expected two, one of them to validate on; "
+                 "ask for more --tokens, or a smaller --length")
         n_val = max(1, round(VAL_FRACTION * len(documents)))
         n_val_tokens = write_split(new / "val", documents[:n_val], vocab_size, SHARD_TOKENS)
         n_train_tokens = write_split(new / "train", documents[n_val:], vocab_size, SHARD_TOKENS)

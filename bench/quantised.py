@@ -24,7 +24,7 @@ from data.tokenizer import load_tokenizer
 from eval import mean_loss, sizes_of
 from export import export
 from plumbing.checkpoint import TOKENIZER, load_llama
-from plumbing.errors import Parser, fail, run_main
+from plumbing.errors import Parser, check_at_least_one, fail, run_main
 from plumbing.family import Family, Member, open_to_cut
 from plumbing.gguf import Q8_0
 
@@ -104,24 +104,31 @@ def parse_args(argv=None) -> argparse.Namespace:
     """The flags."""
     p = Parser("python -m bench.quantised", __doc__)
     p.add_argument("--model", default="out/flex", help="a family, or a plain Llama at 1.0")
-    p.add_argument("--budgets", type=float, nargs="+", default=[1.0, 0.8, 0.6])
+    p.add_argument("--budgets", type=float, nargs="+", 
+                   help="(default: 1 .8 .6; 1 of a plain Llama)")
     p.add_argument("--kinds", nargs="+", default=["f16", Q8_0, "q5_0", "q4_0"],
                    help="f16, q8_0, or what llama-quantize lists")
     p.add_argument("--llama-quantize", default="llama-quantize", help="llama.cpp's program")
     p.add_argument("--text", required=True, help="a text file to score")
     p.add_argument("--seq-len", type=int, default=1024, help="tokens per window")
     p.add_argument("--json", action="store_true", help="one JSON object as the last line")
-    return p.parse_args(argv)
+    args = p.parse_args(argv)
+    check_at_least_one(args, "seq_len")
+    return args
 
 
 def main(argv=None) -> None:
     """Prints the table."""
     args = parse_args(argv)
     family = open_to_cut(args.model)
+    plain = family.router is None and family.flextron is None
+    budgets = args.budgets or ([1.0] if plain else [1.0, 0.8, 0.6])
+    for budget in budgets:
+        family.slice_member(budget)  # what it cannot give is refused before anything is measured
     tokenizer = load_tokenizer(Path(args.model) / TOKENIZER, family.model.config.vocab_size)
     pairs = text_windows(args.text, tokenizer, args.seq_len)
     rows = []
-    for budget in args.budgets:
+    for budget in budgets:
         rows += measure(family, budget, args.kinds, pairs, args.llama_quantize)
     print(table(rows))
     if args.json:

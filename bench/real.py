@@ -23,6 +23,7 @@ from tasks.questions import TASKS
 WHAT = {
     "base": "the base, untouched",
     "family": "**the family**",
+    "long": "the family, four times the tokens",
     "plain": "the family without a teacher",
     "depth": "layers alone",
     "width": "width alone",
@@ -30,7 +31,7 @@ WHAT = {
     "own": "it alone, on its own tokens",
     "all": "it alone, on all tokens",
     "search": "search, no training",
-    "text": "it alone, on all tokens of other text",
+    "text": "it alone, on as many of other text",
     "written": "it alone, on as many that the base wrote"}
 QUANTISED = "quantised"  # sizes in encodings: a table of its own
 
@@ -55,6 +56,8 @@ def collect(folder) -> dict:
     """All finished runs in a folder of real.sh: name -> its rows and, if it trained, what it took."""
     runs = {}
     for path in sorted(Path(folder).glob("*.json")):
+        if path.stem.partition("-")[0] not in (*WHAT, QUANTISED):
+            continue  # real.json of a part
         if path.stem == QUANTISED:
             found = last_object(path)
             runs[QUANTISED] = dict(tokens=found["tokens"], rows=found["rows"])
@@ -174,7 +177,8 @@ def draw(runs: dict, path: Path) -> None:
             axes.scatter(*points(rows), s=48, zorder=3, color=colour, marker=marker, label=label)
     axes.set_xlabel("parameters without embeddings, millions", fontsize=12)
     axes.set_ylabel("loss on held-out text (nats)", fontsize=12)
-    axes.legend(frameon=False, fontsize=11)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False, fontsize=11)
     axes.spines[["top", "right"]].set_visible(False)
     with atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=150)

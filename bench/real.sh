@@ -8,8 +8,10 @@
 #     bash bench/real.sh depth         only the runs whose names begin so (and what they start from)
 #     bash bench/real.sh --list        print the runs, run nothing
 #
-# What can be set, with a laptop's values. On one GPU, for example:
-#     FLAGS="--steps 5000 --batch-tokens 32768 --seq-len 2048 --lr 1e-4" STEPS=5000 ROWS= JOBS=1 bash bench/real.sh
+# What can be set, with a laptop's values. On a processor with avx512_bf16 or amx, and on one GPU, for example:
+#     FLAGS="--laptop --autocast bfloat16" EVAL="--autocast bfloat16" bash bench/real.sh
+#     FLAGS="--budgets 1.0 0.9 0.8 0.6 --steps 5000 --batch-tokens 32768 --seq-len 2048 --lr 1e-4" STEPS=5000 ROWS= JOBS=1 \
+#         WRITE="--tokens 170000000" bash bench/real.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."                          # the root, where every program starts
 export OUT=${OUT:-out/real}                      # where runs go
@@ -24,9 +26,10 @@ export TEXT=${TEXT:-book.txt} TASK_DIR=${TASK_DIR:-data/tasks}  # what judges: n
 export TASKS=${TASKS:-piqa arc_easy winogrande lambada_openai}
 export HELDOUT=${HELDOUT:---windows 32 --seq-len 256}  # and of what training reads, the part that is held out
 export ROWS=${ROWS---limit 200}                  # of a task; ROWS= for all
-export FLAGS=${FLAGS:---laptop}                  # of every training
+export FLAGS=${FLAGS:---laptop}                  # of every training,
+export EVAL=${EVAL:-}                            # and of every evaluation
 STEPS=${STEPS:-110}                              # what FLAGS makes of --steps
-export WRITE=${WRITE:---tokens 240000}           # how much it writes
+export WRITE=${WRITE:---tokens 60000}            # how much it writes
 export QUANTIZE=${QUANTIZE:-llama-quantize}      # llama.cpp's program for encodings, and which
 export KINDS=${KINDS:-f16 q8_0$(command -v "$QUANTIZE" >/dev/null && echo " q5_0 q4_0")}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
@@ -34,6 +37,8 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 runs() {  # NAME FLAGS of train.py, or of search; base and cut-B train nothing
     echo "base"
     echo "family"
+    # What more tokens buy
+    echo "long --steps $((4 * STEPS))"
     # Models alone have no teacher; this family has none either
     echo "plain --kd 0"
     # From what the router may choose: whole layers cost a hair more than their share
@@ -48,9 +53,9 @@ runs() {  # NAME FLAGS of train.py, or of search; base and cut-B train nothing
         echo "search-$b --budget $b --generations 6 --population 12 --fitness-windows 4 --calibration-windows 64" \
              "--report-windows 16 --seq-len 256"
     done
-    # What training reads: other text, and none at all
-    echo "text-0.60 --llama $OUT/cut-0.60 --budgets 1.0 --steps $((4 * STEPS)) --data $OTHER"
-    echo "written-0.60 --llama $OUT/cut-0.60 --budgets 1.0 --steps $((4 * STEPS)) --data $OWN"
+    # What training reads, on as many tokens as own-0.60: other text, and none at all
+    echo "text-0.60 --llama $OUT/cut-0.60 --budgets 1.0 --data $OTHER"
+    echo "written-0.60 --llama $OUT/cut-0.60 --budgets 1.0 --data $OWN"
     # Sizes x bits
     echo "quantised --budgets 1.0 0.8 0.6"
 }
@@ -84,18 +89,18 @@ judge() {  # NAME FLAGS: its figures, as JSON
     local model=$OUT/$1 at=1.0
     case "$1" in
         base) model=$LLAMA ;;
-        family) at="1.0 0.9 0.8 0.7 0.6 0.5" ;;
+        family | long) at="1.0 0.9 0.8 0.7 0.6 0.5" ;;
         depth) at="1.0 0.901 0.801 0.601" ;;
         width | plain) at="1.0 0.9 0.8 0.6" ;;
     esac
     shift
-    # shellcheck disable=SC2086  # KINDS, TASKS, ROWS, HELDOUT and at are lists of words
+    # shellcheck disable=SC2086  # KINDS, TASKS, ROWS, HELDOUT, EVAL and at are lists of words
     case "$model" in
         */quantised) python -m bench.quantised --model "$OUT/family" "$@" --text "$TEXT" --kinds $KINDS \
             --llama-quantize "$QUANTIZE" --json ;;
         *) python eval.py --model "$model" --budgets $at --text "$TEXT" --seq-len 1024 --tasks $TASKS \
-            --task-dir "$TASK_DIR" $ROWS --json &&
-            python eval.py --model "$model" --budgets $at --data "$DATA" $HELDOUT --json ;;
+            --task-dir "$TASK_DIR" $ROWS $EVAL --json &&
+            python eval.py --model "$model" --budgets $at --data "$DATA" $HELDOUT $EVAL --json ;;
     esac
 }
 
@@ -118,7 +123,8 @@ for path in "$LLAMA" "$DATA" "$OTHER" "$TEXT" "$TASK_DIR"; do
 done
 mkdir -p "$OUT"
 run family
-[ -e "$OUT/cut-0.60" ] || python -m bench.alone --model "$OUT/family" --base "$LLAMA" --out "$OUT"
+[ -e "$OUT/scratch-1.00" ] ||  # the last that it makes
+    python -m bench.alone --model "$OUT/family" --base "$LLAMA" --out "$OUT"
 runs | grep -e "^$ONLY" | xargs -P "${JOBS:-2}" -I{} bash -c 'run {}' || failed=$?
 python -m bench.real --collect "$OUT" --assets "$ASSETS"
 exit "${failed:-0}"

@@ -61,6 +61,7 @@ def spent(folder: Path) -> dict:
         tokens=passes * settings["batch_tokens"],
         flops=settings["batch_tokens"] * flops,
         seconds=round(seconds, 1),
+        autocast=settings.get("autocast"),
         commit=header["commit"],
         torch=header["torch"],
         device=header["device"])

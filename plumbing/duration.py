@@ -10,6 +10,7 @@ import torch
 from model import LlamaConfig, SubNet
 from plumbing.errors import note
 from plumbing.parallel import AUTOCASTS, WORLD, autocast, autocast_is, say
+from plumbing.settings import SMALL
 from space import n_params
 
 DAYS = 3    # a run on a CPU that takes longer is most likely not what was meant
@@ -33,8 +34,10 @@ def run_flops(config: LlamaConfig, args: argparse.Namespace) -> float:
     """FLOPs of the elastic steps of a run, over all ranks: slices that cost all of their budget, as
     many passes that teach the router as are expected, and the forwards of --kd's teacher."""
     several = len(args.budgets) > 1 and args.router in ("constrained", "penalty")
-    # Their share falls from teach_prob to 0 between router_start and teach_end.
-    teach = args.teach_prob * max(0.0, args.teach_end - args.router_start) / 2 if several else 0.0
+    # Between router_start and teach_end; soft passes get fewer on the way (train.py: schedule).
+    teach = args.teach_prob * max(0.0, args.teach_end - args.router_start) if several else 0.0
+    if args.teach == "soft":
+        teach /= 2
     drawn = [(1 + min(args.budgets)) / 2] * args.extra_budgets  # uniform between these two
     flops = 0.0
     for budget in [*args.budgets, *drawn]:
@@ -76,15 +79,20 @@ def readable(seconds: float) -> str:
     return f"{seconds:.0f} seconds"
 
 
-def say_duration(config: LlamaConfig, args: argparse.Namespace, device: torch.device) -> None:
-    """A line of what is ahead; on a CPU a second one with the flag that helps, if one does."""
+def say_duration(config: LlamaConfig, args: argparse.Namespace, device: torch.device, done: int = 0) -> None:
+    """A line of what is ahead after `done` steps; on a CPU a second one with the flag that helps, if
+    one does."""
+    left = args.steps - done
+    if left <= 0:
+        return
     speed = machine_flops(device)
-    seconds = expected_seconds(config, args, speed)
+    seconds = expected_seconds(config, args, speed) * left / args.steps
     passes = len(args.budgets) + args.extra_budgets
     where = device.type if WORLD == 1 else f"{WORLD} {device.type} ranks"
-    say(f"{args.steps:,} steps of {passes} x {args.batch_tokens:,} tokens: {readable(seconds)} at "
+    say(f"{left:,} steps of {passes} x {args.batch_tokens:,} tokens: {readable(seconds)} at "
         f"least, at what this {where} multiplies now")
-    if device.type == "cpu" and seconds > DAYS * 86400 and not args.laptop:
+    large = n_params(config, SubNet.full(config)) >= SMALL
+    if device.type == "cpu" and seconds > DAYS * 86400 and large and not args.laptop:
         note("the defaults from 100M parameters on are the paper's, made for many GPUs; on a CPU, "
              "--laptop trains on 225k tokens: somewhat over an hour for 135M parameters")
     if device.type == "cpu" and (args.autocast == "bfloat16" or seconds > LONG):

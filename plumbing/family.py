@@ -145,13 +145,14 @@ class Family:
         return latency.costs(self.router.space, asked)
 
     def default_budgets(self) -> list[float]:
-        """The budgets of a table where nobody asked for any."""
+        """The budgets of a table where nobody asked for any: round ones, and those that were trained."""
         if self.flextron:
             return [1.0, *self.saved["targets"]]
         if self.router is None:
             return [1.0]
         smallest = min(self.router.budgets, default=0)  # what is under it comes only if it is asked for
-        return [b for b in TABLE_BUDGETS if b >= max(smallest, self.router.space.costs.min())]
+        known = {b for b in TABLE_BUDGETS if b >= max(smallest, self.router.space.costs.min())}
+        return sorted(known | set(self.router.budgets), reverse=True)
 
     def trained_budgets(self, unit: str = "params") -> list[float]:
         """Those that training ran, in this unit; [] for a plain Llama."""

@@ -14,6 +14,7 @@ frequency the number that divides it. And llama.cpp knows the patterns of tokeni
 file can bring another one.
 """
 import contextlib
+import math
 import os
 from pathlib import Path
 from typing import Iterable, Iterator
@@ -34,6 +35,7 @@ Q8_0 = "q8_0"  # a dtype that torch has not: 32 weights of a row share a scale, 
 KINDS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", Q8_0: "Q8_0"}
 FILE_TYPES = {"F32": 0, "F16": 1, "Q8_0": 7, "BF16": 32}  # general.file_type: what most matrices are
 BLOCK = 32  # weights of a row that share a scale
+BITS = {"F32": 32, "F16": 16, "BF16": 16, "Q8_0": 8.5}  # a weight; Q8_0: 34 bytes a block
 
 # -----------------------------------------------------------------------------
 # before anything is written
@@ -102,24 +104,36 @@ def shapes_of(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def kinds_of(shapes: dict[str, tuple[int, ...]], dtype) -> dict[str, str]:
-    """How each tensor is stored: F32, F16, BF16 or Q8_0.
+def kind_of(shape: tuple[int, ...], dtype) -> str:
+    """How a tensor is stored: F32, F16, BF16 or Q8_0.
 
     Vectors are few and matter, so they stay in fp32. A matrix whose rows Q8_0's blocks do not fill
-    is F16; a note on stderr says which ones."""
-    kinds = {}
+    is F16."""
+    if len(shape) == 1:
+        return "F32"
+    if dtype == Q8_0 and shape[1] % BLOCK:
+        return "F16"
+    return KINDS[dtype]
+
+
+def kinds_of(shapes: dict[str, tuple[int, ...]], dtype) -> dict[str, str]:
+    """kind_of() every tensor. A note on stderr says where Q8_0 was not to be had."""
+    kinds = {name: kind_of(shape, dtype) for name, shape in shapes.items()}
     odd = set()
     for name, shape in shapes.items():
-        kind = KINDS[dtype]
-        if len(shape) == 1:
-            kind = "F32"
-        elif kind == "Q8_0" and shape[1] % BLOCK:
-            kind = "F16"
+        if dtype == Q8_0 and kinds[name] == "F16":
             odd.add(f"{name.split('.')[-2]} ({shape[1]})")
-        kinds[name] = kind
     if odd:
         note(f"float16 in the place of q8_0 where a row is no multiple of {BLOCK}: {', '.join(sorted(odd))}")
     return kinds
+
+
+def tensor_bytes(config: LlamaConfig, dtype) -> int:
+    """Bytes of all tensors of the file."""
+    total = 0
+    for shape in shapes_of(config).values():
+        total += int(math.prod(shape) * BITS[kind_of(shape, dtype)] / 8)
+    return total
 
 
 def encoded(weight: torch.Tensor, kind: str):

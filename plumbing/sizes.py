@@ -16,7 +16,7 @@ from pathlib import Path
 from model import LlamaConfig, SubNet
 from plumbing.errors import fail
 from plumbing.family import FLEX, Family
-from plumbing.gguf import Q8_0
+from plumbing.gguf import Q8_0, tensor_bytes
 from plumbing.hf import model_class
 from plumbing.latency import LATENCY_FILE, load_latency
 from plumbing.tables import legend, mark, spread
@@ -29,10 +29,11 @@ DRY_RUN_BUDGETS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
 
 
 def weight_bytes(config: LlamaConfig, subnet: SubNet, dtype) -> int:
-    """Bytes of all weights of a slice, embeddings included. dtype: torch's, or q8_0, whose blocks
-    hold 32 weights in 34 bytes."""
-    itemsize = 34 / 32 if dtype == Q8_0 else dtype.itemsize
-    return int(n_params(config, subnet, embeddings=True) * itemsize)
+    """Bytes of all weights of a slice, embeddings included. dtype: torch's, or q8_0, which not every
+    matrix fits."""
+    if dtype == Q8_0:
+        return tensor_bytes(subnet.config(config), Q8_0)
+    return n_params(config, subnet, embeddings=True) * dtype.itemsize
 
 
 def cache_bytes(config: LlamaConfig, subnet: SubNet, dtype, context: int) -> int:
@@ -101,12 +102,15 @@ def largest(family: Family, size, limit: float, what: str) -> float:
     router = family.router
     best = None
     smallest = None
+    weights = {}  # many budgets buy the same slice
     for i in range(1000, 0, -1):
         budget = i / 1000
         if budget < router.space.costs.min():
             break
         subnet = router.route(budget)
-        weight = size(subnet)
+        if subnet not in weights:
+            weights[subnet] = size(subnet)
+        weight = weights[subnet]
         smallest = weight if smallest is None else min(smallest, weight)
         share = cost(router.space.config, subnet)
         if weight <= limit and (best is None or share > best[0]):
@@ -174,6 +178,8 @@ def asked_of(family: Family, budget: float, subnet: SubNet, unit: str) -> str:
     """How a report says what was asked for."""
     if unit == "params":
         return f"asked {budget:.3f}, "
+    if family.router is None and family.flextron is None:
+        return "asked for all of its time, "  # its only size
     took = load_latency(family.folder, family.model)(subnet)
     return (f"asked for {budget:.3f} of the full model's time, "
             f"{took:.3f} by {family.folder / LATENCY_FILE}\n")

@@ -110,25 +110,28 @@ def of_a_run(path):
 
 
 def check_free(folder, mend: str) -> None:
-    """fail() for a folder without a state whose Llama no run has written: the new one would replace
-    it. A run leaves a log. And where a folder or a pipe has a file's name: its first save would fail."""
+    """fail() for a folder without a state that holds a Llama: the new one would replace it. A run
+    leaves a log, and writes its state first: without one, someone has deleted it. And where a folder or a pipe has a file's name: its first save would fail."""
     folder = Path(folder)
     for path in folder.glob("*.*"):
         if path.suffix in (".pt", ".pth", ".json", ".model"):
             is_there(path)
     from_elsewhere = another_kind(folder)
-    if not from_elsewhere and (folder / PARAMS).exists() and not (folder / LOG).exists():
+    if not from_elsewhere and (folder / PARAMS).exists():
         from_elsewhere = "a Llama that no run has written"
+        if (folder / LOG).exists():
+            from_elsewhere = f"a run without its {RESUME}"
     if from_elsewhere:
         fail(f"{folder} is {from_elsewhere}; expected a new folder, or one of an earlier run; {mend}")
 
 
-def resume_state(folder, settings: dict, steps: int, resume: bool, override=(), mend="choose another --out"):
+def resume_state(folder, settings: dict, steps: int, resume: bool, override=(),
+                 mend="choose another --out", may_override=()):
     """What resume.pt in `folder` holds, None without one.
 
     A run is left alone, fail(), if its settings differ in more than `override`, if it has gone
     further than `steps`, or if it stopped before its last step and is not to be resumed. mend: what
-    else the user can do."""
+    else the user can do; may_override: the settings that --override lets differ, where there is one."""
     path = Path(folder) / RESUME
     if not is_there(path):
         check_free(folder, mend)
@@ -145,6 +148,8 @@ def resume_state(folder, settings: dict, steps: int, resume: bool, override=(), 
     differ = [key for key in differ if key not in PATHS]
     if not set(differ) <= set(override):
         changes = ", ".join(f"{key} {then.get(key)} -> {now.get(key)}" for key in differ)
+        if set(differ) <= set(may_override):
+            mend = f"go on with these by --resume --override, {mend}"
         fail(f"{folder} holds a run with other settings: {changes}; {mend}, or delete it")
     if state["step"] > steps:
         fail(f"{folder} is at step {state['step']} already, {steps} were asked for; ask for more, or {mend}")

@@ -95,7 +95,8 @@ def test_a_resumed_run_keeps_it(random_start, tmp_path, capsys, monkeypatch):
     train.main(flags)
     assert load_tensors(tmp_path / "flex" / RESUME)["settings"]["autocast"] == "float32"
     flags += ["--autocast", "bfloat16", "--resume"]
-    assert "holds a run with other settings: autocast float32 -> bfloat16; choose" in refused(capsys, flags)
+    assert ("holds a run with other settings: autocast float32 -> bfloat16; go on with these by "
+            "--resume --override, choose another --out") in refused(capsys, flags)
     train.main([*flags, "--steps", "7", "--override"])
 
 
@@ -104,7 +105,7 @@ def test_the_base_keeps_it_too(demo, tmp_path, capsys, small_base, monkeypatch):
     monkeypatch.setattr(duration, "machine_flops", lambda device, size=None: 1e12)
     root, flags = demo
     said = refused(capsys, [*flags, "--out", str(root / "out/other"), "--autocast", "bfloat16"])
-    assert "out/base holds a run with other settings: autocast float32 -> bfloat16; give --out" in said
+    assert "out/base holds a run with other settings: autocast float32 -> bfloat16; go on with these" in said
 
 
 def test_the_plan_counts_it(tmp_path, capsys):
@@ -151,8 +152,10 @@ def test_a_short_run_is_not_measured_twice(tmp_path, monkeypatch):
     """Catches the demo, which waits for a comparison that saves it nothing."""
     args = parse_args(["--device", "cpu"])
     monkeypatch.setattr(duration, "machine_flops", lambda device: 1e13)
-    monkeypatch.setattr(duration, "say_the_faster", lambda *_: pytest.fail("measured"))
+    measured = []
+    monkeypatch.setattr(duration, "say_the_faster", lambda *found: measured.append(found))
     duration.say_duration(GQA, args, CPU)
+    assert not measured
 
 
 def test_the_speed_is_that_of_bf16():

@@ -52,6 +52,7 @@ def test_a_run_without_a_chance_is_told_of_the_small_one(tmp_path, capsys, monke
     save_llama(tmp_path / "llama", GQA, random_llama(GQA).state_dict())
     args = parse_args(["--llama", str(tmp_path / "llama"), "--device", "cpu", *flags])
     monkeypatch.setattr(duration, "machine_flops", lambda device, size=None: speed)
+    monkeypatch.setattr(duration, "SMALL", 0)
     duration.say_duration(GQA, args, torch.device("cpu"))
     err = capsys.readouterr().err
     took = readable(run_flops(GQA, args) / speed)

@@ -12,6 +12,7 @@ import torch
 
 import eval as evaluation
 import export as exporting
+import plumbing.sizes as sizes
 from plumbing.checkpoint import load_llama, load_tensors, save_llama
 from plumbing.family import open_family
 from plumbing.lazy import open_lazily
@@ -286,6 +287,14 @@ def test_params_and_memory_are_never_exceeded(tmp_path, capsys, monkeypatch, sha
             assert cost(model.config, best) == pytest.approx(cost_of_config(model.config, got))
     with one_line_error(capsys, "parameters", "smallest"):
         exporting.main(["--model", str(tmp_path / "flex"), "--params", "1K"])
+
+
+def test_a_llama_of_one_size_has_no_latency(tmp_path, capsys, monkeypatch):
+    """Catches half an hour of timing, or a traceback, for a Llama whose only size is 1."""
+    save_llama(tmp_path / "llama", GQA, random_llama(GQA).state_dict())
+    monkeypatch.setattr(sizes, "load_latency", lambda *_: pytest.fail("it was measured"))
+    exporting.main(["--model", str(tmp_path / "llama"), "--latency", "1.0"])
+    assert "asked for all of its time, got 1.000" in capsys.readouterr().out
 
 
 def test_names_of_folders():

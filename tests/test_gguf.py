@@ -30,6 +30,7 @@ from export import folded
 from model import LlamaConfig
 from plumbing.checkpoint import load_llama, load_tensors, save_llama
 from plumbing.hf import spell
+from plumbing.sizes import weight_bytes
 from tests.helpers import (
     GQA,
     MHA,
@@ -268,6 +269,21 @@ def test_bf16_is_rounded_once(tmp_path):
         assert torch.equal(found[f"blk.{new}.attn_output.weight"], (w * factors[old, 0]).bfloat16().float())
         w = model.layers[old].attention_norm.weight[:subnet.dim]
         assert torch.equal(found[f"blk.{new}.attn_norm.weight"], w)
+
+
+@needs_gguf
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, ours.Q8_0])
+@pytest.mark.parametrize("dim", [64, 56])  # 56: no multiple of Q8_0's blocks
+def test_the_bytes_of_a_file_are_known_before(tmp_path, dtype, dim):
+    """Catches q8_0 counted where a matrix does not fit it, and vectors counted as matrices."""
+    import gguf
+    config = dataclasses.replace(GQA, dim=dim, ffn_dim=96)
+    model = random_llama(config)
+    ours.save_gguf(tmp_path / "x.gguf", config, folded(model, model.full), dtype, None)
+    written = sum(int(tensor.n_bytes) for tensor in gguf.GGUFReader(tmp_path / "x.gguf").tensors)
+    assert ours.tensor_bytes(config, dtype) == written
+    if dtype == ours.Q8_0:
+        assert weight_bytes(config, model.full, dtype) == written
 
 
 @needs_gguf

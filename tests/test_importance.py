@@ -7,7 +7,15 @@ import re
 import pytest
 import torch
 
-from importance import activation_scores, layers_by_influence, layers_by_logits, rank, sort_
+from importance import (
+    activation_scores,
+    gram_of,
+    layers_by_influence,
+    layers_by_logits,
+    rank,
+    sort_,
+    squared_logits,
+)
 from model import Llama, LlamaConfig, RMSNorm, SubNet
 from tests.helpers import GQA, MHA, SHAPES, close, random_llama, tokens_for
 
@@ -205,6 +213,18 @@ def test_layers_are_judged_again_after_every_removal():
     want = slow_order(model, windows, relative_damage)
     assert want != slow_order(model, windows, relative_damage, again=False), "a test of nothing"
     assert layers_by_logits(model, windows, batch=2) == want
+
+
+@torch.no_grad()
+def test_logits_are_squared_in_fp32():
+    """Catches an order of layers that bf16 products decide: on a GPU the ranking runs under autocast."""
+    states, output = torch.randn(2, 5, 64), torch.randn(300, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        gram = gram_of(output)
+        found = squared_logits(states, gram)
+    exact = (states.double() @ output.double().T).square().sum()
+    assert gram.dtype == found.dtype == torch.float32
+    assert found.item() == pytest.approx(exact.item(), rel=1e-5)
 
 
 @torch.no_grad()

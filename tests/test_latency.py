@@ -218,6 +218,9 @@ def test_a_member_is_what_the_router_says(flex, machine):
     router = family.router
     budgets = family.default_budgets()
     assert budgets == [1.0, 0.9, 0.8, 0.7, 0.6, 0.5]
+    router.budgets = [0.601, 0.3, 1.0]
+    assert family.default_budgets() == [1.0, 0.9, 0.8, 0.7, 0.601, 0.6, 0.5, 0.4, 0.3]
+    router.budgets = [0.5, 1.0]
     for b in budgets:
         member = family.member(b)
         assert member.subnet == router.route(b)

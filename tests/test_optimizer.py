@@ -196,7 +196,8 @@ def test_noise_falls_and_soft_passes_end():
     """Catches a temperature that falls linearly, a kappa that falls, soft passes before the
     router's start or after their end: at every step of a run of 21 that starts its router
     at a quarter."""
-    args = settings(steps=21, tau_end=0.01, kappa_end=5.0, teach_prob=0.8, router_start=0.25, teach_end=0.75)
+    args = settings(steps=21, tau_end=0.01, kappa_end=5.0, teach_prob=0.8, router_start=0.25, teach_end=0.75,
+                    teach="soft")
     for step in range(21):
         tau, kappa, soft = train.schedule(step, args)
         assert tau == pytest.approx(10 ** (-step / 10))

@@ -56,7 +56,7 @@ def test_every_run_has_flags_that_exist_and_a_place_in_the_table(monkeypatch):
             search.parse_args(["--llama", "x", "--data", "x", *flags])
         elif kind not in NO_TRAINING:
             args = plumbing.settings.parse_args(["--llama", "x", "--laptop", *flags])
-            assert args.steps == (440 if kind in ("all", "text", "written") else 110)
+            assert args.steps == (440 if kind in ("all", "long") else 110)
         else:
             assert not flags
     assert {name.split("-")[0] for name in runs} == {*real.WHAT, real.QUANTISED}
@@ -163,6 +163,16 @@ def test_readme_says_what_the_runs_say():
             f"{found[0.6]:.3f} at 1, .8") in said
 
 
+def test_the_tables_of_a_part_are_no_run(tmp_path):
+    """Catches a second part that takes the first one's real.json, beside the runs, for one of them."""
+    rows = json.dumps(fake([1.0], []))
+    heldout = json.dumps(dict(rows=[dict(loss=3.0, tokens=5)]))
+    (tmp_path / "base.json").write_text(f"{rows}\n{heldout}\n")
+    for _ in range(2):
+        real.main(["--collect", str(tmp_path), "--assets", str(tmp_path)])
+    assert list(json.loads((tmp_path / "real.json").read_text())) == ["base"]
+
+
 def test_nothing_to_show_is_a_line(tmp_path, capsys):
     """Catches a traceback where a run is missing."""
     with one_line_error(capsys, "real.json is not there", "bash bench/real.sh"):
@@ -238,6 +248,10 @@ def test_own_text_is_what_a_run_reads(tmp_path, capsys):
         own_text.main([*argv, "--bos", "560", "--out", str(tmp_path / "own")])
     with one_line_error(capsys, "--length 9000", "the window"):
         own_text.main([*argv, "--length", "9000"])
+    with one_line_error(capsys, "one document", "expected two"):
+        own_text.main([*argv, "--bos", str(bos), "--tokens", "5", "--batch", "1",
+                       "--out", str(tmp_path / "one")])
+    assert not (tmp_path / "one").exists()
 
 
 def test_a_llama_that_writes_nothing_is_a_line(tmp_path, capsys, monkeypatch):
@@ -307,6 +321,21 @@ def test_a_quantiser_that_fails_is_a_line(tmp_path, capsys, program, expected):
     with one_line_error(capsys, expected, "q4_0"):
         quantised.main(["--model", str(tmp_path / "llama"), "--budgets", "1.0", "--kinds", "q4_0",
                         "--text", str(tmp_path / "text.txt"), "--llama-quantize", program])
+
+
+@needs_gguf
+def test_sizes_that_a_model_has_not_are_refused_first(tmp_path, capsys, monkeypatch):
+    """Catches minutes of work before a size that does not exist, and a plain Llama asked for .8."""
+    raw_llama(tmp_path / "llama", GQA)
+    (tmp_path / "text.txt").write_text("the cat sat on the mat")
+    argv = ["--model", str(tmp_path / "llama"), "--text", str(tmp_path / "text.txt"), "--kinds", "f16"]
+    quantised.main(argv)
+    assert capsys.readouterr().out.count("| f16 |") == 1
+    monkeypatch.setattr(quantised, "measure", lambda *_: pytest.fail("it was measured"))
+    with one_line_error(capsys, "its only budget is 1.0"):
+        quantised.main([*argv, "--budgets", "1.0", "0.8"])
+    with one_line_error(capsys, "--seq-len 0"):
+        quantised.main([*argv, "--seq-len", "0"])
 
 
 def test_what_is_missing_is_said_before_anything_runs(tmp_path):

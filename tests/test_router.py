@@ -700,7 +700,10 @@ def test_schedule_ends():
     """Catches a temperature that never arrives, or a kappa that falls: the last step is where the
     router must be sharp."""
     args = argparse.Namespace(steps=51, tau_end=0.0561, kappa_end=10.0, teach_prob=0.5,
-                              router_start=0.2, teach_end=0.6)
+                              router_start=0.2, teach_end=0.6, teach="pairs")
+    # Pairs: none before the router starts, none after their end, as many all the way between.
+    assert [schedule(step, args)[2] for step in range(51)] == [0] * 10 + [0.5] * 20 + [0] * 21
+    args.teach = "soft"
     taus, kappas, softs = zip(*(schedule(step, args) for step in range(51)))
 
     # Soft passes: none before the router starts, none after their end, ever fewer between.

@@ -6,7 +6,7 @@ import torch
 
 import sample
 from plumbing.checkpoint import load_llama, save_llama
-from sample import generate, pick
+from sample import generate, pick, probabilities
 from tests.helpers import (
     GQA,
     MHA,
@@ -111,6 +111,9 @@ def test_sampling_follows_the_softmax():
         assert counts[p == 0].sum() == 0
         assert ((counts / 250 - p).abs() < 4.5 * (p * (1 - p) / 250).sqrt() + 4e-3).all(), (
             temperature, top_k)
+    best = logits.argmax().item()
+    for cold in (0, 1e-46, 1e-9, 1e-5):  # 1e-46 is 0 in fp32, and 0 / 0 no number
+        assert probabilities(logits, cold, 0)[best] == 1
     one = {next(generate(model, PROMPT, 1, None, None, 1.0, 1, seed)) for seed in range(5)}
     assert one == {logits.argmax().item()}
 

@@ -15,7 +15,7 @@ import train
 from data.shards import Shards
 from importance import sort_
 from model import Llama, LlamaConfig
-from plumbing.checkpoint import load_llama, load_tensors
+from plumbing.checkpoint import load_llama, load_tensors, save_llama
 from plumbing.family import open_family
 from space import AXES, cost
 from tests.helpers import close, files_of, one_line_error
@@ -563,7 +563,7 @@ def test_second_run_trains_nothing_again(demo, capsys):
     root, flags = demo
     flags = [*flags, "--out", str(root / "out/flex")]
     weights = root / "out/base/consolidated.00.pth"
-    written = weights.stat().st_mtime_ns
+    written = weights.read_bytes()
     before = bytes_of(root / "out/flex")
     train.main(flags)
     said = capsys.readouterr().err
@@ -571,8 +571,34 @@ def test_second_run_trains_nothing_again(demo, capsys):
     for changed in (["--base-steps", "9"], ["--base-lr", "1e-4"], ["--steps", "7"],
                     ["--lr", "1e-5", "--resume"]):
         assert "other settings" in refused(flags + changed, capsys)
-    assert weights.stat().st_mtime_ns == written
+    assert weights.read_bytes() == written
     assert bytes_of(root / "out/flex") == before
+
+
+def test_a_base_whose_weights_lag_behind_its_state(demo, tmp_path):
+    """Catches a family made from the weights of the save before the last: a power cut came between
+    the state and what follows from it."""
+    root, flags = demo
+    shutil.copytree(root / "out/base", tmp_path / "out/base")
+    base = load_llama(root / "out/base")
+    older = {name: weight + 0.01 for name, weight in base.state_dict().items()}
+    save_llama(tmp_path / "out/base", base.config, older)
+    train.main([*flags, "--out", str(tmp_path / "out/flex"), "--resume"])
+    assert bytes_of(tmp_path / "out/flex") == bytes_of(root / "out/flex")
+    weights = "out/base/consolidated.00.pth"
+    assert (tmp_path / weights).read_bytes() == (root / weights).read_bytes()
+
+
+def test_a_run_without_its_state_is_left_alone(demo, tmp_path, capsys):
+    """Catches a finished family that a second command trains over, after its resume.pt was deleted."""
+    root, flags = demo
+    shutil.copytree(root / "out", tmp_path / "out")
+    (tmp_path / "out/flex/resume.pt").unlink()
+    before = files_of(tmp_path / "out/flex")
+    for extra in ([], ["--resume"]):
+        assert "a run without its resume.pt" in refused(
+            [*flags, "--out", str(tmp_path / "out/flex"), *extra], capsys)
+    assert files_of(tmp_path / "out/flex") == before
 
 
 def test_full_network_is_a_plain_llama(demo):
