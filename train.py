@@ -27,7 +27,7 @@ models over 100M parameters: the paper's where it states them.
     tau        1 -> .056              how soft the router's choice is, with --teach soft
     kappa      1 -> 10                its logits against the noise
     kd         0; with --llama .5     share of the loss under b = 1 in which the base is the teacher
-    teach      1 -> 0                 share of passes that teach the router, from .12 to .45 of the
+    teach      1                      share of passes that teach the router, from .12 to .45 of the
                                       steps
 """
 import argparse

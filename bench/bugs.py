@@ -23,7 +23,7 @@ TESTS = {
     "importance.py": "importance train shard",
     "space.py": "router",
     "router.py": "router latency train",
-    "train.py": "optimizer train survive shard",
+    "train.py": "optimizer router train survive shard",
     "export.py": "export",
     "eval.py": "eval train",
     "sample.py": "sample speculation",
@@ -358,6 +358,9 @@ BUGS = {
             "the full network in use has factors"),
     ],
     "train.py": [
+        Bug("        if args.teach == \"soft\":\n            teach_share *=",
+            "        if True:\n            teach_share *=",
+            "pairs get fewer on the way, and the smallest budget too few"),
         Bug("    if state is not None and state[\"step\"] == args.steps:  "
             "# only its files are written again\n"
             "        say(f\"base: {args.out} is there, {args.steps} steps; not trained again\")\n    else:\n",
@@ -374,7 +377,7 @@ BUGS = {
             "the learning rate decays to 0 in place of a tenth"),
         Bug("    tau = args.tau_end ** t\n", "    tau = 1 + (args.tau_end - 1) * t\n",
             "tau falls linearly"),
-        Bug("    if t >= args.router_start:\n", "    if t >= 0:\n",
+        Bug("    if args.router_start <= t < args.teach_end:\n", "    if t < args.teach_end:\n",
             "the router learns before it starts"),
         Bug("    matrices = [p for p in part[\"llama\"] if p.dim() == 2]\n"
             "    norms = [p for p in part[\"llama\"] if p.dim() != 2]\n",
