@@ -131,11 +131,11 @@ def curve_table(runs: dict) -> str:
 
 def cost_table(runs: dict) -> str:
     """What each training took."""
-    lines = ["| run | steps | tokens | FLOPs | hours | commit |", "|---" * 6 + "|"]
+    lines = ["| run | steps | tokens | FLOPs | hours | products in | commit |", "|---" * 7 + "|"]
     for name, run in runs.items():
         if "flops" in run:
             lines.append(f"| {name} | {run['steps']} | {run['tokens']:,} | {run['flops']:.1e} "
-                         f"| {run['seconds'] / 3600:.1f} | {run['commit']} |")
+                         f"| {run['seconds'] / 3600:.1f} | {run['autocast']} | {run['commit']} |")
     return "\n".join(lines)
 
 

@@ -95,7 +95,8 @@ def test_the_table_says_what_the_runs_were(tmp_path, capsys):
     runs["family"]["losses"] = curves
     rows = [dict(budget=1.0, kind="q8_0", params=5, bytes=2_000_000, bits=8.5, loss=3.25)]
     runs["quantised"] = dict(tokens=9, rows=rows)
-    runs["family"] |= dict(steps=10, tokens=160, flops=6e9, seconds=7200, commit="c0ffee")
+    runs["family"] |= dict(steps=10, tokens=160, flops=6e9, seconds=7200, autocast="bfloat16",
+                            commit="c0ffee")
     (tmp_path / "real.json").write_text(json.dumps(runs))
     real.main(["--assets", str(tmp_path)])
     lines = capsys.readouterr().out.splitlines()
@@ -110,7 +111,7 @@ def test_the_table_says_what_the_runs_were(tmp_path, capsys):
     assert body[3][5:] == ["0.100", "0.300", "0.200"]  # acc_norm of HellaSwag, acc of LAMBADA
     assert "| 0.6 | 3.900 | 3.400 |" in lines
     assert "| 2.0 | 1 | q8_0 | 8.50 | **3.250** |" in lines
-    assert lines[-1] == "| family | 10 | 160 | 6.0e+09 | 2.0 | c0ffee |"
+    assert lines[-1] == "| family | 10 | 160 | 6.0e+09 | 2.0 | bfloat16 | c0ffee |"
 
 
 def test_the_picture(tmp_path):
