@@ -33,6 +33,7 @@ WHAT = {
     "search": "search, no training",
     "text": "it alone, on as many of other text",
     "written": "it alone, on as many that the base wrote"}
+CURVES = ("family", "long")  # runs whose losses are shown as they fall
 QUANTISED = "quantised"  # sizes in encodings: a table of its own
 
 # -----------------------------------------------------------------------------
@@ -117,9 +118,9 @@ def table(runs: dict) -> str:
                       *(line for *_, line in sorted(lines))])
 
 
-def curve_table(runs: dict) -> str:
+def curve_table(run: dict) -> str:
     """Held-out loss of a family's budgets as training goes on."""
-    curves = runs["family"]["losses"]
+    curves = run["losses"]
     tokens = sorted({int(n) for curve in curves.values() for n in curve})
     lines = ["| budget | " + " | ".join(f"{n:,} tokens" for n in tokens) + " |",
              "|---" * (len(tokens) + 1) + "|"]
@@ -144,7 +145,8 @@ def cost_table(runs: dict) -> str:
 
 
 SERIES = {"cut": ("cut out, not trained", "#555555", "--"), "width": ("width alone", "#2e7d32", "-"),
-          "depth": ("layers alone", "#ef6c00", "-"), "family": ("one run, every size", "#1565c0", "-")}
+          "depth": ("layers alone", "#ef6c00", "-"), "family": ("one run, every size", "#1565c0", "-"),
+          "long": ("the same on four times the tokens", "#64b5f6", "-")}
 ALONE = {"own": ("its own share of the tokens, alone", "#c62828", "s"),
          "all": ("all tokens, alone", "#6a1b9a", "D")}
 
@@ -201,8 +203,9 @@ def main(argv=None) -> None:
           f"WikiText-2: perplexity on {rows['tokens']:,}. Tasks: "
           + ", ".join(f"{name} {n} rows" for name, (_, n) in rows["tasks"].items()) + "\n")
     print(table(runs))
-    if "family" in runs:
-        print("\n" + curve_table(runs))
+    for name in CURVES:
+        if name in runs:
+            print("\n" + curve_table(runs[name]))
     if QUANTISED in runs:
         print("\n" + quantised.table(runs[QUANTISED]["rows"]))
     print("\n" + cost_table(runs))
