@@ -4,7 +4,7 @@
 # makes the table. It wants what README's walk leaves, shards of another text ($OTHER), the files of the tasks
 # (python -m tasks.download) and llama.cpp's llama-quantize; without the last, f16 and q8_0 are all encodings.
 #
-#     bash bench/real.sh               all of it, after README's walk: some five hours on two cores
+#     bash bench/real.sh               all of it, after README's walk: some seven hours on two cores, three in bf16
 #     bash bench/real.sh depth         only the runs whose names begin so (and what they start from)
 #     bash bench/real.sh --list        print the runs, run nothing
 #
