@@ -227,7 +227,8 @@ def parse_args(argv) -> argparse.Namespace:
     text.add_argument("--data", help="folder of shards, its val split (default: the one trained on, "
                       "or data/pystdlib)")
     p.add_argument("--windows", type=int, help="validation windows (default: training's, or 128)")
-    p.add_argument("--seq-len", type=int, help="tokens per window (default: training's, or the model's context)")
+    p.add_argument("--seq-len", type=int,
+                   help="tokens per window (default: training's, or the model's context)")
     p.add_argument("--tasks", nargs="+", default=[], metavar="TASK", help="benchmarks: arc_easy "
                    "lambada_openai piqa winogrande hellaswag mmlu, or all; the loss then needs --text "
                    "or --data")

@@ -110,7 +110,8 @@ def add_schedule(p: argparse.ArgumentParser) -> None:
     add("--teach", choices=["pairs", "soft"], help="how the loss teaches the router: pairs, two slices read "
         "the same tokens; soft, the full width under gates of a Gumbel-softmax, as in the paper (default: "
         "pairs, with --router penalty soft)")
-    add("--teach-prob", type=float, default=1.0, help="share of passes that teach the router (of soft ones: when it starts)")
+    add("--teach-prob", type=float, default=1.0,
+        help="share of passes that teach the router (of soft ones: when it starts)")
     add("--teach-end", type=float, help="share of the steps at which the last of them run (default: 0.45; "
         "--router penalty 1, because its penalty pulls at the router to the end)")
     add("--tau-end", type=float, default=0.0561, help="temperature at the last step (starts at 1)")

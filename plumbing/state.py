@@ -111,7 +111,8 @@ def of_a_run(path):
 
 def check_free(folder, mend: str) -> None:
     """fail() for a folder without a state that holds a Llama: the new one would replace it. A run
-    leaves a log, and writes its state first: without one, someone has deleted it. And where a folder or a pipe has a file's name: its first save would fail."""
+    leaves a log, and writes its state first: without one, someone has deleted it. And where a folder
+    or a pipe has a file's name: its first save would fail."""
     folder = Path(folder)
     for path in folder.glob("*.*"):
         if path.suffix in (".pt", ".pth", ".json", ".model"):
