@@ -112,10 +112,8 @@ def schedule(step: int, args: argparse.Namespace) -> tuple[float, float, float]:
 
     tau     1 -> tau_end, geometrically: the choice gets harder
     kappa   1 -> kappa_end, linearly: the logits outgrow the noise
-    teach   0 until router_start, then teach_prob until teach_end. Soft passes get fewer on the way,
-            down to 0: they are no passes of the slice. Pairs end by themselves, where both draws
-            are one slice; a short run has few lessons, and a share that falls leaves some budget
-            without
+    teach   0 until router_start, then teach_prob until teach_end. Soft passes are dear, and get
+            fewer on the way, down to 0. Pairs end by themselves, when both draws are one slice
 
     Before router_start the router does not learn: what is best before training is not what is best
     after. After teach_end the loss does not reach it any more: it has decided, and the Llama trains

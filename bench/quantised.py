@@ -104,8 +104,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     """The flags."""
     p = Parser("python -m bench.quantised", __doc__)
     p.add_argument("--model", default="out/flex", help="a family, or a plain Llama at 1.0")
-    p.add_argument("--budgets", type=float, nargs="+", 
-                   help="(default: 1 .8 .6; 1 of a plain Llama)")
+    p.add_argument("--budgets", type=float, nargs="+",
+                   help="(default: 1 .8 .6; of a plain Llama 1)")
     p.add_argument("--kinds", nargs="+", default=["f16", Q8_0, "q5_0", "q4_0"],
                    help="f16, q8_0, or what llama-quantize lists")
     p.add_argument("--llama-quantize", default="llama-quantize", help="llama.cpp's program")

@@ -121,7 +121,7 @@ def check_free(folder, mend: str) -> None:
     if not from_elsewhere and (folder / PARAMS).exists():
         from_elsewhere = "a Llama that no run has written"
         if (folder / LOG).exists():
-            from_elsewhere = f"a run without its {RESUME}"
+            from_elsewhere = f"a run without its {RESUME}, so no run can go on from it"
     if from_elsewhere:
         fail(f"{folder} is {from_elsewhere}; expected a new folder, or one of an earlier run; {mend}")
 
