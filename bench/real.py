@@ -34,6 +34,7 @@ WHAT = {
     "text": "it alone, on as many of other text",
     "written": "it alone, on as many that the base wrote"}
 CURVES = ("family", "long")  # runs whose losses are shown as they fall
+MMLU = "mmlu"            # asked of some only
 QUANTISED = "quantised"  # sizes in encodings: a table of its own
 
 # -----------------------------------------------------------------------------
@@ -63,7 +64,9 @@ def collect(folder) -> dict:
             found = last_object(path)
             runs[QUANTISED] = dict(tokens=found["tokens"], rows=found["rows"])
             continue
-        found, heldout = map(json.loads, path.read_text(encoding="utf-8").splitlines())  # judge() in real.sh
+        lines = path.read_text(encoding="utf-8").splitlines()
+        found, heldout, *more = map(json.loads, lines)  # judge() in real.sh
+        mmlu = {row["budget"]: row["tasks"] for answers in more for row in answers["rows"]}
         trained = path.with_suffix("")
         run = dict(trained=found["trained"], rows=[])
         if (trained / LOG).exists() and (trained / RESUME).exists() and not path.stem.startswith("search"):
@@ -73,8 +76,9 @@ def collect(folder) -> dict:
             kept = {key: row[key] for key in ("budget", "got", "params", "dim", "n_heads", "ffn_dim")}
             kept |= dict(n_layers=len(row["layers"]), loss=round(row["loss"], 5), tokens=row["tokens"],
                          heldout=round(other["loss"], 5), heldout_tokens=other["tokens"])
+            answers = row["tasks"] | mmlu.get(row["budget"], {})
             kept["tasks"] = {name: [round(metrics[TASKS[name].metric], 5), metrics["n"]]
-                             for name, metrics in row["tasks"].items()}
+                             for name, metrics in answers.items()}
             run["rows"].append(kept)
         runs[path.stem] = run
     if "base" not in runs:
@@ -96,9 +100,13 @@ def kind_of(name: str, run: dict, budget: float) -> str:
 
 
 def table(runs: dict) -> str:
-    """A row per model and size, the largest first; at one size in WHAT's order."""
+    """A row per model and size, the largest first; at one size in WHAT's order. The average is that of the
+    tasks that all were asked: MMLU's questions are long."""
     names = list(runs["base"]["rows"][0]["tasks"])
-    head = ["parameters [share]", "model", "", "held out", "WikiText-2", *names, "average"]
+    common = [name for name in names if name != MMLU]
+    head = ["parameters [share]", "model", "", "held out", "WikiText-2", *common, "average"]
+    if MMLU in names:
+        head.append(MMLU)
     full = runs["base"]["rows"][0]["params"]
     order = list(WHAT)
     lines = []
@@ -108,11 +116,13 @@ def table(runs: dict) -> str:
             continue
         for row in run["rows"]:
             asked = float(size or round(row["budget"], 1))  # own-0.60 has one size, and runs at 1.0
-            shares = [share for share, _ in row["tasks"].values()]
+            shares = [row["tasks"][name][0] for name in common]
             cells = [f"{row['params'] / 1e6:.1f}M [{row['params'] / full:.3f}]", WHAT[what],
                      kind_of(name, run, row["budget"]), f"{row['heldout']:.3f}",
                      f"{math.exp(row['loss']):.2f}",
                      *(f"{share:.3f}" for share in shares), f"{sum(shares) / len(shares):.3f}"]
+            if MMLU in names:
+                cells.append(f"{row['tasks'][MMLU][0]:.3f}" if MMLU in row["tasks"] else "-")
             lines.append((-asked, order.index(what), "| " + " | ".join(cells) + " |"))
     return "\n".join(["| " + " | ".join(head) + " |", "|---" * len(head) + "|",
                       *(line for *_, line in sorted(lines))])

@@ -26,6 +26,7 @@ export TEXT=${TEXT:-book.txt} TASK_DIR=${TASK_DIR:-data/tasks}  # what judges: n
 export TASKS=${TASKS:-piqa arc_easy winogrande lambada_openai}
 export HELDOUT=${HELDOUT:---windows 32 --seq-len 256}  # and of what training reads, the part that is held out
 export ROWS=${ROWS---limit 200}                  # of a task; ROWS= for all
+export MMLU=${MMLU---limit 4}                    # of each of MMLU's subjects: five examples make its questions long
 export FLAGS=${FLAGS:---laptop}                  # of every training,
 export EVAL=${EVAL:-}                            # and of every evaluation
 STEPS=${STEPS:-110}                              # what FLAGS makes of --steps
@@ -86,21 +87,24 @@ train() {  # NAME FLAGS
 }
 
 judge() {  # NAME FLAGS: its figures, as JSON
-    local model=$OUT/$1 at=1.0
+    local model=$OUT/$1 at=1.0 some=""  # some: where MMLU is asked
     case "$1" in
-        base) model=$LLAMA ;;
-        family | long) at="1.0 0.9 0.8 0.7 0.6 0.5" ;;
+        base) model=$LLAMA some=1.0 ;;
+        family) at="1.0 0.9 0.8 0.7 0.6 0.5" some="1.0 0.8 0.6" ;;
+        long) at="1.0 0.9 0.8 0.7 0.6 0.5" ;;
         depth) at="1.0 0.901 0.801 0.601" ;;
         width | plain) at="1.0 0.9 0.8 0.6" ;;
     esac
     shift
-    # shellcheck disable=SC2086  # KINDS, TASKS, ROWS, HELDOUT, EVAL and at are lists of words
+    # shellcheck disable=SC2086  # KINDS, TASKS, ROWS, MMLU, HELDOUT, EVAL, at and some are lists of words
     case "$model" in
         */quantised) python -m bench.quantised --model "$OUT/family" "$@" --text "$TEXT" --kinds $KINDS \
             --llama-quantize "$QUANTIZE" --json ;;
         *) python eval.py --model "$model" --budgets $at --text "$TEXT" --seq-len 1024 --tasks $TASKS \
             --task-dir "$TASK_DIR" $ROWS $EVAL --json &&
-            python eval.py --model "$model" --budgets $at --data "$DATA" $HELDOUT $EVAL --json ;;
+            python eval.py --model "$model" --budgets $at --data "$DATA" $HELDOUT $EVAL --json &&
+            { [ -z "$some" ] || python eval.py --model "$model" --budgets $some --data "$DATA" --windows 1 \
+                --seq-len 2048 --tasks mmlu --task-dir "$TASK_DIR" $MMLU $EVAL --json; } ;;
     esac
 }
 

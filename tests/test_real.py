@@ -82,7 +82,11 @@ def test_the_table_says_what_the_runs_were(tmp_path, capsys):
     runs["own-0.60"]["rows"][0] |= dict(params=600_000, got=1.0)
     for name, found in runs.items():
         heldout = dict(rows=[dict(loss=row["loss"] + 7, tokens=500) for row in found["rows"]])
-        (tmp_path / f"real/{name}.json").write_text(json.dumps(found) + "\n" + json.dumps(heldout) + "\n")
+        printed = [found, heldout]
+        if name == "family":  # MMLU at some of its sizes
+            answers = dict(mmlu=dict(acc=0.26, acc_macro=0.4, n=228))
+            printed.append(dict(rows=[dict(budget=0.6, tasks=answers)]))
+        (tmp_path / f"real/{name}.json").write_text("".join(json.dumps(line) + "\n" for line in printed))
     log = [dict(settings=dict(seq_len=4, batch_tokens=8, budgets=[1.0, 0.6]),
                 commit="c0ffee", torch="2", device="cpu"),
            dict(step=5, val={"1.0": 3.1, "0.6": 3.9}), dict(step=10, val={"1.0": 3.0, "0.6": 3.4})]
@@ -93,6 +97,8 @@ def test_the_table_says_what_the_runs_were(tmp_path, capsys):
     (tmp_path / "real/family/log.jsonl").unlink()  # a family without a log took nothing that is known
     runs = real.collect(tmp_path / "real")
     runs["family"]["losses"] = curves
+    assert runs["family"]["rows"][2]["tasks"]["mmlu"] == [0.26, 228]
+    runs["base"]["rows"][0]["tasks"]["mmlu"] = [0.31, 228]
     rows = [dict(budget=1.0, kind="q8_0", params=5, bytes=2_000_000, bits=8.5, loss=3.25)]
     runs["quantised"] = dict(tokens=9, rows=rows)
     runs["family"] |= dict(steps=10, tokens=160, flops=6e9, seconds=7200, autocast="bfloat16",
@@ -101,14 +107,16 @@ def test_the_table_says_what_the_runs_were(tmp_path, capsys):
     real.main(["--assets", str(tmp_path)])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == ("Held out: nats on 500 tokens. WikiText-2: perplexity on 1,000. "
-                        "Tasks: hellaswag 200 rows, lambada_openai 200 rows")
+                        "Tasks: hellaswag 200 rows, lambada_openai 200 rows, mmlu 228 rows")
     body = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[4:10]]
     assert [(row[0], row[1], row[2]) for row in body] == [
         ("1.0M [1.000]", "the base, untouched", ""), ("1.0M [1.000]", "**the family**", "Exp."),
         ("0.8M [0.800]", "**the family**", "Inter."), ("0.6M [0.600]", "**the family**", "Exp."),
         ("0.6M [0.600]", "it alone, on its own tokens", ""), ("0.5M [0.500]", "**the family**", "under")]
     assert body[3][3:5] == ["10.400", f"{math.exp(3.4):.2f}"]
-    assert body[3][5:] == ["0.100", "0.300", "0.200"]  # acc_norm of HellaSwag, acc of LAMBADA
+    # acc_norm of HellaSwag, acc of LAMBADA, their mean, and MMLU, which is in no mean
+    assert body[3][5:] == ["0.100", "0.300", "0.200", "0.260"]
+    assert body[0][8] == "0.310" and body[2][8] == "-"
     assert "| 0.6 | 3.900 | 3.400 |" in lines
     assert "| 2.0 | 1 | q8_0 | 8.50 | **3.250** |" in lines
     assert lines[-1] == "| family | 10 | 160 | 6.0e+09 | 2.0 | bfloat16 | c0ffee |"
