@@ -21,7 +21,6 @@ ASSETS = Path(__file__).resolve().parent.parent / "assets"
 SEEDS = (0, 1, 2)
 TRAINED = (1.0, 0.8, 0.6, 0.4)
 FREE = (0.95, 0.9, 0.85, 0.75, 0.7, 0.55, 0.5, 0.45)  # budgets that no run trained
-INSTEAD = {("depth", 0.6): 0.65}  # whole layers buy nothing at .6
 SPEEDS = ("prefill", "decode", "memory")
 BEFORE = "before"  # the run that is none: slices of the sorted, untrained base (bench/before.py)
 
@@ -93,12 +92,15 @@ def collect(folder) -> dict:
         found = last_object(path)
         run = {} if path.stem == BEFORE else spent(trained)
         run["context"] = found["context"]
+        run["trained"] = found.get("trained", [])
         run["tokens_scored"] = found["rows"][0]["tokens"]
         run["rows"] = rows_of(found)
         speed = path.with_suffix(".speed")
         if speed.exists():
-            for row, timed in zip(run["rows"], last_object(speed)["rows"]):
-                row["speed"] = {key: round(value, 3) for key, value in timed["speed"].items()}
+            timed = {row["budget"]: row["speed"] for row in last_object(speed)["rows"]}
+            for row in run["rows"]:
+                if row["budget"] in timed:
+                    row["speed"] = {key: round(value, 3) for key, value in timed[row["budget"]].items()}
         runs[path.stem] = run
     if not runs:
         fail(f"{folder} holds no finished run; expected what results.sh leaves; "
@@ -119,6 +121,11 @@ class Runs:
     def row(self, name: str, budget: float) -> dict:
         """A run's row at a budget."""
         return next(row for row in self.runs[name]["rows"] if row["budget"] == budget)
+
+    def instead(self, name: str, budget: float) -> float:
+        """The budget that stands for this one: where whole layers buy nothing, the next that was trained."""
+        trained = self.runs[self.seeds(name)[0]].get("trained", TRAINED)
+        return min(b for b in trained if b >= budget)
 
     def seeds(self, name: str) -> list[str]:
         """The runs of a row over seeds that are there, or the one run of that name."""
@@ -205,17 +212,11 @@ def family_table(r: Runs) -> str:
     return markdown([*head, *SPEEDS], rows)
 
 
-# How a model trained alone: prefix of the runs' names -> steps x tokens.
+# How a model trained alone: prefix of the runs' names -> what it read.
 ALONE = {
-    "same": "alone, own tokens: 450 x 1,024",
-    "small": "1,800 x 256",
-    "scratch": "from scratch: 3,000 x 1,024",
-    "large": "alone, all tokens: 450 x 4,096",
-    "whole": "1,800 x 1,024",
-    "high": "at 3e-3"}
-FAMILIES = {
-    "router-0": "family: 450 x 4 x 1,024",
-    "steps-x4": "family: 1,800 x 4 x 256"}
+    "same": "alone, own tokens",
+    "whole": "alone, all tokens",
+    "scratch": "from scratch"}
 
 
 def alone_table(r: Runs) -> str:
@@ -224,17 +225,16 @@ def alone_table(r: Runs) -> str:
     rows = []
     for b in TRAINED:
         params = r.row("router-0", b)["params"]
-        families = [r.cell(name, b) for name in FAMILIES]
         alone = [r.cell(f"{kind}-{b:.2f}") for kind in ALONE]
-        rows.append([f"{params:,}", *families, *alone])
-    return markdown(["parameters", *FAMILIES.values(), *ALONE.values()], rows)
+        rows.append([f"{params:,}", r.cell("router-0", b), *alone])
+    return markdown(["parameters", "family", *ALONE.values()], rows)
 
 
 # What is compared by its cost: label -> prefix of the runs' names.
 COSTS = {
     "four alone, each its own tokens": "same",
     "four alone, each all tokens": "whole",
-    "four from scratch, each all tokens and the base's": "scratch"}
+    "four from scratch": "scratch"}
 
 
 def cost_table(r: Runs) -> str:
@@ -263,8 +263,10 @@ def cost_table(r: Runs) -> str:
 
 def penalty_table(r: Runs) -> str:
     """How near the penalty comes, and the loss of both at what it got. Budgets that got one slice
-    from every seed share a row."""
+    from every seed share a row. Nothing without its runs."""
     seeds = [seed for seed in SEEDS if f"penalty-{seed}" in r.runs]
+    if not seeds:
+        return ""
     lines = {}  # cells without the budget -> its budgets
     for b in r.budgets:
         same = []
@@ -305,7 +307,8 @@ CHOOSERS = {
     "random": "a random member",
     "frozen": "router alone, weights frozen",
     "width": "width, heads, MLP",
-    "depth": "depth alone (.65 in place of .6)"}
+    "depth": "depth alone",
+    "soft": "router, from soft passes"}
 
 
 def chooser_table(r: Runs) -> str:
@@ -318,7 +321,7 @@ def chooser_table(r: Runs) -> str:
             continue
         cells = []
         for b in TRAINED:
-            b = INSTEAD.get((name, b), b)
+            b = r.instead(name, b)
             got = r.cell(name, b, "got")
             cells.append(f"{r.cell(name, b)} [{got}]")
         rows.append([label, str(seeds), *cells, cell(r.free(name))])
@@ -327,19 +330,20 @@ def chooser_table(r: Runs) -> str:
 
 # One change at a time, of seed 0: run -> (what is changed, to what).
 CHANGES = {
-    "steps-x2": ("steps x tokens", "900 x 512"),
-    "steps-x4": ("", "1,800 x 256"),
-    "lr-3e-3": ("the Llama's rate", "3e-3"),
+    "steps-half": ("steps x tokens", "half as many x twice as many"),
+    "steps-double": ("", "twice as many x half as many"),
+    "lr-1e-3": ("the Llama's rate", "1e-3"),
+    "lr-4e-3": ("", "4e-3"),
     "modulation-none": ("modulation", "none"),
-    "soft-0": ("soft share", "0"),
-    "soft-0.25": ("", ".25"),
-    "router-lr-4e-4": ("router's rate", "4e-4 (the paper's x .01)"),
-    "router-lr-4e-3": ("", "4e-3 (x .1)"),
-    "router-lr-4e-2": ("", "4e-2 (x 1)"),
-    "kappa-1": ("kappa", "stays 1"),
+    "router-lr-2e-4": ("router's rate", "2e-4"),
+    "router-lr-2e-3": ("", "2e-3"),
+    "router-lr-4e-2": ("", "4e-2 (the paper's)"),
+    "teach-0": ("passes that teach", "none"),
+    "teach-0.25": ("", ".25"),
     "tau-1": ("tau", "stays 1"),
-    "kd-0.5": ("loss", "half cross-entropy, half KL to the base"),
-    "kd-1": ("", "KL to the base alone"),
+    "kd-0": ("share of KL to the base", "0"),
+    "kd-0.5": ("", ".5"),
+    "kd-1": ("", "1"),
     "units-random": ("order of units", "at random"),
     "units-reversed": ("", "worst first"),
     "depth-by-influence": ("order of layers", "by block influence")}
@@ -347,7 +351,7 @@ CHANGES = {
 
 def change_table(r: Runs) -> str:
     """The default, and what each change makes of it. What a slice got is shown where the change
-    moved it."""
+    moved it. Nothing if nothing was changed."""
     default = {b: r.row("router-0", b)["got"] for b in TRAINED}
 
     def cells(name: str) -> list[str]:
@@ -365,13 +369,15 @@ def change_table(r: Runs) -> str:
     for name, (what, value) in CHANGES.items():
         if name in r.runs:
             rows.append([what, value, *cells(name)])
+    if len(rows) == 1:
+        return ""
     return markdown(["change", "to", *LOSSES], rows)
 
 
 def shape_speed_table(r: Runs) -> str:
     """What slices of width alone and of depth alone cost to run, over the full model, beside the
     router's. Seed 0."""
-    budgets = (0.8, 0.65, 0.4)
+    budgets = (0.8, 0.6, 0.4)
     rows = []
     labels = {
         "router-0": "router",
@@ -382,7 +388,7 @@ def shape_speed_table(r: Runs) -> str:
             continue
         cells = []
         for b in budgets:
-            row = r.row(name, b)
+            row = r.row(name, r.instead(name, b))
             got = f"[{row['got']:.3f}]"
             loss = f"{row['loss']:.3f}"
             speeds = ", ".join(speed_cells(row))
@@ -440,7 +446,8 @@ def draw(r: Runs, path: Path) -> None:
     axes.plot(*points(family), color=blue, linewidth=2.5)
     trained = [row for row in family if row["budget"] in TRAINED]
     never = [row for row in family if row["budget"] not in TRAINED]
-    axes.scatter(*points(trained), s=64, zorder=4, color=blue)
+    # Filled over hollow: two budgets may buy one slice.
+    axes.scatter(*points(trained), s=64, zorder=5, color=blue)
     axes.scatter(*points(never), s=64, zorder=4, edgecolors=blue, facecolors="white", linewidths=2)
     write_beside(axes, family, len(family) // 3, (0, -40),
                  "one run, every size\n(hollow: sizes that it never trained)", blue)
@@ -492,7 +499,9 @@ def main(argv=None) -> None:
              "run: bash bench/results.sh")
     runs = Runs(json.loads(path.read_text(encoding="utf-8")))
     for title, table in TABLES.items():
-        print(f"## {title}\n\n{table(runs)}\n")
+        lines = table(runs)
+        if lines:  # else nothing ran that it would show
+            print(f"## {title}\n\n{lines}\n")
     picture = args.assets / "family.png"
     try:
         draw(runs, picture)
