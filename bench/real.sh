@@ -47,7 +47,7 @@ runs() {  # NAME FLAGS of train.py, or of search; base and cut-B train nothing
     echo "width --n-layers-choices $LAYERS"
     # The family's slices: without training; alone on the tokens that their size got in the family; on all its tokens
     for b in 0.90 0.80 0.60; do echo "cut-$b"; done
-    for b in 0.90 0.80 0.60; do echo "own-$b --llama $OUT/cut-$b --budgets 1.0"; done
+    for b in 1.00 0.90 0.80 0.60; do echo "own-$b --llama $OUT/cut-$b --budgets 1.0"; done
     for b in 0.80 0.60; do echo "all-$b --llama $OUT/cut-$b --budgets 1.0 --steps $((4 * STEPS))"; done
     # Another paper's way to these sizes, without training
     for b in 0.90 0.80 0.60; do
@@ -126,6 +126,7 @@ for path in "$LLAMA" "$DATA" "$OTHER" "$TEXT" "$TASK_DIR"; do
     [ -e "$path" ] || { echo "error: $path is not there; expected what the head of bench/real.sh names" >&2 && exit 2; }
 done
 mkdir -p "$OUT"
+run base    # no table without it
 run family
 [ -e "$OUT/scratch-1.00" ] ||  # the last that it makes
     python -m bench.alone --model "$OUT/family" --base "$LLAMA" --out "$OUT"

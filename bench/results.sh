@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Every run behind the first half of RESULTS.md. Each is trained into out/results/NAME and evaluated into NAME.json, two
-# at a time on one thread each. A run that is there is not made again, one that was stopped goes on. Then
-# bench/results.py makes the tables and the picture.
+# Every run behind RESULTS.md's pages of small Llamas: the demo (section 8) and stories260K (sections 2 to 5). Each is
+# trained into out/results/NAME and evaluated into NAME.json, two at a time on one thread each. A run that is there is not
+# made again, one that was stopped goes on. Then bench/results.py makes the tables and the picture.
 #
-#     bash bench/results.sh            all of it; RESULTS.md says how long that takes
+#     bash bench/results.sh            all of it: the demo some three hours on two cores, stories260K one (computed)
 #     bash bench/results.sh width      only the runs whose names begin so (and what they start from)
 #     bash bench/results.sh --list     print the runs, run nothing
 #
-# What can be set, with the demo's values. Another Llama, for example (its results go to $ASSETS/results.json):
+# What can be set, with the demo's values. stories260K's page (its results go to $ASSETS/results.json):
 #     LLAMA=out/stories260K DIM=64 HEADS=8 FFN=172 LAYERS=5 DEPTH="1.0 0.81 0.65 0.41" KDS="0 1" STEPS=600 \
 #         SCRATCH="--steps 2400 --lr 3e-3" OUT=out/stories ASSETS=assets/stories \
 #         FLAGS="--kd 0.5 --data data/stories260K --seq-len 128 --eval-windows 80 --calibration-windows 64" \
