@@ -316,9 +316,11 @@ CHOOSERS = {
 
 
 def behind_router(r: Runs, name: str) -> str:
-    """By how much a way to choose is behind the router's family of the same seed, at the cost that it got: the
-    mean over seeds at each trained budget but 1."""
+    """By how much a way to choose is behind the router's family of the same seed, at the cost that it
+    got: the mean over seeds at each trained budget but 1. A dash without a common seed."""
     seeds = [seed for seed in SEEDS if f"{name}-{seed}" in r.runs and f"router-{seed}" in r.runs]
+    if not seeds:
+        return "-"
     cells = []
     for b in TRAINED[1:]:
         gaps = []

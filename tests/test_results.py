@@ -124,6 +124,10 @@ def test_tables_say_what_the_runs_were(tmp_path, capsys):
     results.main(["--assets", str(tmp_path)])
     assert "at random" in capsys.readouterr().out
 
+    runs["uniform-2"] = runs.pop("router-2")
+    uniform = line_of(results.chooser_table(results.Runs(runs)), "uniform shrink")
+    assert uniform.endswith("| - |"), "no common seed"
+
     # What did not run has no table.
     few = {"router-0": runs["router-0"]}
     assert results.penalty_table(results.Runs(few)) == results.change_table(results.Runs(few)) == ""
