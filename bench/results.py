@@ -316,8 +316,8 @@ CHOOSERS = {
 
 
 def behind_router(r: Runs, name: str) -> str:
-    """By how much a way to choose is behind the router's family of the same seed, at the cost that it
-    got: the mean over seeds at each trained budget but 1. A dash without a common seed."""
+    """How far a way to choose is behind the router's family of its seed, at the cost that it got. Each
+    trained budget but 1 has the mean over seeds. Without a common seed it is a dash."""
     seeds = [seed for seed in SEEDS if f"{name}-{seed}" in r.runs and f"router-{seed}" in r.runs]
     if not seeds:
         return "-"

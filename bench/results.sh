@@ -68,14 +68,21 @@ runs() {  # NAME FLAGS of train.py
     echo "depth-by-influence --depth-by influence"
 }
 
+budgets() {  # NAME: where a family is evaluated
+    case "$1" in
+        depth-[0-9]) echo "$AT $DEPTH" ;;
+        *) echo "$AT" ;;
+    esac
+}
+
 run() {  # NAME FLAGS: train from the base, if FLAGS name no other start, and evaluate
     [ -s "$OUT/$1.json" ] && return
-    local name=$1 start=${LLAMA:-$OUT/base} at=$AT
+    local name=$1 start=${LLAMA:-$OUT/base} at
+    at=$(budgets "$1")
     shift
     case "$name $*" in
         *--llama*) start="" at=1.0 ;;
         router-0*) start=$LLAMA ;;  # the first one trains the demo's base
-        depth*) at="$AT $DEPTH" ;;
     esac
     # shellcheck disable=SC2086  # FLAGS and at are lists of words
     python train.py --out "$OUT/$name" --steps "$STEPS" --batch-tokens "$BATCH" ${start:+--llama "$start"} $FLAGS "$@" \
@@ -83,7 +90,7 @@ run() {  # NAME FLAGS: train from the base, if FLAGS name no other start, and ev
         python eval.py --model "$OUT/$name" --budgets $at --json >"$OUT/$name.part" 2>>"$OUT/$name.log" &&
         mv "$OUT/$name.part" "$OUT/$name.json" && echo "$name: done" || { echo "$name: see $OUT/$name.log"; return 1; }
 }
-export -f run
+export -f budgets run
 
 [ "$ONLY" = --list ] && { runs; exit; }
 runs | grep -e "^$ONLY" >/dev/null || { echo "no run begins with $ONLY; see bash bench/results.sh --list" >&2 && exit 2; }
@@ -99,10 +106,8 @@ run router-0 --seed 0
 runs | grep -e "^$ONLY" | xargs -P "${JOBS:-2}" -I{} bash -c 'run {}' || failed=$?
 for name in router-0 width-0 depth-0; do  # what a budget costs to run: one at a time, on a quiet machine
     [ ! -s "$OUT/$name.json" ] || [ -s "$OUT/$name.speed" ] || {
-        at=$AT
-        [ "$name" != depth-0 ] || at="$AT $DEPTH"
-        # shellcheck disable=SC2086
-        python eval.py --model "$OUT/$name" --budgets $at --windows 1 --speed --json \
+        # shellcheck disable=SC2046
+        python eval.py --model "$OUT/$name" --budgets $(budgets "$name") --windows 1 --speed --json \
             >"$OUT/$name.part" 2>>"$OUT/$name.log"
         mv "$OUT/$name.part" "$OUT/$name.speed"
     }
